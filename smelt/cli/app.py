@@ -1,0 +1,74 @@
+"""The `smelt` command: finds the verb, imports only its module, and turns errors into one clear line.
+
+Knows no verb's details: each lives in a module of its own, and `VERBS` is the whole table.
+"""
+
+import sys
+from importlib import import_module
+
+import click
+
+from smelt import __version__
+from smelt.errors import SmeltError
+
+# verb -> (module that holds a click command named `command`, one line of help).
+# The help line stands here so that `smelt --help` imports none of the modules.
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("smelt.cli.demo", "Train a small model on built-in text and see it write, in about a minute."),
+    "data": ("smelt.cli.data", "Add, list, show and remove datasets."),
+    "train": ("smelt.cli.train", "Train a model from scratch, continue a run, or fine-tune."),
+    "generate": ("smelt.cli.generate", "Write text with a model."),
+    "models": ("smelt.cli.models", "List, show, import, export and remove models."),
+    "doctor": ("smelt.cli.doctor", "Say what this machine has, and what is wrong with it."),
+}
+
+EXAMPLES = """\b
+Examples:
+  smelt demo
+  smelt data add shakespeare --from input.txt --tokenizer char
+  smelt train --dataset shakespeare --preset nano --max-iters 2000 --out-dir out
+  smelt generate out --prompt "ROMEO:" --max-tokens 200"""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its verbs by name and imports a verb's module only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order of the table, which is the order a newcomer needs them in."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the verb's module."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = import_module(VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs from the table, importing nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
+@click.group(cls=LazyGroup, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="smelt")
+def command() -> None:
+    """Raw data in, served models out: datasets, tokenizers, training and generation in one program."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; user mistakes end with one line on stderr and exit code 2, Ctrl-C with 130."""
+    try:
+        command.main(arguments, prog_name="smelt", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except SmeltError as error:
+        click.secho("error: ", fg="red", nl=False, err=True)
+        click.echo(str(error), err=True)
+        sys.exit(2)

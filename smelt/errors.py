@@ -1,0 +1,78 @@
+"""Every error smelt raises on purpose, in one tree; knows nothing of HTTP or the terminal.
+
+SmeltError
+├── InvalidInput          a value somebody gave is wrong: the message names it and the remedy
+│   ├── ConfigError       a setting or a flag
+│   ├── DataError         a record or a file of a dataset: names path and line or byte
+│   ├── NotEnoughData     a split is shorter than one block
+│   ├── TokenizerError    an unknown tokenizer, or text it cannot represent
+│   ├── UnsupportedModel  an architecture or a weight format we do not read
+│   └── UnsafeFile        a file that could run code when loaded
+├── NotFound              a name that does not exist
+├── AlreadyExists         a name that is taken
+├── MissingDependency     an optional package or an offline resource is absent
+├── OutOfSpace            the disk is full; what was there before is whole
+├── CheckpointError       a checkpoint is torn, or belongs to something else
+└── TrainingError         the run cannot go on
+    └── NonFiniteLoss     the loss became NaN or infinite
+"""
+
+
+class SmeltError(Exception):
+    """The root: catch this for everything smelt says on purpose."""
+
+
+class InvalidInput(SmeltError, ValueError):
+    """A value that somebody gave is wrong."""
+
+
+class ConfigError(InvalidInput):
+    """A setting, a flag or a key of a config file is wrong."""
+
+
+class DataError(InvalidInput):
+    """A source of documents is unreadable; the message names the file and the line or byte."""
+
+
+class NotEnoughData(InvalidInput):
+    """A split holds fewer tokens than one block needs."""
+
+
+class TokenizerError(InvalidInput):
+    """A tokenizer is unknown, or a text has symbols it cannot represent."""
+
+
+class UnsupportedModel(InvalidInput):
+    """A model folder whose architecture or shape we do not support."""
+
+
+class UnsafeFile(InvalidInput):
+    """A file that may run code when it is loaded (a pickle)."""
+
+
+class NotFound(SmeltError, LookupError):
+    """A dataset, model, run or file of that name does not exist."""
+
+
+class AlreadyExists(SmeltError):
+    """That name is taken."""
+
+
+class MissingDependency(SmeltError, ImportError):
+    """An optional package, or a file that would need a download, is absent."""
+
+
+class OutOfSpace(SmeltError, OSError):
+    """The disk is full; whatever was complete before is still complete."""
+
+
+class CheckpointError(SmeltError):
+    """A checkpoint is torn, or does not belong to this model or dataset."""
+
+
+class TrainingError(SmeltError, RuntimeError):
+    """A run cannot go on."""
+
+
+class NonFiniteLoss(TrainingError):
+    """The loss became NaN or infinite; names the step, the documents and the last good checkpoint."""

@@ -1,0 +1,98 @@
+"""Decoder: one configurable causal transformer for the GPT-2 and the Llama/Qwen families.
+
+The only forward pass: pretraining, fine-tuning and generation all call it. Knows no tokenizer, no loss
+and no file format (`weights` maps it to Hugging Face folders).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smelt.configs import DecoderConfig
+from smelt.models.batch import NO_TARGET, Batch
+from smelt.models.layers import Attend, Block, attend_within, make_norm, rope_frequencies
+from smelt.models.linear import Linear
+
+
+class Decoder(nn.Module):
+    """Token ids in, hidden states out; `logits` and `target_logprobs` turn hidden states into answers."""
+
+    def __init__(self, config: DecoderConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = dropout
+        self.gradient_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.blocks = nn.ModuleList(Block(config, layer, dropout) for layer in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        if not config.tied:
+            self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, batch: Batch, attend: Attend | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the last norm. `attend` None: causal within the batch's rows."""
+        if attend is None:
+            attend = attend_within(batch, self.config, self.dropout if self.training else 0.0)
+        x_BTC = self.embedding(batch.tokens)
+        rotary = None
+        if self.config.position == "learned":
+            x_BTC = x_BTC + self._position_vectors(batch)
+        else:
+            rotary = self._rotary_tables(batch, x_BTC.dtype)
+        x_BTC = F.dropout(x_BTC, self.dropout, self.training)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x_BTC = checkpoint(block, x_BTC, rotary, attend, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, rotary, attend)
+        hidden: Tensor = self.norm(x_BTC)
+        return hidden
+
+    def _position_vectors(self, batch: Batch) -> Tensor:
+        if batch.positions is None:
+            return self.positions.weight[: batch.tokens.shape[1]]
+        vectors: Tensor = self.positions(batch.positions)
+        return vectors
+
+    def _rotary_tables(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B or 1, T, D), computed in fp32 whatever the weights are."""
+        positions = batch.positions
+        if positions is None:
+            positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+        frequencies: Tensor = self.get_buffer("frequencies")
+        angles = positions[..., None].float() * frequencies.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, C): the head, or the embedding where they are tied."""
+        return self.embedding.weight if self.config.tied else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) in the weights' dtype."""
+        return F.linear(hidden, self.output_weight)
+
+    def target_logprobs(self, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+        """log p(target) in fp32, (B, T); 0 where the target is NO_TARGET."""
+        logits = self.logits(hidden_BTC).float()
+        flat = F.cross_entropy(logits.flatten(0, -2), targets_BT.flatten(), ignore_index=NO_TARGET, reduction="none")
+        return -flat.view_as(targets_BT)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """GPT-2's initialisation: normal(0, 0.02), residual projections scaled by 1/sqrt(2 x layers)."""
+        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                std = residual_std if name.endswith(("attention.out.weight", "mlp.down.weight")) else 0.02
+                parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,136 @@
+"""The parts of a decoder block as functions and small modules; knows no whole model and no weights on disk.
+
+Shapes: B rows, T tokens, C width, H query heads, G key/value heads, D width of a head.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smelt.configs import DecoderConfig
+from smelt.models.batch import Batch
+from smelt.models.linear import Linear
+
+# (layer, q_BHTD, k_BGTD, v_BGTD) -> out_BHTD: how queries meet keys. Training attends within the
+# batch; the inference engine passes one that reads and writes its cache.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def make_norm(config: DecoderConfig, width: int) -> nn.Module:
+    """The LayerNorm or RMSNorm that the config names."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+
+
+def rope_frequencies(config: DecoderConfig) -> Tensor:
+    """Inverse wavelengths (D/2,) in fp32 (RoFormer, eq. 15), stretched as Llama 3 does where asked for."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    rotations = scaling.original_block_size * frequencies / (2 * torch.pi)
+    blend = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / scaling.factor)
+
+
+def rotate(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """Rotary positions, halves convention (as in Hugging Face's Llama)."""
+    first, second = x_BHTD.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x_BHTD * cos_BTD[:, None] + rotated * sin_BTD[:, None]
+
+
+def attention_mask(batch: Batch, sliding_window: int | None) -> Tensor | None:
+    """(B, 1, T, T) true where a query may see a key, or None where plain causal attention says it all."""
+    num_tokens = batch.tokens.shape[1]
+    windowed = sliding_window is not None and sliding_window < num_tokens
+    if batch.segment_ids is None and not windowed:
+        return None
+    order = torch.arange(num_tokens, device=batch.tokens.device)
+    allowed = order[:, None] >= order[None, :]
+    if windowed and sliding_window is not None:
+        allowed = allowed & (order[:, None] - order[None, :] < sliding_window)
+    allowed = allowed[None, None]
+    if batch.segment_ids is not None:
+        allowed = allowed & (batch.segment_ids[:, None, :, None] == batch.segment_ids[:, None, None, :])
+    return allowed
+
+
+def attend_within(batch: Batch, config: DecoderConfig, dropout: float) -> Attend:
+    """Causal attention inside each row (and segment) of a batch."""
+    mask = attention_mask(batch, config.sliding_window)
+    grouped = config.n_kv_head != config.n_head
+
+    def attend(layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BGTD, v_BGTD, mask, dropout, is_causal=mask is None, enable_gqa=grouped
+        )
+
+    return attend
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys; where the keys come from is `attend`'s business."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        num_rows, num_tokens, _ = x_BTC.shape
+        packed = self.qkv(x_BTC).view(num_rows, num_tokens, sum(self.heads), self.config.head_dim)
+        q_BHTD, k_BGTD, v_BGTD = packed.transpose(1, 2).split(self.heads, dim=1)
+        if self.config.qk_norm:
+            q_BHTD, k_BGTD = self.q_norm(q_BHTD), self.k_norm(k_BGTD)
+        if rotary is not None:
+            q_BHTD, k_BGTD = rotate(q_BHTD, *rotary), rotate(k_BGTD, *rotary)
+        mixed = attend(self.layer, q_BHTD, k_BGTD, v_BGTD)
+        return self.out(mixed.transpose(1, 2).reshape(num_rows, num_tokens, -1))
+
+
+class MLP(nn.Module):
+    """GELU (tanh form, as GPT-2) or SwiGLU with gate and up projections in one product."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.up = Linear(config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        hidden = self.up(x_BTC)
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(hidden, approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, layer: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.n_embd)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotary, attend))
+        return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
