@@ -66,7 +66,7 @@ def attend_within(batch: Batch, config: DecoderConfig, dropout: float) -> Attend
     mask = attention_mask(batch, config.sliding_window)
     grouped = config.n_kv_head != config.n_head
 
-    def attend(layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    def attend(_layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
             q_BHTD, k_BGTD, v_BGTD, mask, dropout, is_causal=mask is None, enable_gqa=grouped
         )

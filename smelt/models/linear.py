@@ -10,6 +10,6 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """y = x W^T + b, with W stored (out_features, in_features)."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return F.linear(input, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
