@@ -1,0 +1,94 @@
+"""Which device and number format to compute with, and how fast its matrix products are; knows no model."""
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from smelt.errors import ConfigError
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU. ConfigError if it is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is not here ({torch.cuda.device_count()} CUDA devices); use --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device 'mps' is not here; use --device auto")
+    return device
+
+
+def cpu_features() -> dict[str, bool]:
+    """The instruction sets that decide how fast a CPU trains."""
+    return {
+        "avx2": torch.cpu._is_avx2_supported(),
+        "avx512": torch.cpu._is_avx512_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "avx512_vnni": torch.cpu._is_vnni_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+    }
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 there; CPUs without AMX or AVX512-bf16 emulate them."""
+    if device.type == "cpu":
+        features = cpu_features()
+        return features["amx"] or features["avx512_bf16"]
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return False
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The format of that name; `auto` takes bf16 where it is fast, fp16 on older GPUs, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    if has_fast_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can build CPU code here."""
+    return any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+@cache
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square matrix product: the best of some tries, in about 0.2 s on a CPU."""
+    size = 1024 if device.type == "cpu" else 4096
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    best = min(_seconds(lambda: torch.mm(left, right), device) for _ in range(6))
+    return 2 * size**3 / best
