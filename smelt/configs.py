@@ -49,7 +49,7 @@ class DecoderConfig(Config):
     n_inner: int = Field(0, ge=0, description="width of the MLP; 0 means 4 x n_embd")
     position: Literal["learned", "rope"] = "learned"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: Literal["gelu", "gelu_exact", "swiglu"] = Field("gelu", description="gelu is GPT-2's, by tanh")
     bias: bool = Field(True, description="biases in every linear layer and LayerNorm")
     qkv_bias: bool = Field(True, description="biases in the query, key and value projections")
     qk_norm: bool = Field(False, description="RMSNorm over each query and key head (Qwen3)")
@@ -180,7 +180,7 @@ class TrainConfig(Config):
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
 
     # Evaluation, logging and checkpoints
-    out_dir: str = Field("out", description="where checkpoints, metrics and the final model go")
+    out_dir: str | None = Field(None, description="where checkpoints and metrics go (out, or out-MODEL from a model)")
     eval_interval: PositiveInt = Field(250, description="steps between evaluations")
     eval_iters: PositiveInt = Field(20, description="validation batches per evaluation while training")
     eval_only: bool = Field(False, description="evaluate the model on the whole validation split and stop")

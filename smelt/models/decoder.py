@@ -28,8 +28,6 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.positions = nn.Embedding(config.block_size, config.n_embd)
-        else:
-            self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         self.blocks = nn.ModuleList(Block(config, layer, dropout) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
         if not config.tied:
@@ -65,8 +63,7 @@ class Decoder(nn.Module):
         positions = batch.positions
         if positions is None:
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
-        frequencies: Tensor = self.get_buffer("frequencies")
-        angles = positions[..., None].float() * frequencies.float()
+        angles = positions[..., None].float() * rope_frequencies(self.config, positions.device)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -25,9 +25,12 @@ def make_norm(config: DecoderConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_frequencies(config: DecoderConfig) -> Tensor:
-    """Inverse wavelengths (D/2,) in fp32 (RoFormer, eq. 15), stretched as Llama 3 does where asked for."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+    """Inverse wavelengths (D/2,) in fp32 (RoFormer, eq. 15), stretched as Llama 3 does where asked for.
+
+    Computed anew each time: a buffer would be rounded along with the weights by `model.to(bfloat16)`.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
     if scaling is None:
@@ -102,11 +105,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (tanh form, as GPT-2) or SwiGLU with gate and up projections in one product."""
+    """GELU (tanh form as GPT-2, or exact as nanoGPT) or SwiGLU with gate and up projections in one product."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
+        self.gelu_form = "none" if config.mlp == "gelu_exact" else "tanh"
         self.up = Linear(config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.bias)
         self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
 
@@ -116,7 +120,7 @@ class MLP(nn.Module):
         if self.gated:
             gate, up = hidden.chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(hidden, approximate="tanh"))
+        return self.down(F.gelu(hidden, approximate=self.gelu_form))
 
 
 class Block(nn.Module):

@@ -1,0 +1,268 @@
+"""Checkpoints: a folder per step, whole or absent, written by a side thread; knows no loop and no loss.
+
+A checkpoint is a model folder in Hugging Face layout (fp32 masters, so it loads anywhere) plus the optimizer's
+moments and `state.json`. It is written under a temporary name, each file fsynced, a manifest with sizes and
+sha256 last, then renamed, and the parent folder fsynced: a reader never sees half of one. `last` and `best` are
+symbolic links beside the `checkpoints` folder, replaced atomically.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smelt.errors import CheckpointError, NotFound, OutOfSpace
+from smelt.models.decoder import Decoder
+from smelt.models.weights import from_hf_tensors, write_model
+from smelt.training.optim import LossScale, Optimizer
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PREFIX = "step-"
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Where a run stands; with the tensors this is all that a bit-exact resume needs.
+
+    Data order and dropout are functions of (seed, step), so no generator's state is kept.
+    """
+
+    step: int
+    num_updates: int  # AdamW's own count: smaller than step where fp16 skipped some
+    best_val_loss: float | None
+    dataset: str  # its name
+    dataset_sha256: str  # of its tokens
+    compiled: bool
+    dtype: str
+    threads: int
+    world_size: int
+    torch_version: str
+    loss_scale: float | None = None
+    num_good_steps: int = 0
+
+
+Files = Callable[[Path], None]  # writes what a model folder needs besides weights: the tokenizer
+
+
+class Checkpoints:
+    """The checkpoints of one run; at most one is being written at a time."""
+
+    def __init__(self, out_dir: Path, keep: int, write_extra_files: Files) -> None:
+        self.out_dir = out_dir
+        self.folder = out_dir / "checkpoints"
+        self.keep = keep
+        self.write_extra_files = write_extra_files
+        self.warm: dict[str, Tensor] = {}  # reused: fresh memory costs three times the copy
+        self.copied = threading.Event()
+        self.copied.set()
+        self.writer: threading.Thread | None = None
+        self.failure: Exception | None = None
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover)
+
+    def forget_after(self, step: int) -> None:
+        """Remove what lies beyond the step that a run resumes from: damaged, or about to be written again."""
+        for folder in self.folder.glob(f"{PREFIX}*"):
+            if folder.name > step_name(step):
+                shutil.rmtree(folder)
+
+    def save(self, model: Decoder, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
+        """Begin to save; returns at once. `wait_until_copied` must come before the next update."""
+        self.wait()
+        self.copied.clear()
+        self.writer = threading.Thread(
+            target=self._save, args=(model, optimizer, state, is_best), name="checkpoint-writer", daemon=True
+        )
+        self.writer.start()
+
+    def wait_until_copied(self) -> None:
+        """Return when the tensors may change again."""
+        self.copied.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; raises what went wrong with it."""
+        if self.writer is not None:
+            self.writer.join()
+            self.writer = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def _save(self, model: Decoder, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
+        try:
+            self._copy(optimizer)
+            self.copied.set()
+            self._write(model, optimizer, state)
+            self._publish(state.step, is_best)
+        except Exception as error:  # noqa: BLE001 handed to the training thread, which raises it
+            self.failure = explain_full_disk(error, self.out_dir)
+        finally:
+            self.copied.set()
+
+    def _copy(self, optimizer: Optimizer) -> None:
+        for name, tensor in optimizer.buffers().items():
+            if name not in self.warm:
+                self.warm[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self.warm[name].copy_(tensor)
+
+    def _write(self, model: Decoder, optimizer: Optimizer, state: TrainState) -> None:
+        temporary = self.folder / f"{TEMPORARY}{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write_model(model.config, optimizer.named(self.warm, "masters"), temporary)
+            moments = {
+                f"{kind}.{name}": tensor
+                for kind in MOMENTS
+                for name, tensor in optimizer.named(self.warm, kind).items()
+            }
+            save_file(moments, temporary / OPTIMIZER)
+            (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+            self.write_extra_files(temporary)
+            write_manifest(temporary)
+            final = self.folder / step_name(state.step)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            sync_folder(self.folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _publish(self, step: int, is_best: bool) -> None:
+        point(self.out_dir / "last", self.folder / step_name(step))
+        if is_best:
+            point(self.out_dir / "best", self.folder / step_name(step))
+        protected = {(self.out_dir / link).resolve() for link in ("last", "best")}
+        for old in sorted(self.folder.glob(f"{PREFIX}*"))[: -self.keep]:
+            if old.resolve() not in protected:
+                shutil.rmtree(old)
+
+
+def step_name(step: int) -> str:
+    """The folder's name, which sorts by step."""
+    return f"{PREFIX}{step:08d}"
+
+
+def explain_full_disk(error: Exception, folder: Path) -> Exception:
+    """OutOfSpace in place of the many errors that a full disk causes; other errors as they are."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if is_full or (isinstance(error, SafetensorError) and "No space left" in str(error)):
+        free = shutil.disk_usage(folder).free
+        return OutOfSpace(
+            f"no space left for a checkpoint in {folder} ({free / 2**20:.0f} MiB free); the earlier checkpoints are "
+            f"whole. Free some space, then continue with --init-from resume --out-dir {folder}"
+        )
+    return error
+
+
+def write_manifest(folder: Path) -> None:
+    """Sizes and sha256 of every file, all fsynced before it; a folder without one is not a checkpoint."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.name] = {"size": path.stat().st_size, "sha256": digest}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(files, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a symbolic link point at a sibling's child, replacing an older one atomically."""
+    fresh = link.with_name(f"{TEMPORARY}{link.name}")
+    with suppress(FileNotFoundError):
+        fresh.unlink()
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    fresh.replace(link)
+    sync_folder(link.parent)
+
+
+def check_manifest(folder: Path) -> None:
+    """CheckpointError naming the first file that is missing or is not what was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {MANIFEST} is missing or damaged") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["size"]:
+            raise CheckpointError(f"checkpoint file {path} is missing or has the wrong size; use an older checkpoint")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                raise CheckpointError(f"checkpoint file {path} is damaged (sha256 differs); use an older checkpoint")
+
+
+def latest(out_dir: Path) -> Path:
+    """The newest whole checkpoint: `last`, or the one before it where `last` is damaged.
+
+    NotFound without any; CheckpointError where all are damaged.
+    """
+    found = sorted((out_dir / "checkpoints").glob(f"{PREFIX}*"), reverse=True)
+    if not found:
+        raise NotFound(f"no checkpoint to resume from in {out_dir}; start with --init-from scratch")
+    damage: CheckpointError | None = None
+    for folder in found:
+        try:
+            check_manifest(folder)
+        except CheckpointError as error:
+            damage = damage or error
+        else:
+            return folder
+    assert damage is not None
+    raise damage
+
+
+def read_state(folder: Path) -> TrainState:
+    """The run's position at a checkpoint."""
+    return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def restore(folder: Path, model: Decoder, optimizer: Optimizer) -> TrainState:
+    """Load a checkpoint into a model and its optimizer, bit for bit."""
+    state = read_state(folder)
+    weights = from_hf_tensors(model.config, load_file(folder / "model.safetensors"))
+    moments = load_file(folder / OPTIMIZER)
+    own = optimizer.buffers()
+    _fill(optimizer.named(own, "masters"), weights, folder)
+    for kind in MOMENTS:
+        _fill(optimizer.named(own, kind), {n.removeprefix(f"{kind}."): t for n, t in moments.items()}, folder)
+    optimizer.num_steps = state.num_updates
+    if state.loss_scale is not None and optimizer.loss_scale is not None:
+        optimizer.loss_scale = LossScale(state.loss_scale, state.num_good_steps)
+    optimizer.publish()
+    return state
+
+
+def _fill(targets: dict[str, Tensor], sources: dict[str, Tensor], folder: Path) -> None:
+    for name, target in targets.items():
+        if name not in sources or sources[name].shape != target.shape:
+            found = "nothing" if name not in sources else f"shape {tuple(sources[name].shape)}"
+            raise CheckpointError(f"checkpoint {folder}: {name} needs shape {tuple(target.shape)}, found {found}")
+        target.copy_(sources[name])

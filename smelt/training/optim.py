@@ -1,0 +1,199 @@
+"""The optimizer over flat fp32 buffers, gradient accumulation in fp32, and schedules; knows no loss and no data.
+
+All matrices lie one after the other in one buffer and all vectors in another (vectors do not decay). Parameters
+and gradients are views of these, so clipping, AdamW, an all-reduce or a checkpoint's copy is one call each.
+A model in bf16 or fp16 computes with rounded copies, while the fp32 masters and the fp32 gradients live here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 16  # elements: every parameter begins on a 64-byte line of its buffer
+
+
+def cosine_with_warmup(step: int, peak: float, floor: float, warmup: int, decay_end: int) -> float:
+    """Learning rate of a step: linear warm-up to the peak, then half a cosine down to the floor."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step >= decay_end:
+        return floor
+    progress = (step - warmup) / max(1, decay_end - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class ParameterGroup:
+    """Some of the parameters as slices of flat fp32 buffers of equal length."""
+
+    slices: dict[str, tuple[slice, torch.Size]]
+    masters: nn.Parameter  # fp32, flat
+    gradients: Tensor  # fp32, flat
+    rounded: Tensor | None  # the model's own weights, flat, where its dtype is not fp32
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The parameters' tensors inside one of the buffers."""
+        return {name: buffer[where].view(shape) for name, (where, shape) in self.slices.items()}
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling for fp16: halved when gradients overflow, doubled after 2,000 good steps."""
+
+    value: float = 1.0
+    num_good_steps: int = 0
+
+    def overflowed(self) -> None:
+        """Halve the scale; the step is skipped."""
+        self.value, self.num_good_steps = self.value / 2, 0
+
+    def succeeded(self) -> None:
+        """Count a good step."""
+        self.num_good_steps += 1
+        if self.num_good_steps == 2000:
+            self.value, self.num_good_steps = self.value * 2, 0
+
+
+class Optimizer:
+    """AdamW with decoupled decay (Loshchilov and Hutter 2019) and global-norm clipping."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, betas: tuple[float, float], weight_decay: float, grad_clip: float
+    ) -> None:
+        self.grad_clip = grad_clip
+        self.loss_scale = LossScale(65536.0) if dtype == torch.float16 else None
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.groups = [
+            flatten({name: p for name, p in named.items() if p.dim() >= 2}, dtype),
+            flatten({name: p for name, p in named.items() if p.dim() < 2}, dtype),
+        ]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [self.groups[0].masters], "weight_decay": weight_decay},
+                {"params": [self.groups[1].masters], "weight_decay": 0.0},
+            ],
+            betas=betas,
+            fused=self.groups[0].masters.device.type in ("cpu", "cuda"),
+        )
+        self._prime()
+
+    def _prime(self) -> None:
+        """Make AdamW's moments now, so that a checkpoint taken before the first step has them too."""
+        for group in self.groups:
+            state = self.adamw.state[group.masters]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device(group))
+            state["exp_avg"] = torch.zeros_like(group.masters)
+            state["exp_avg_sq"] = torch.zeros_like(group.masters)
+
+    def _step_device(self, group: ParameterGroup) -> torch.device:
+        fused = bool(self.adamw.defaults["fused"])
+        return group.masters.device if fused else torch.device("cpu")
+
+    def gradients(self) -> list[Tensor]:
+        """The flat fp32 gradients, for an all-reduce."""
+        return [group.gradients for group in self.groups]
+
+    def step(self, learning_rate: float) -> float | None:
+        """Clip, update and clear the gradients; returns their norm before clipping.
+
+        None: the gradients were not finite, so nothing moved (fp16 then goes on with a smaller loss scale).
+        """
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        norm = math.hypot(*(float(torch.linalg.vector_norm(gradients)) for gradients in self.gradients())) / scale
+        finite = math.isfinite(norm)
+        if finite:
+            clip = self.grad_clip / norm if 0 < self.grad_clip < norm else 1.0
+            self._update(learning_rate, clip / scale)
+        if self.loss_scale:
+            self.loss_scale.succeeded() if finite else self.loss_scale.overflowed()
+        self.zero_gradients()
+        return norm if finite else None
+
+    def _update(self, learning_rate: float, gradient_factor: float) -> None:
+        if gradient_factor != 1.0:
+            for gradients in self.gradients():
+                gradients.mul_(gradient_factor)
+        for settings in self.adamw.param_groups:
+            settings["lr"] = learning_rate
+        self.adamw.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the weights that the model computes with."""
+        for group in self.groups:
+            if group.rounded is not None:
+                group.rounded.copy_(group.masters)
+
+    def zero_gradients(self) -> None:
+        """Forget what was accumulated."""
+        for gradients in self.gradients():
+            gradients.zero_()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Every flat tensor that a checkpoint must hold, by a stable name."""
+        found: dict[str, Tensor] = {}
+        for index, group in enumerate(self.groups):
+            state = self.adamw.state[group.masters]
+            found[f"{index}.masters"] = group.masters.detach()
+            found[f"{index}.exp_avg"] = state["exp_avg"]
+            found[f"{index}.exp_avg_sq"] = state["exp_avg_sq"]
+        return found
+
+    @property
+    def num_steps(self) -> int:
+        """Updates so far, which AdamW's bias correction depends on."""
+        return int(self.adamw.state[self.groups[0].masters]["step"])
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        for group in self.groups:
+            self.adamw.state[group.masters]["step"].fill_(value)
+
+    def named(self, buffers: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+        """One kind (`masters`, `exp_avg` or `exp_avg_sq`) of copied or own buffers as tensors by parameter name."""
+        return {
+            name: tensor
+            for index, group in enumerate(self.groups)
+            for name, tensor in group.views(buffers[f"{index}.{kind}"]).items()
+        }
+
+
+def flatten(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> ParameterGroup:
+    """Move parameters into flat buffers; afterwards they and their gradients are views of them."""
+    slices: dict[str, tuple[slice, torch.Size]] = {}
+    length = 0
+    for name, parameter in parameters.items():
+        slices[name] = (slice(length, length + parameter.numel()), parameter.shape)
+        length += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    masters = nn.Parameter(torch.zeros(length, device=device))
+    gradients = torch.zeros(length, device=device)
+    rounded = None if dtype == torch.float32 else torch.zeros(length, device=device, dtype=dtype)
+    masters.grad = gradients
+    group = ParameterGroup(slices, masters, gradients, rounded)
+    master_views, gradient_views = group.views(masters.data), group.views(gradients)
+    weight_views = master_views if rounded is None else group.views(rounded)
+    for name, parameter in parameters.items():
+        master_views[name].copy_(parameter.data)
+        parameter.data = weight_views[name]
+        if rounded is None:
+            parameter.grad = gradient_views[name]
+        else:
+            weight_views[name].copy_(master_views[name])
+            parameter.register_post_accumulate_grad_hook(accumulator(gradient_views[name]))  # type: ignore[no-untyped-call]
+    return group
+
+
+def accumulator(gradient: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's rounded gradient to its fp32 sum as soon as backward has it."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None, "the hook runs after the gradient is there"
+        gradient.add_(parameter.grad)
+        parameter.grad = None
+
+    return add

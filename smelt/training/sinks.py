@@ -1,0 +1,109 @@
+"""Where a run's events go: a file for machines, plain lines, optional services; knows no model and no loop."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from smelt.configs import TrainConfig
+from smelt.errors import MissingDependency
+from smelt.training.metrics import EvalMetrics, Event, RunInfo, RunSummary, Sink, StepMetrics, describe
+
+KINDS = {"StepMetrics": "step", "EvalMetrics": "evaluation", "Note": "note", "RunSummary": "summary"}
+
+
+def is_logged(event: Event, log_interval: int) -> bool:
+    """Every event but the steps between two log intervals."""
+    return not isinstance(event, StepMetrics) or event.step % log_interval == 0 or event.step == 1
+
+
+def jsonl_sink(path: Path, log_interval: int) -> Sink:
+    """An object per logged event in `path`; a resumed run goes on where its checkpoint stood, each step once."""
+    file: TextIO | None = None
+
+    def receive(event: Event) -> None:
+        nonlocal file
+        if isinstance(event, RunInfo):
+            kept = lines_until(path, event.first_step)
+            path.write_text("".join(kept), encoding="utf-8")
+            file = path.open("a", encoding="utf-8", buffering=1)
+        elif is_logged(event, log_interval):
+            assert file is not None, "RunInfo comes first"
+            file.write(json.dumps({"kind": KINDS[type(event).__name__], **finite_values(event)}) + "\n")
+
+    return receive
+
+
+def finite_values(event: Event) -> dict[str, Any]:
+    """The event's fields, with null where JSON has no number (NaN and infinity)."""
+    values = asdict(event)
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def lines_until(path: Path, last_step: int) -> list[str]:
+    """The steps and evaluations of the run's earlier part, up to the checkpoint that it resumes from.
+
+    A kill may have cut the last line; it and everything after the checkpoint will be written again.
+    """
+    if last_step == 0 or not path.is_file():
+        return []
+    whole_lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in whole_lines if _is_before(json.loads(line), last_step)]
+
+
+def _is_before(values: dict[str, Any], last_step: int) -> bool:
+    in_progress = values["kind"] in ("step", "evaluation") and not values.get("final")
+    return in_progress and bool(values["step"] <= last_step)
+
+
+def line_sink(write: Callable[[str], object], log_interval: int) -> Sink:
+    """Lines of text for a pipe, a log file or a notebook."""
+
+    def receive(event: Event) -> None:
+        if is_logged(event, log_interval):
+            write(describe(event) + "\n")
+
+    return receive
+
+
+def wandb_sink(config: TrainConfig, out_dir: Path) -> Sink:
+    """Weights & Biases, which reads its WANDB_* variables itself. MissingDependency without the package."""
+    try:
+        import wandb  # noqa: PLC0415 an optional dependency
+    except ImportError:
+        raise MissingDependency("--wandb needs the wandb package: pip install 'smelt[wandb]'") from None
+    run = wandb.init(project="smelt", name=out_dir.name, dir=str(out_dir), config=config.model_dump(mode="json"))
+    return scalar_sink(lambda values, step: run.log(values, step=step), run.finish, config.log_interval)
+
+
+def tensorboard_sink(config: TrainConfig, out_dir: Path) -> Sink:
+    """Event files in out_dir/tensorboard. MissingDependency without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 an optional dependency
+    except ImportError:
+        raise MissingDependency("--tensorboard needs the package: pip install 'smelt[tensorboard]'") from None
+    writer = SummaryWriter(str(out_dir / "tensorboard"))
+
+    def send(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return scalar_sink(send, writer.close, config.log_interval)
+
+
+def scalar_sink(
+    send: Callable[[dict[str, float], int], object], close: Callable[[], object], log_interval: int
+) -> Sink:
+    """Numbers by name and step, for a service that draws curves."""
+
+    def receive(event: Event) -> None:
+        if isinstance(event, StepMetrics) and is_logged(event, log_interval):
+            send({f"train/{k}": v for k, v in asdict(event).items() if k != "step"}, event.step)
+        elif isinstance(event, EvalMetrics):
+            send({"val/loss": event.val_loss}, event.step)
+        elif isinstance(event, RunSummary):
+            close()
+
+    return receive
