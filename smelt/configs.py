@@ -247,6 +247,17 @@ class TrainConfig(Config):
         return self.learning_rate, floor, warmup, decay_end
 
 
+# Headings of the flags' help: the first field of each section.
+TRAIN_SECTIONS = {
+    "data_path": "Data",
+    "init_from": "Model",
+    "max_iters": "Steps",
+    "learning_rate": "Optimizer",
+    "out_dir": "Evaluation, logging and checkpoints",
+    "device": "Device",
+}
+
+
 def validated(config_class: type[C], values: dict[str, Any]) -> C:
     """Build a config, turning pydantic's report into one ConfigError with a line per bad field."""
     try:
