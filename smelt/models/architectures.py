@@ -4,17 +4,16 @@ Knows `config.json` and the names and shapes in a weights file; opens no weights
 the size of a model can be told without loading it. Adding an architecture is three functions and a line below.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from smelt.configs import DecoderConfig, validated
-from smelt.errors import ConfigError, NotFound, UnsupportedModel
+from smelt.errors import ConfigError, UnsupportedModel
 
 HfConfig = dict[str, Any]
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 # Buffers that old files carry along: they follow from the config.
@@ -88,21 +87,42 @@ def zero_biases_of(config: DecoderConfig) -> dict[str, Shape]:
     return {stored.names[0]: stored.shapes[0] for stored in whole if stored.names[0] not in names}
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """The config of a model folder. NotFound or UnsupportedModel, with the folder's name."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise NotFound(f"{folder} has no {CONFIG_FILE}, so it is not a model folder")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UnsupportedModel(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(hf, dict):
-        raise UnsupportedModel(f"{path} must hold an object, not {type(hf).__name__}")
-    try:
-        return from_hf_config(hf)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{folder}: {error}") from None
+def expected_shapes(config: DecoderConfig) -> dict[str, Shape]:
+    """Names and shapes that a weights file of this config must hold, as they lie in the file."""
+    return {
+        name: shape[::-1] if stored.transposed else shape
+        for stored in layout_of(config).values()
+        for name, shape in zip(stored.names, stored.shapes, strict=True)
+    }
+
+
+def with_full_names(config: DecoderConfig, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors (or shapes) by their full names: files of the bare model leave out the prefix; buffers are dropped."""
+    prefix = ARCHITECTURES[config.architecture].prefix
+    is_bare = not any(name.startswith(prefix) for name in tensors)
+    kept = {name: value for name, value in tensors.items() if not name.endswith(DERIVED_TENSORS)}
+    if not is_bare:
+        return kept
+    return {name if name.startswith("lm_head.") else prefix + name: value for name, value in kept.items()}
+
+
+def check_shapes(config: DecoderConfig, found: Mapping[str, Shape]) -> None:
+    """UnsupportedModel names tensors that are missing, unknown or misshapen; `found` has full names."""
+    expected = expected_shapes(config)
+    optional = set(zero_biases_of(config)) | ({"lm_head.weight"} if config.tied else set())
+    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys() - optional
+    if missing or unknown:
+        parts = [f"missing {_first(missing)}"] if missing else []
+        parts += [f"unexpected {_first(unknown)}"] if unknown else []
+        raise UnsupportedModel(f"the weights do not fit {CONFIG_FILE}: {'; '.join(parts)}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UnsupportedModel(f"{name} has shape {found[name]}, but {CONFIG_FILE} asks for {shape}")
+
+
+def _first(names: Iterable[str], limit: int = 4) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
 # --- GPT-2 -----------------------------------------------------------------------------------------------

@@ -8,42 +8,31 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smelt.configs import DecoderConfig, validated
 from smelt.errors import NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import (
-    ARCHITECTURES,
     CONFIG_FILE,
-    DERIVED_TENSORS,
-    Shape,
     Stored,
+    check_shapes,
     gpt2_layout,
     layout_of,
-    read_config,
     to_hf_config,
+    with_full_names,
     zero_biases_of,
 )
 from smelt.models.decoder import Decoder
+from smelt.models.folders import INDEX_FILE, WEIGHTS_FILE, check_weights, read_config, weight_files
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SHARD_BYTES = 5 * 10**9  # what hubs and readers expect at most in one file
-FLOATS = {"F64", "F32", "F16", "BF16"}
-
-CONVERT = (
-    "smelt opens no pickled weights, since they can run code. Convert them where you trust the file, with "
-    "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
-)
-
 
 # --- State dictionaries: ours and theirs -----------------------------------------------------------------
 
@@ -61,8 +50,8 @@ def to_hf_tensors(config: DecoderConfig, state: Mapping[str, Tensor]) -> dict[st
 
 def from_hf_tensors(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_hf_tensors`. UnsupportedModel names tensors that are missing, unknown or misshapen."""
-    named = _with_full_names(config, tensors)
-    _check_shapes(config, {name: tuple(tensor.shape) for name, tensor in named.items()})
+    named = with_full_names(config, tensors)
+    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in named.items()})
     for name in zero_biases_of(config):
         if name in named and named[name].any():
             raise UnsupportedModel(
@@ -80,43 +69,10 @@ def _gather(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).contiguous()
 
 
-def _with_full_names(config: DecoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Files of the bare model leave out the prefix of every name; derived buffers are dropped."""
-    prefix = ARCHITECTURES[config.architecture].prefix
-    is_bare = not any(name.startswith(prefix) for name in tensors)
-    kept = {name: value for name, value in tensors.items() if not name.endswith(DERIVED_TENSORS)}
-    if not is_bare:
-        return kept
-    return {name if name.startswith("lm_head.") else prefix + name: value for name, value in kept.items()}
-
-
-def _check_shapes(config: DecoderConfig, found: Mapping[str, Shape]) -> None:
-    expected: dict[str, Shape] = {}
-    for stored in layout_of(config).values():
-        for name, shape in zip(stored.names, stored.shapes, strict=True):
-            expected[name] = shape[::-1] if stored.transposed else shape
-    optional = set(zero_biases_of(config)) | ({"lm_head.weight"} if config.tied else set())
-    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys() - optional
-    if missing or unknown:
-        parts = [f"missing {_first(missing)}"] if missing else []
-        parts += [f"unexpected {_first(unknown)}"] if unknown else []
-        raise UnsupportedModel(f"the weights do not fit {CONFIG_FILE}: {'; '.join(parts)}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise UnsupportedModel(f"{name} has shape {found[name]}, but {CONFIG_FILE} asks for {shape}")
-
-
-def _first(names: Iterable[str], limit: int = 4) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
-
-
 # --- Hugging Face folders --------------------------------------------------------------------------------
 
 
-def read_model(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dropout: float = 0.0
-) -> Decoder:
+def read_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
     """A decoder in eval mode from a Hugging Face folder; `dtype` None keeps what the embedding is stored in.
 
     On a CPU, tensors that need no conversion stay memory-mapped. Raises NotFound, UnsafeFile or UnsupportedModel.
@@ -127,7 +83,7 @@ def read_model(
         state = from_hf_tensors(config, tensors)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{folder}: {error}") from None
-    return assemble(config, state, dtype, device, dropout)
+    return assemble(config, state, dtype, device)
 
 
 def assemble(
@@ -135,66 +91,22 @@ def assemble(
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    dropout: float = 0.0,
 ) -> Decoder:
     """A decoder in eval mode that holds these very tensors where device and dtype allow."""
     dtype = dtype or state["embedding.weight"].dtype
     with torch.device("meta"):
-        model = Decoder(config, dropout)
+        model = Decoder(config)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
     return model.eval()
 
 
 def _read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
-    """Every tensor of a folder, lazily mapped, after its header was checked against the config."""
+    """Every tensor of a folder, lazily mapped, after the headers were checked against the config."""
+    check_weights(folder, config)
     tensors: dict[str, Tensor] = {}
-    shapes: dict[str, Shape] = {}
-    handles = [_open_safetensors(path) for path in _weight_files(folder)]
-    for handle in handles:
-        for name in handle.keys():  # noqa: SIM118 a safetensors handle is not a mapping
-            part = handle.get_slice(name)
-            if part.get_dtype() not in FLOATS and not name.endswith(DERIVED_TENSORS):
-                raise UnsupportedModel(f"{folder}: {name} is stored as {part.get_dtype()}; known: {_first(FLOATS)}")
-            shapes[name] = tuple(part.get_shape())
-    try:
-        _check_shapes(config, _with_full_names(config, shapes))
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{folder}: {error}") from None
-    for handle in handles:
-        tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 as above
+    for path in weight_files(folder):
+        tensors |= load_file(path)
     return tensors
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UnsupportedModel(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    if (folder / INDEX_FILE).is_file():
-        return _sharded_files(folder)
-    pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickled:
-        raise UnsafeFile(f"{folder} holds its weights as {_first(pickled)}. {CONVERT}")
-    raise NotFound(f"{folder} has no {WEIGHTS_FILE}")
-
-
-def _sharded_files(folder: Path) -> list[Path]:
-    try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModel(f"{folder / INDEX_FILE} is damaged: {error!r}") from None
-    for name in names:
-        if Path(name).name != name:
-            raise UnsupportedModel(f"{folder / INDEX_FILE} names a file outside of its folder: {name!r}")
-        if not (folder / name).is_file():
-            raise NotFound(f"{folder} lacks {name}, which {INDEX_FILE} names")
-    return [folder / name for name in names]
 
 
 def write_model(

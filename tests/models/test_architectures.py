@@ -7,7 +7,7 @@ import pytest
 from families import FAMILIES, GPT2_SHAPE, LLAMA3_ROPE, LLAMA_SHAPE
 from smelt.configs import LLAMA_STYLE, DecoderConfig, RopeScaling
 from smelt.errors import NotFound, UnsupportedModel
-from smelt.models.architectures import from_hf_config, layout_of, read_config, to_hf_config
+from smelt.models.architectures import from_hf_config, layout_of, to_hf_config
 from smelt.models.decoder import Decoder
 
 LLAMA = {"model_type": "llama", **LLAMA_SHAPE}

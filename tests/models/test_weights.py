@@ -11,8 +11,9 @@ from families import FAMILIES, make_reference, our_logits, reference_logits, sav
 from smelt.configs import DecoderConfig
 from smelt.errors import NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models import weights
-from smelt.models.architectures import from_hf_config, read_config, to_hf_config
+from smelt.models.architectures import from_hf_config, to_hf_config
 from smelt.models.decoder import Decoder
+from smelt.models.folders import read_config
 from smelt.models.weights import (
     from_hf_tensors,
     read_model,

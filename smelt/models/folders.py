@@ -1,0 +1,111 @@
+"""A model folder: its config, the files that hold its weights, and whether they fit; knows no names and no torch.
+
+Only headers are read here, so a folder can be judged before a byte of its weights is used.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from smelt.configs import DecoderConfig
+from smelt.errors import NotFound, UnsafeFile, UnsupportedModel
+from smelt.models.architectures import (
+    CONFIG_FILE,
+    DERIVED_TENSORS,
+    Shape,
+    check_shapes,
+    from_hf_config,
+    with_full_names,
+)
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+CONVERT = (
+    "smelt opens no pickled weights, since they can run code. Convert them where you trust the file, with "
+    "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+)
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as it stands. NotFound, or UnsupportedModel where it is no JSON object."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise NotFound(f"{folder} has no {CONFIG_FILE}, so it is not a model folder")
+    hf = read_json(path)
+    if not isinstance(hf, dict):
+        raise UnsupportedModel(f"{path} must hold an object, not {type(hf).__name__}")
+    return hf
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The config of a model folder. NotFound or UnsupportedModel, with the folder's name."""
+    try:
+        return from_hf_config(read_hf_config(folder))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{folder}: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. UnsupportedModel where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModel(f"{path} is not valid JSON: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. UnsafeFile where there are only pickles, else NotFound."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _sharded_files(folder)
+    pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickled:
+        raise UnsafeFile(f"{folder} holds its weights as {', '.join(pickled[:4])}. {CONVERT}")
+    raise NotFound(f"{folder} has no {WEIGHTS_FILE}")
+
+
+def _sharded_files(folder: Path) -> list[Path]:
+    index = read_json(folder / INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UnsupportedModel(f"{folder / INDEX_FILE} has no weight_map of tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise UnsupportedModel(f"{folder / INDEX_FILE} names a file outside of its folder: {name!r}")
+        if not (folder / name).is_file():
+            raise NotFound(f"{folder} lacks {name}, which {INDEX_FILE} names")
+    return [folder / name for name in names]
+
+
+def check_weights(folder: Path, config: DecoderConfig) -> None:
+    """Compare the files' headers with the config; UnsupportedModel names what is torn, missing or misshapen."""
+    shapes: dict[str, Shape] = {}
+    for path in weight_files(folder):
+        shapes |= _read_shapes(path)
+    try:
+        check_shapes(config, with_full_names(config, shapes))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{folder}: {error}") from None
+
+
+def _read_shapes(path: Path) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 the handle is not a mapping
+                part = file.get_slice(name)
+                if part.get_dtype() not in FLOATS and not name.endswith(DERIVED_TENSORS):
+                    raise UnsupportedModel(
+                        f"{path}: {name} is stored as {part.get_dtype()}; supported: {', '.join(FLOATS)}"
+                    )
+                shapes[name] = tuple(part.get_shape())
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedModel(f"{path} is not a readable safetensors file: {error}") from None
+    return shapes
