@@ -263,10 +263,15 @@ def validated(config_class: type[C], values: dict[str, Any]) -> C:
     try:
         return config_class.model_validate(values)
     except ValidationError as report:
-        raise ConfigError("\n".join(_explain(error, config_class) for error in report.errors())) from None
+        raise ConfigError(explained(report, config_class)) from None
 
 
-def _explain(error: Any, config_class: type[Config]) -> str:
+def explained(report: ValidationError, config_class: type[BaseModel]) -> str:
+    """Pydantic's report in our words, a line per bad field."""
+    return "\n".join(_explain(error, config_class) for error in report.errors())
+
+
+def _explain(error: Any, config_class: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {where!r}; known keys: {', '.join(sorted(config_class.model_fields))}"

@@ -1,0 +1,75 @@
+"""Flags from a config class: every field is an option, kebab-case or with underscores; knows no particular config.
+
+Values stay text here; the class itself parses and checks them, so flags, YAML and JSON obey one schema.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+from pydantic.fields import FieldInfo
+
+from smelt.configs import Config, read_config_file
+
+
+class ConfigCommand(click.Command):
+    """A command whose flags are the fields of a config class, under a heading per section in its help."""
+
+    def __init__(self, config_class: type[Config], sections: Mapping[str, str], **settings: Any) -> None:
+        options = [field_option(name, field) for name, field in config_class.model_fields.items()]
+        config_file = click.Option(
+            ["--config"], metavar="FILE", help="YAML or JSON file with the same keys as the flags."
+        )
+        settings["context_settings"] = {"token_normalize_func": lambda name: name.replace("_", "-")}
+        super().__init__(params=[config_file, *options], **settings)
+        self.sections = sections  # first field of each section -> heading
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The flags under their headings."""
+        heading, rows = "Options", list[tuple[str, str]]()
+        for parameter in self.get_params(ctx):
+            if parameter.name in self.sections:
+                self._write_section(formatter, heading, rows)
+                heading, rows = self.sections[parameter.name], []
+            rows.append(parameter.get_help_record(ctx) or ("", ""))
+        self._write_section(formatter, heading, rows)
+
+    def _write_section(self, formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
+        with formatter.section(heading):
+            formatter.write_dl([row for row in rows if any(row)])
+
+
+def field_option(name: str, field: FieldInfo) -> click.Option:
+    """An option for one field. Where `true` is a value, the bare flag means it."""
+    may_be_bare = field.annotation is bool or "true" in get_args(field.annotation)
+    default = "" if field.default is None else f"  [default: {default_text(field.default)}]"
+    return click.Option(
+        [f"--{name.replace('_', '-')}", name],
+        metavar="BOOL" if field.annotation is bool else metavar_of(field),
+        is_flag=False,
+        flag_value="true" if may_be_bare else None,
+        help=f"{field.description}{default}",
+    )
+
+
+def metavar_of(field: FieldInfo) -> str:
+    """A word for the kind of value, as pydantic knows it."""
+    kinds = {argument for argument in (*get_args(field.annotation), field.annotation) if argument is not type(None)}
+    for kind, word in ((float, "NUMBER"), (int, "INT")):
+        if kind in kinds or any(kind in get_args(part) for part in kinds):
+            return word
+    return "TEXT"
+
+
+def default_text(value: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def given_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given over the file that `--config` names."""
+    values = {name: value for name, value in flags.items() if value is not None and name != "config"}
+    return {**read_config_file(Path(flags["config"])), **values} if flags.get("config") else values
