@@ -1,12 +1,11 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from families import FAMILIES, GPT2_SHAPE, LLAMA3_ROPE, LLAMA_SHAPE
 from smelt.configs import LLAMA_STYLE, DecoderConfig, RopeScaling
-from smelt.errors import NotFound, UnsupportedModel
+from smelt.errors import UnsupportedModel
 from smelt.models.architectures import from_hf_config, layout_of, to_hf_config
 from smelt.models.decoder import Decoder
 
@@ -87,14 +86,3 @@ def test_a_shape_that_no_folder_can_express_is_refused_on_writing() -> None:
     )
     with pytest.raises(UnsupportedModel, match="a llama folder cannot express qk_norm=True"):
         to_hf_config(config)
-
-
-def test_read_config_names_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=str(tmp_path)):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UnsupportedModel, match="must hold an object"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
-    with pytest.raises(UnsupportedModel, match=rf"{tmp_path}.*bloom"):
-        read_config(tmp_path)
