@@ -3,13 +3,20 @@
 The only module that reads the environment. Knows no torch and no model; what belongs to one run is in `configs`.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
-from smelt.configs import Dtype
+from smelt.configs import Dtype, explained, read_config_file
 from smelt.errors import ConfigError
 
 CONFIG_FILE = "smelt.yaml"
@@ -19,7 +26,7 @@ class Settings(BaseSettings):
     """Where things live and what hardware to use, unless a command says otherwise."""
 
     model_config = SettingsConfigDict(
-        env_prefix="SMELT_", yaml_file=CONFIG_FILE, extra="forbid", frozen=True, validate_default=True
+        env_prefix="SMELT_", env_ignore_empty=True, extra="forbid", frozen=True, validate_default=True
     )
 
     home: Path = Field(Path("~/.smelt"), description="folder of datasets, models and runs")
@@ -42,7 +49,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags first, then the environment, then the file of the working folder."""
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _file_values())
 
     @property
     def datasets(self) -> Path:
@@ -61,9 +68,27 @@ class Settings(BaseSettings):
 
 
 def load_settings(**flags: Any) -> Settings:
-    """Settings with the given flags on top; flags that are None were not given."""
+    """Settings with the given flags on top; flags that are None were not given. ConfigError names what is wrong."""
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as report:
-        lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in report.errors()]
-        raise ConfigError(f"settings ({CONFIG_FILE}, SMELT_*, flags): " + "; ".join(lines)) from None
+        raise ConfigError(f"settings ({CONFIG_FILE}, SMELT_*, flags): {explained(report, Settings)}") from None
+
+
+def setting_sources() -> dict[str, str]:
+    """Where each setting comes from when no flag is given: its variable, the file, or the default."""
+    in_environment, in_file = EnvSettingsSource(Settings)(), _file_values()
+    return {
+        name: f"SMELT_{name.upper()}" if name in in_environment else CONFIG_FILE if name in in_file else "default"
+        for name in Settings.model_fields
+    }
+
+
+def tiktoken_cache() -> Path | None:
+    """The folder that TIKTOKEN_CACHE_DIR names, where tiktoken keeps vocabularies; None when it is not set."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    return Path(folder) if folder else None
+
+
+def _file_values() -> dict[str, Any]:
+    return read_config_file(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else {}

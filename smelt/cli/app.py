@@ -37,6 +37,14 @@ class LazyGroup(click.Group):
         """The verbs in the order of the table, which is the order a newcomer needs them in."""
         return list(VERBS)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, but suggest from the table: click knows only the verbs that it has imported."""
+        if not args[0].startswith("-") and args[0] not in VERBS:
+            raise click.exceptions.NoSuchCommand(args[0], possibilities=VERBS, ctx=ctx)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the verb's module."""
         if cmd_name not in VERBS:
@@ -59,16 +67,28 @@ def command() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; user mistakes end with one line on stderr and exit code 2, Ctrl-C with 130."""
     try:
-        command.main(arguments, prog_name="smelt", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
+        # A verb that raises click's Exit ends up here with its code; one that simply returns, with None.
+        sys.exit(command.main(arguments, prog_name="smelt", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _complain(error.format_message() + _help_hint(error))
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
     except SmeltError as error:
-        click.secho("error: ", fg="red", nl=False, err=True)
-        click.echo(str(error), err=True)
+        _complain(str(error))
         sys.exit(2)
+
+
+def _complain(message: str) -> None:
+    click.secho("error: ", fg="red", nl=False, err=True)
+    click.echo(message, err=True)
+
+
+def _help_hint(error: click.ClickException) -> str:
+    """Where to read on after a wrong flag or verb."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return f" (see {context.command_path} --help)" if context else ""
