@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from smelt.configs import TrainConfig
 from smelt.errors import MissingDependency
@@ -21,17 +21,13 @@ def is_logged(event: Event, log_interval: int) -> bool:
 
 def jsonl_sink(path: Path, log_interval: int) -> Sink:
     """An object per logged event in `path`; a resumed run goes on where its checkpoint stood, each step once."""
-    file: TextIO | None = None
 
     def receive(event: Event) -> None:
-        nonlocal file
         if isinstance(event, RunInfo):
-            kept = lines_until(path, event.first_step)
-            path.write_text("".join(kept), encoding="utf-8")
-            file = path.open("a", encoding="utf-8", buffering=1)
+            path.write_text("".join(lines_until(path, event.first_step)), encoding="utf-8")
         elif is_logged(event, log_interval):
-            assert file is not None, "RunInfo comes first"
-            file.write(json.dumps({"kind": KINDS[type(event).__name__], **finite_values(event)}) + "\n")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": KINDS[type(event).__name__], **finite_values(event)}) + "\n")
 
     return receive
 
