@@ -102,9 +102,10 @@ def processor(settings: Settings) -> list[Finding]:
     import torch
 
     from smelt.models.devices import cpu_features, has_compiler
+    from smelt.training.parallel import num_cores
 
     cores = usable_cores()
-    threads = settings.threads or torch.get_num_threads()
+    threads = settings.threads or num_cores()
     findings: list[Finding] = [
         Fact("torch", f"{torch.__version__} ({build()})"),
         Fact("cpu", f"{cpu_name()}, {cores:g} usable cores"),
@@ -141,10 +142,11 @@ def cpu_name() -> str:
 
 
 def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """Cores that this process may use: by affinity, and by a container's quota, which affinity does not show."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Cores that this process may use: those it sees, or fewer where a container has a quota."""
+    from smelt.training.parallel import num_cores
+
     quota, period = quota_file.read_text().split() if quota_file.is_file() else ("max", "1")
-    return cores if quota == "max" else min(cores, int(quota) / int(period))
+    return num_cores() if quota == "max" else min(num_cores(), int(quota) / int(period))
 
 
 def accelerators(settings: Settings) -> list[Finding]:
