@@ -1,0 +1,55 @@
+"""Sequence: one prompt and the tokens drawn after it; knows no text, no model and no batch."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from random import Random
+
+from smelt.types import FinishReason, SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence is on its way through the engine."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Token ids in, token ids out. Compared by identity: two requests may ask for the same.
+
+    `logprobs` are of the model's own distribution, before temperature and cut-offs. A stop token is kept as the
+    last of `output_ids`. The source of randomness is the sequence's own, so that an answer does not depend on
+    which others run at the same time; `params.seed` None draws a fresh one.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    random: Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = Random(self.params.seed)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def append(self, token: int, logprob: float, max_length: int) -> None:
+        """Take a drawn token, and finish where it, the asked-for number or the context's end says so."""
+        self.output_ids.append(token)
+        self.logprobs.append(logprob)
+        if token in self.params.stop_token_ids:
+            self.finish("stop")
+        elif len(self.output_ids) >= self.params.max_tokens or self.num_tokens >= max_length:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """Nothing is drawn after this."""
+        self.status = Status.FINISHED
+        self.finish_reason = reason
