@@ -1,0 +1,42 @@
+"""Conversations as text for models without a chat template; knows no tokenizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from smelt.errors import DataError
+from smelt.types import ChatMessage
+
+ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+
+
+def render_messages(messages: Sequence[ChatMessage]) -> str:
+    """A whole conversation, one paragraph per turn that begins with who speaks."""
+    return "".join(f"{_speaker(message)} {message.content}\n\n" for message in messages)
+
+
+def render_prompt(messages: Sequence[ChatMessage]) -> str:
+    """The conversation so far and the beginning of the assistant's next turn, for a model to go on from."""
+    return render_messages(messages) + f"{ROLE_NAMES['assistant']}:"
+
+
+def stop_strings() -> tuple[str, ...]:
+    """What shows, in a text that goes on from `render_prompt`, that somebody else has begun to speak."""
+    return tuple(f"\n\n{name}:" for name in ROLE_NAMES.values() if name != ROLE_NAMES["assistant"])
+
+
+def _speaker(message: ChatMessage) -> str:
+    return ROLE_NAMES.get(message.role, message.role.capitalize()) + ":"
+
+
+def parse_messages(value: Any) -> list[ChatMessage]:
+    """The turns in a JSON value. DataError says which one lacks a role or a text."""
+    if not isinstance(value, list) or not value:
+        raise DataError("`messages` must be a list of turns such as {'role': 'user', 'content': 'Hello'}")
+    return [_parse_turn(turn, number) for number, turn in enumerate(value, start=1)]
+
+
+def _parse_turn(turn: Any, number: int) -> ChatMessage:
+    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"turn {number} of `messages` must have a `role` and a `content`, both text")
+    return ChatMessage(role, content)
