@@ -10,6 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smelt.configs import DecoderConfig
+from smelt.data.bpe import MARKER_FILE
+from smelt.data.hf_tokenizer import TOKENIZER_FILE
+from smelt.data.tokenizers import Tokenizer, load_tokenizer
 from smelt.errors import NotFound, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import (
     CONFIG_FILE,
@@ -56,6 +59,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnsupportedModel(f"{path} is not valid JSON: {error}") from None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer beside the weights; None where there is none. TokenizerError where it is damaged."""
+    has_one = any((folder / name).is_file() for name in (MARKER_FILE, TOKENIZER_FILE, "vocab.json"))
+    return load_tokenizer(folder) if has_one else None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from smelt.data.bpe import MARKER_FILE
+from smelt.data.hf_tokenizer import KEPT_FILES
 from smelt.errors import InvalidInput, MissingDependency, NotFound
 from smelt.models.architectures import CONFIG_FILE
 from smelt.models.folders import INDEX_FILE, WEIGHTS_FILE
@@ -21,17 +23,7 @@ RUN_LINKS = ("best", "last")  # what a run's folder points to, in the order of p
 # Names that everybody knows -> repositories of the hub; the older name may be the one in the cache.
 HUB_NAMES = {name: (f"openai-community/{name}", name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 # What is fetched from the hub and kept on import: weights and tokenizer, never code or pickles.
-TOKENIZER_FILES = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.*",
-    "generation_config.json",
-)
+TOKENIZER_FILES = (MARKER_FILE, *KEPT_FILES, "generation_config.json")
 HUB_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors", *TOKENIZER_FILES)
 
 

@@ -20,7 +20,8 @@ from smelt.data.tokenizers import Tokenizer
 from smelt.errors import AlreadyExists, CheckpointError, ConfigError, NotFound, OutOfSpace
 from smelt.models.decoder import Decoder
 from smelt.models.devices import pick_device, pick_dtype
-from smelt.models.registry import load_model, resolve
+from smelt.models.loading import load_model
+from smelt.models.registry import resolve
 from smelt.training.batches import EvalBatches, TrainBatches
 from smelt.training.checkpoint import Checkpoints, TrainState, latest, read_state, restore
 from smelt.training.compiling import compiled, wants_compile
