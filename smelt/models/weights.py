@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def _write_shards(shards: list[dict[str, Tensor]], folder: Path) -> None:
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner may read
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -1,0 +1,178 @@
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from smelt.configs import DecoderConfig
+from smelt.data.characters import ByteTokenizer, CharTokenizer
+from smelt.errors import DataError, InvalidInput
+from smelt.inference.service import TextModel
+from smelt.models.decoder import Decoder
+from smelt.types import ChatMessage
+
+
+def make_model(vocab_size: int, block_size: int = 48) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(vocab_size=vocab_size, block_size=block_size, n_layer=2, n_head=2, n_embd=16))
+    decoder.initialize(0)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def text_model() -> TextModel:
+    return TextModel(make_model(257), ByteTokenizer(), num_slots=3)
+
+
+class ScriptedDecoder(Decoder):
+    """Writes a fixed text, whatever the prompt was: byte i of the script comes after i tokens of output."""
+
+    def __init__(self, script: bytes, block_size: int = 400) -> None:
+        super().__init__(DecoderConfig(vocab_size=257, block_size=block_size, n_layer=1, n_head=1, n_embd=257))
+        self.script = [*script, 256]
+
+    def forward(self, batch: Any, attend: Any = None) -> torch.Tensor:
+        """One-hot of the next byte, found by the number of the token that was fed last."""
+        num_rows, num_tokens = batch.tokens.shape
+        if num_tokens > 1 or batch.positions is None:
+            self.start = num_tokens
+            at = 0
+        else:
+            at = int(batch.positions[0, 0]) - self.start + 1
+        hidden = torch.zeros(num_rows, num_tokens, 257)
+        hidden[:, -1, self.script[min(at, len(self.script) - 1)]] = 1.0
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The one-hot itself, sharpened."""
+        return hidden * 100
+
+
+def scripted(text: str) -> TextModel:
+    return TextModel(ScriptedDecoder(text.encode()), ByteTokenizer())
+
+
+def test_streamed_pieces_join_to_the_generated_text(text_model: TextModel) -> None:
+    settings: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 5}
+    pieces = list(text_model.stream("Hello", **settings))
+    assert len(pieces) > 10
+    assert "".join(pieces) == text_model.generate("Hello", **settings)
+
+
+def test_several_samples_are_what_their_seeds_give_one_by_one(text_model: TextModel) -> None:
+    settings: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0}
+    together = text_model.generate("ab", num_samples=5, seed=10, **settings)
+    assert together == [text_model.generate("ab", seed=10 + i, **settings) for i in range(5)]
+    assert len(set(together)) == 5
+
+
+def test_the_end_of_text_token_ends_an_answer_and_is_not_shown() -> None:
+    assert scripted("Fin.").generate("Once", max_tokens=50, temperature=0) == "Fin."
+
+
+def test_characters_of_several_bytes_come_whole() -> None:
+    pieces = list(scripted("naïve 🙂 日本").stream("x", max_tokens=50, temperature=0))
+    assert "".join(pieces) == "naïve 🙂 日本"
+    assert "🙂" in pieces
+
+
+def test_a_stop_string_over_several_tokens_never_shows() -> None:
+    model = scripted("one two END three")
+    pieces = list(model.stream("x", max_tokens=50, temperature=0, stop=(" END",)))
+    assert "".join(pieces) == "one two"
+    assert not model.engine.has_work
+    assert model.generate("x", max_tokens=50, temperature=0, stop="two") == "one "
+    assert model.generate("x", max_tokens=7, temperature=0, stop="two END") == "one two"
+
+
+def test_an_answer_may_outgrow_the_context(text_model: TextModel) -> None:
+    settings: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "seed": 3}
+    model = TextModel(make_model(257), ByteTokenizer())
+    model.engine.vocab_size = 128  # only characters of one byte, so that each token shows
+    text = model.generate("A", max_tokens=200, **settings)
+    assert len(text) == 200
+    assert str(text).startswith(str(model.generate("A", max_tokens=47, **settings)))
+
+
+def test_sliding_on_sees_exactly_half_a_context() -> None:
+    model = TextModel(make_model(257), ByteTokenizer())
+    model.engine.vocab_size = 128
+    text = "A" + str(model.generate("A", max_tokens=71, temperature=0))
+    assert text[48:72] == model.generate(text[24:48], max_tokens=24, temperature=0)
+
+
+def test_a_prompt_that_does_not_fit_names_both_numbers(text_model: TextModel) -> None:
+    with pytest.raises(InvalidInput, match="60 tokens, but the model's context is 48"):
+        text_model.generate("x" * 60)
+
+
+def test_without_a_prompt_it_starts_from_end_of_text_or_a_new_line() -> None:
+    begun: list[list[int]] = []
+
+    def first_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+        model = TextModel(make_model(vocab_size), tokenizer)
+        add = model.engine.add
+        model.engine.add = lambda sequence: (begun.append(sequence.prompt_ids), add(sequence))[1]  # type: ignore[method-assign]
+        model.generate(max_tokens=1)
+        return begun[-1]
+
+    assert first_ids(ByteTokenizer(), 257) == [256]
+    # nanoGPT's models by characters have no row for an end of text.
+    assert first_ids(CharTokenizer({"a": 0, "\n": 1}), 2) == [1]
+    assert first_ids(CharTokenizer({"a": 0, "b": 1}), 2) == [0]
+
+
+def test_closing_a_stream_frees_the_engine(text_model: TextModel) -> None:
+    stream = text_model.stream("Hello", max_tokens=10_000)
+    next(stream)
+    assert text_model.engine.has_work
+    stream.close()  # type: ignore[attr-defined]
+    assert not text_model.engine.has_work
+
+
+def test_streams_read_in_turns_do_not_steal_each_other_s_tokens(text_model: TextModel) -> None:
+    settings: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0}
+    prompts = ["one", "two", "three", "four"]
+    streams = [text_model.stream(prompt, seed=1, **settings) for prompt in prompts]
+    texts = [""] * 4
+    for _ in range(45):
+        for index, stream in enumerate(streams):
+            texts[index] += next(stream, "")
+    assert texts == [text_model.generate(prompt, seed=1, **settings) for prompt in prompts]
+
+
+def test_threads_may_share_a_model(text_model: TextModel) -> None:
+    settings: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0, "seed": 2}
+    expected = {prompt: text_model.generate(prompt, **settings) for prompt in ("a", "b", "c", "d", "e")}
+    found: dict[str, Any] = {}
+
+    def work(prompt: str) -> None:
+        found[prompt] = text_model.generate(prompt, **settings)
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_chat_renders_the_turns_and_stops_where_the_user_would_speak() -> None:
+    model = scripted(" Fine, thanks.\n\nUser: And you?")
+    messages: list[Any] = [{"role": "user", "content": "How are you?"}]
+    assert model.chat(messages, max_tokens=60, temperature=0) == "Fine, thanks."
+    assert model.chat([ChatMessage("user", "How are you?")], max_tokens=60, temperature=0, stop="th") == "Fine,"
+    with pytest.raises(DataError, match="role"):
+        model.chat([{"content": "hi"}])
+
+
+def test_unknown_settings_and_numbers_out_of_range_are_refused(text_model: TextModel) -> None:
+    with pytest.raises(InvalidInput, match="unknown sampling settings: max_token; known: max_tokens, temperature"):
+        text_model.generate("x", max_token=5)
+    with pytest.raises(InvalidInput, match="num_samples must be at least 1, not 0"):
+        text_model.generate("x", num_samples=0)
+    with pytest.raises(InvalidInput, match="temperature"):
+        text_model.generate("x", temperature=-1.0)
