@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smelt.configs import DecoderConfig
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
+from smelt.models.weights import to_hf_tensors
 
 LLAMA_SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -94,3 +96,34 @@ def reference_logits(model: Any, tokens_BT: Tensor) -> Tensor:
     """(B, T, V) of transformers."""
     logits: Tensor = model(tokens_BT).logits
     return logits
+
+
+def random_state(config: DecoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Normal values for every parameter of a decoder of that shape."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
+    return {name: torch.randn(shape, generator=generator).to(dtype) * 0.2 for name, shape in shapes.items()}
+
+
+def nanogpt_checkpoint(config: DecoderConfig, state: dict[str, Tensor], prefix: str = "") -> dict[str, object]:
+    """What nanoGPT's training script saves for this state: untransposed, with tied head and mask buffers."""
+    theirs = {}
+    for name, tensor in to_hf_tensors(config.replace(tied=True), state).items():
+        is_matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        theirs[prefix + name] = tensor.t().contiguous() if is_matrix else tensor
+    theirs[f"{prefix}lm_head.weight"] = state["embedding.weight"]
+    model_args = {name: getattr(config, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+    return {
+        "model": theirs,
+        "model_args": {**model_args, "bias": config.bias, "dropout": 0.1},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}},
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"out_dir": "out"},
+    }
+
+
+def write_nanogpt(config: DecoderConfig, state: dict[str, Tensor], folder: Path) -> Path:
+    """Save that as nanoGPT does, and return the file."""
+    torch.save(nanogpt_checkpoint(config, state), folder / "ckpt.pt")
+    return folder / "ckpt.pt"

@@ -7,12 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import FAMILIES, make_reference, our_logits, reference_logits, save_reference
+from families import (
+    FAMILIES,
+    make_reference,
+    nanogpt_checkpoint,
+    our_logits,
+    random_state,
+    reference_logits,
+    save_reference,
+    write_nanogpt,
+)
 from smelt.configs import DecoderConfig
 from smelt.errors import NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models import weights
 from smelt.models.architectures import from_hf_config, to_hf_config
-from smelt.models.decoder import Decoder
 from smelt.models.folders import read_config
 from smelt.models.weights import (
     from_hf_tensors,
@@ -23,12 +31,6 @@ from smelt.models.weights import (
 )
 
 TOKENS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(3))
-
-
-def random_state(config: DecoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
-    return {name: torch.randn(shape, generator=generator).to(dtype) * 0.2 for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -233,24 +235,6 @@ def test_a_full_disk_is_out_of_space(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- nanoGPT ---------------------------------------------------------------------------------------------
 
 
-def nanogpt_checkpoint(config: DecoderConfig, state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, object]:
-    """What nanoGPT's training script saves for this state: untransposed, with tied head and mask buffers."""
-    theirs = {}
-    for name, tensor in to_hf_tensors(config.replace(tied=True), state).items():
-        is_matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        theirs[prefix + name] = tensor.t().contiguous() if is_matrix else tensor
-    theirs[f"{prefix}lm_head.weight"] = state["embedding.weight"]
-    model_args = {name: getattr(config, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
-    return {
-        "model": theirs,
-        "model_args": {**model_args, "bias": config.bias, "dropout": 0.1},
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}},
-        "iter_num": 3,
-        "best_val_loss": torch.tensor(1.5),
-        "config": {"out_dir": "out"},
-    }
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpt_checkpoints_are_read(bias: bool, prefix: str, tmp_path: Path) -> None:
@@ -301,7 +285,7 @@ def test_a_converted_nanogpt_model_equals_transformers(tmp_path: Path) -> None:
     import transformers
 
     config = DecoderConfig(vocab_size=61, block_size=64, n_layer=2, n_head=2, n_embd=16, mlp="gelu_exact")
-    torch.save(nanogpt_checkpoint(config, random_state(config)), tmp_path / "ckpt.pt")
+    write_nanogpt(config, random_state(config), tmp_path)
     found_config, state = read_nanogpt(tmp_path / "ckpt.pt")
     write_model(found_config, state, tmp_path / "hf")
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()

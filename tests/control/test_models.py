@@ -1,0 +1,157 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from families import random_state
+from smelt.configs import DecoderConfig
+from smelt.control import models as control
+from smelt.control.models import export_model, import_model, list_models, new_model, remove_model, show_model
+from smelt.data.characters import ByteTokenizer
+from smelt.errors import AlreadyExists, InvalidInput, NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
+from smelt.models.weights import read_model, write_model
+
+CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    write_model(CONFIG, random_state(CONFIG), folder)
+    ByteTokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "models"
+
+
+def test_an_imported_model_is_listed_shown_and_the_same(source: Path, registry: Path) -> None:
+    folder = import_model(source, "small", registry, origin="somewhere")
+    (info,) = list_models(registry)
+    assert info == show_model("small", registry)
+    assert (info.name, info.config, info.tokenizer, info.origin) == ("small", CONFIG, "bytes", "somewhere")
+    assert info.num_bytes > 4 * CONFIG.num_parameters
+    ours, theirs = read_model(folder).state_dict(), read_model(source).state_dict()
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_only_weights_config_and_tokenizer_are_kept_and_no_reference_to_code(source: Path, registry: Path) -> None:
+    for name in ("modeling_evil.py", "pytorch_model.bin", "optimizer.safetensors", "state.json", "notes.txt"):
+        (source / name).write_text("{}")
+    for name in ("config.json", "tokenizer_config.json"):
+        value = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps({**value, "auto_map": {"AutoModel": "modeling_evil.Evil"}}))
+    folder = import_model(source, "small", registry, origin="x")
+    names = {path.name for path in folder.iterdir()}
+    expected = {"config.json", "model.safetensors", "origin.json", "smelt_tokenizer.json", "tokenizer.json"}
+    assert names == expected | {"tokenizer_config.json"}
+    assert "auto_map" not in (folder / "config.json").read_text() + (folder / "tokenizer_config.json").read_text()
+
+
+def test_shards_are_imported_with_their_index(tmp_path: Path, registry: Path) -> None:
+    write_model(CONFIG, random_state(CONFIG), tmp_path / "shards", shard_bytes=3_000)
+    folder = import_model(tmp_path / "shards", "shards", registry, origin="x")
+    assert read_model(folder).config == CONFIG
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+
+
+def test_a_taken_or_bad_name_is_refused_before_anything_is_copied(source: Path, registry: Path) -> None:
+    import_model(source, "small", registry, origin="x")
+    with pytest.raises(AlreadyExists, match="smelt models rm small"):
+        import_model(source, "small", registry, origin="x")
+    with pytest.raises(InvalidInput, match=r"'\.\./up'"):
+        import_model(source, "../up", registry, origin="x")
+    assert [info.name for info in list_models(registry)] == ["small"]
+
+
+def test_what_cannot_be_used_is_not_imported(source: Path, registry: Path) -> None:
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UnsupportedModel, match="not a readable safetensors file"):
+        import_model(source, "small", registry, origin="x")
+    weights.rename(source / "pytorch_model.bin")
+    with pytest.raises(UnsafeFile):
+        import_model(source, "small", registry, origin="x")
+    assert list_models(registry) == []
+
+
+def test_a_failed_import_leaves_nothing(registry: Path) -> None:
+    def fill() -> None:
+        with new_model("half", registry, origin="x") as folder:
+            (folder / "config.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
+    assert [path.name for path in registry.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_out_of_space_and_leaves_nothing(
+    source: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_source: Path, _target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(control.shutil, "copyfile", full)
+    with pytest.raises(OutOfSpace, match="small"):
+        import_model(source, "small", registry, origin="x")
+    assert [path.name for path in registry.iterdir()] == [".lock"]
+
+
+def test_leftovers_of_a_killed_import_are_cleared_by_the_next(source: Path, registry: Path) -> None:
+    leftover = registry / ".tmp-small-123"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    import_model(source, "small", registry, origin="x")
+    assert not leftover.exists()
+
+
+def test_export_writes_a_plain_folder_and_overwrites_nothing(source: Path, tmp_path: Path) -> None:
+    export_model(source, tmp_path / "deep" / "exported")
+    assert read_model(tmp_path / "deep" / "exported").config == CONFIG
+    assert not (tmp_path / "deep" / "exported" / "origin.json").exists()
+    with pytest.raises(AlreadyExists, match="not empty"):
+        export_model(source, tmp_path / "deep" / "exported")
+    (tmp_path / "empty").mkdir()
+    export_model(source, tmp_path / "empty")
+    assert read_model(tmp_path / "empty").config == CONFIG
+
+
+def test_remove_touches_registered_models_only(source: Path, registry: Path) -> None:
+    import_model(source, "small", registry, origin="x")
+    with pytest.raises(NotFound, match="no registered model 'smal'; registered: small"):
+        remove_model("smal", registry)
+    for path in (str(source), "../../source", ".."):
+        with pytest.raises(NotFound):
+            remove_model(path, registry)
+    remove_model("small", registry)
+    assert list_models(registry) == []
+    assert (source / "config.json").is_file()
+
+
+def test_a_damaged_model_is_listed_with_its_problem(source: Path, registry: Path) -> None:
+    folder = import_model(source, "small", registry, origin="x")
+    (folder / "model.safetensors").unlink()
+    (info,) = list_models(registry)
+    assert info.config is None
+    assert info.problem is not None
+    assert "has no model.safetensors" in info.problem
+    (folder / "origin.json").write_text("[]")
+    assert list_models(registry)[0].problem is not None
+
+
+def test_a_nanogpt_checkpoint_is_shown_only_after_import(tmp_path: Path, registry: Path) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(InvalidInput, match="smelt models import"):
+        show_model(str(tmp_path), registry)
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import smelt.control.models"
+    subprocess.run([sys.executable, "-c", code], check=True)
