@@ -7,6 +7,7 @@ from smelt.errors import TokenizerError
 from smelt.settings import load_settings
 
 if TYPE_CHECKING:
+    from smelt.data.datasets import Dataset
     from smelt.inference.service import TextModel
     from smelt.training.metrics import RunSummary
 
@@ -50,3 +51,27 @@ def train(config: TrainConfig | dict[str, Any] | None = None, **fields: Any) -> 
     for name in ("device", "dtype", "threads"):
         values.setdefault(name, getattr(settings, name))
     return pretrain(validated(TrainConfig, values), settings.datasets, settings.models)
+
+
+def prepare_data(
+    source: str,
+    name: str | None = None,
+    *,
+    tokenizer: str = "bpe:4096",
+    val_fraction: float = 0.1,
+    block_size: int = 128,
+    column: str = "text",
+) -> "Dataset":
+    """Tokenize a file, a folder, a URL, `hf:ORG/NAME` or `builtin:pydoc` for training.
+
+    With a name it becomes a dataset of that name, and the name must be free. Without one it is made once and found
+    again by `train(data_path=source)` while the source, the tokenizer and the fraction stay the same. Raises what
+    `smelt.data.preparation.prepare` raises.
+    """
+    from smelt.data.preparation import PrepareOptions, dataset_for, prepare
+
+    datasets_folder = load_settings().datasets
+    options = PrepareOptions(val_fraction=val_fraction, block_size=block_size, column=column)
+    if name is None:
+        return dataset_for(source, datasets_folder, tokenizer=tokenizer, options=options)
+    return prepare(source, datasets_folder, name, tokenizer=tokenizer, options=options)

@@ -49,6 +49,7 @@ class Source:
 
     read: Callable[[Reading], Documents]
     num_bytes: int | None = None  # as stored; None where nobody knows before the end
+    num_text_bytes: int | None = None  # of the texts, roughly
 
 
 def whole(text: str) -> Documents:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smelt.data.datasets import TokenSplit
 from smelt.data.packing import BlockOrder, spread_starts
+from smelt.data.shards import TokenSplit
 from smelt.models.batch import Batch
 from smelt.training.parallel import Ranks
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from smelt.configs import DecoderConfig, TrainConfig, read_config_file, write_config_file
-from smelt.data.datasets import Dataset, dataset_for, open_dataset, retokenize
+from smelt.data.datasets import Dataset, dataset_folder, open_dataset
 from smelt.data.packing import BlockOrder
+from smelt.data.preparation import PrepareOptions, dataset_for, retokenize
 from smelt.data.tokenizers import Tokenizer
 from smelt.errors import AlreadyExists, CheckpointError, ConfigError, NotFound, OutOfSpace
 from smelt.models.decoder import Decoder
@@ -194,11 +195,10 @@ def open_data(config: TrainConfig, datasets_folder: Path, start: Start | None) -
             return open_dataset(known)
     block_size = start.model.config.block_size if start else config.decoder_config(vocab_size=1).block_size
     if config.dataset is not None:
-        dataset = open_dataset(datasets_folder / config.dataset)
-        asked = tokenizer.name if tokenizer else config.tokenizer
-        if asked in (None, dataset.tokenizer.name):
+        dataset = open_dataset(dataset_folder(datasets_folder, config.dataset))
+        if tokenizer is None and config.tokenizer in (None, dataset.tokenizer.name):
             return dataset
-        return retokenize(dataset, tokenizer or str(asked), datasets_folder)
+        return retokenize(dataset, tokenizer or str(config.tokenizer), datasets_folder)
     if config.data_path is None:
         raise ConfigError(
             "no data to train on: give --data-path (a file, folder, URL, hf:ORG/NAME or builtin:pydoc) "
@@ -208,8 +208,9 @@ def open_data(config: TrainConfig, datasets_folder: Path, start: Start | None) -
         config.data_path,
         datasets_folder,
         tokenizer=tokenizer or config.tokenizer or "bpe:4096",
-        val_fraction=config.train_val_split,
-        block_size=min(block_size, config.block_size or block_size),
+        options=PrepareOptions(
+            val_fraction=config.train_val_split, block_size=min(block_size, config.block_size or block_size)
+        ),
     )
 
 
