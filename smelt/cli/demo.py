@@ -50,7 +50,7 @@ def command(seconds: float) -> None:
     shutil.rmtree(out_dir, ignore_errors=True)
     config = TrainConfig(**RECIPE, out_dir=str(out_dir), device=settings.device, threads=settings.threads)
     click.echo("smelt demo: Python's own documentation -> a tokenizer -> a small GPT -> text", err=True)
-    library.prepare_data(config.data_path, tokenizer=config.tokenizer)
+    library.prepare_data(RECIPE["data_path"], tokenizer=RECIPE["tokenizer"], val_fraction=RECIPE["train_val_split"])
     num_steps = max(20, round(seconds / seconds_per_step(config, vocab_size=2048)))
     config = config.replace(max_iters=num_steps, eval_interval=max(10, num_steps // 5))
     with training_display(config) as display:

@@ -1,0 +1,229 @@
+"""`smelt data`: add, list, show and remove datasets; knows no file formats."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from smelt.errors import DataError
+from smelt.settings import load_settings
+
+if TYPE_CHECKING:
+    from smelt.data.datasets import Dataset
+    from smelt.data.sources import Progress
+
+SHOWN_CHARS = 600  # of a document
+
+
+@click.group(
+    short_help="Add, list, show and remove datasets.",
+    epilog="""\b
+Examples:
+  smelt data add shakespeare --from input.txt --tokenizer char
+  smelt data add docs --from builtin:pydoc
+  smelt data ls
+  smelt data show docs --documents 2
+  smelt data rm shakespeare""",
+)
+def command() -> None:
+    """Turn text into datasets that models train on, and look after them.
+
+    A dataset is a folder in the home folder: numbered shards of tokens, a tokenizer, and a manifest.
+    """
+
+
+@command.command(
+    short_help="Make a dataset of a source.",
+    epilog="""\b
+Examples:
+  smelt data add shakespeare --from input.txt --tokenizer char
+  smelt data add books --from ~/books --tokenizer bpe:16384 --val-fraction 0.05
+  smelt data add news --from news.csv.gz --column text --errors skip
+  smelt data add web --from https://example.com/corpus.jsonl --tokenizer gpt2
+  smelt data add stories --from hf:roneneldan/TinyStories --shard-tokens 50000000
+
+\b
+Sources:
+  a file or a folder   .txt .md (a document each), .jsonl .json (a line each: the column, or `messages`),
+                       .csv .tsv .parquet (a row each); all of them also as .gz and .zst
+  http:// https://     one such file
+  hf:ORG/NAME[:config][:split]   a dataset of the Hugging Face hub, streamed
+  builtin:pydoc        the documentation that Python carries; needs no network
+
+\b
+Tokenizers:
+  bytes     no vocabulary to learn, long sequences
+  char      one id per character of the text
+  bpe:N     byte-level BPE with N ids, learned from the text
+  gpt2      or another of tiktoken's names
+  FOLDER    a Hugging Face folder with tokenizer.json, or nanoGPT's meta.pkl""",
+)
+@click.argument("name")
+@click.option("--from", "source", required=True, metavar="SOURCE", help="Where the documents come from; see below.")
+@click.option("--tokenizer", default="bpe:4096", show_default=True, metavar="SPEC", help="See below.")
+@click.option("--val-fraction", default=0.1, show_default=True, help="Part of the documents kept for validation.")
+@click.option("--block-size", default=128, show_default=True, help="Tokens that each split must hold at least.")
+@click.option("--shard-tokens", default=100_000_000, show_default=True, help="Tokens in one file.")
+@click.option("--column", default="text", show_default=True, help="Field of a record that holds the text.")
+@click.option(
+    "--errors",
+    type=click.Choice(["strict", "skip"]),
+    default="strict",
+    show_default=True,
+    help="Stop at the first bad record, or leave bad records out and count them.",
+)
+def add(
+    name: str,
+    source: str,
+    tokenizer: str,
+    val_fraction: float,
+    block_size: int,
+    shard_tokens: int,
+    column: str,
+    errors: str,
+) -> None:
+    """Tokenize SOURCE into the dataset NAME. Interrupted or failed, it leaves nothing behind."""
+    from smelt.data.preparation import PrepareOptions, prepare
+
+    options = PrepareOptions(
+        val_fraction=val_fraction,
+        shard_tokens=shard_tokens,
+        errors="skip" if errors == "skip" else "strict",
+        column=column,
+        block_size=block_size,
+    )
+    with _progress_display() as progress:
+        dataset = prepare(
+            source, load_settings().datasets, name, tokenizer=tokenizer, options=options, progress=progress
+        )
+    _describe(dataset)
+    click.echo(f"\ntrain on it: smelt train --dataset {name}", err=True)
+
+
+@command.command(short_help="List the datasets.")
+def ls() -> None:
+    """List the datasets with their sizes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from smelt.data.datasets import list_datasets, open_dataset
+
+    folder = load_settings().datasets
+    names = list_datasets(folder)
+    if not names:
+        click.echo(f"no datasets in {folder}; make one: smelt data add NAME --from SOURCE", err=True)
+        return
+    table = Table("name", "tokenizer", "source", box=None, pad_edge=False)
+    for column in ("train tokens", "val tokens"):
+        table.add_column(column, justify="right")
+    for name in names:
+        try:
+            dataset = open_dataset(folder / name)
+        except DataError as error:
+            table.add_row(name, "", f"[red]damaged[/red]: {error}")
+            continue
+        sizes = [f"{dataset.split(split).num_tokens:,}" for split in ("train", "val")]
+        table.add_row(name, dataset.manifest.tokenizer, dataset.manifest.source, *sizes)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+@command.command(
+    short_help="Show what a dataset is, and some of its documents.",
+    epilog="""\b
+Examples:
+  smelt data show docs
+  smelt data show docs --documents 3
+  smelt data show docs --verify""",
+)
+@click.argument("name")
+@click.option("--documents", default=0, metavar="N", help="Also print the beginnings of N documents.")
+@click.option("--verify", is_flag=True, help="Compare every file with its hash.")
+def show(name: str, documents: int, verify: bool) -> None:
+    """Show where the dataset NAME came from, its tokenizer, counts and shards."""
+    from smelt.data.datasets import dataset_folder, open_dataset
+    from smelt.data.tokenizers import StreamDecoder
+
+    dataset = open_dataset(dataset_folder(load_settings().datasets, name))
+    _describe(dataset)
+    for shard in (*dataset.manifest.train, *dataset.manifest.val):
+        click.echo(f"  {shard.name}  {shard.num_tokens:>15,} tokens  sha256 {shard.sha256[:16]}")
+    if verify:
+        dataset.verify()
+        click.echo("every file is as its hash says")
+    for number, tokens in enumerate(islice(dataset.split("train").documents(), documents)):
+        click.secho(f"\n--- document {number} of train, {len(tokens):,} tokens", fg="cyan")
+        text = StreamDecoder(dataset.tokenizer).push(tokens[:SHOWN_CHARS].tolist())
+        click.echo(text[:SHOWN_CHARS] + ("..." if len(tokens) > SHOWN_CHARS or len(text) > SHOWN_CHARS else ""))
+
+
+@command.command(short_help="Remove a dataset.")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(name: str, yes: bool) -> None:
+    """Remove the dataset NAME and its files."""
+    from smelt.data.datasets import dataset_folder, remove_dataset
+
+    folder = load_settings().datasets
+    path = dataset_folder(folder, name)
+    if path.is_dir() and not yes:
+        click.confirm(f"remove {path} ({_size(path)})?", abort=True)
+    remove_dataset(folder, name)
+    click.echo(f"removed {name}", err=True)
+
+
+def _describe(dataset: "Dataset") -> None:
+    manifest = dataset.manifest
+    click.echo(f"dataset     {dataset.name}")
+    click.echo(f"folder      {dataset.folder} ({_size(dataset.folder)})")
+    click.echo(f"source      {manifest.source} ({manifest.num_source_bytes / 1e6:,.1f} MB)")
+    click.echo(f"tokenizer   {manifest.tokenizer} ({manifest.vocab_size:,} ids, {manifest.dtype} on disk)")
+    train, val = dataset.split("train"), dataset.split("val")
+    click.echo(f"train       {train.num_tokens:,} tokens in {train.num_documents:,} documents")
+    click.echo(f"val         {val.num_tokens:,} tokens in {val.num_documents:,} documents")
+    if manifest.num_skipped:
+        click.echo(f"skipped     {manifest.num_skipped:,} bad records")
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.rglob('*')) / 1e6:,.1f} MB"
+
+
+@contextmanager
+def _progress_display() -> "Iterator[Progress]":
+    """A bar with rate and time left on a terminal; elsewhere a line every ten seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _print_seldom()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, num_done: int, num_total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=num_total)
+            bars.update(tasks[stage], completed=num_done)
+
+        yield report
+
+
+def _print_seldom() -> "Progress":
+    last_printed = time.monotonic()
+
+    def report(stage: str, num_done: int, num_total: int | None) -> None:
+        nonlocal last_printed
+        if time.monotonic() - last_printed > 10:
+            last_printed = time.monotonic()
+            of_total = f" of {num_total / 1e6:,.0f}" if num_total else ""
+            click.echo(f"{stage}: {num_done / 1e6:,.0f}{of_total} MB", err=True)
+
+    return report
