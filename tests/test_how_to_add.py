@@ -2,6 +2,7 @@
 
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 from families import our_logits, reference_logits
 from smelt.configs import DecoderConfig
+from smelt.data import sources
+from smelt.data.documents import Reading
+from smelt.errors import DataError
 from smelt.models import architectures
 from smelt.models.batch import NO_TARGET, Batch
 from smelt.models.decoder import Decoder
@@ -94,3 +98,24 @@ def test_the_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_config_class_is_as_it_was() -> None:
     with pytest.raises(ValueError, match="architecture"):
         DecoderConfig(architecture="phi3", vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=2)  # type: ignore[arg-type]
+
+
+def test_the_dataset_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, row = blocks("A dataset source")
+    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
+    run_in(sources, function + row)
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("good.txt", "Grüße")
+        archive.writestr("bad.txt", b"ab\xff")
+        archive.writestr("picture.png", b"\xff\xfe")
+
+    source = sources.open_source(f"zip:{tmp_path}/archive.zip", tmp_path, lambda *progress: None)
+    with pytest.raises(DataError, match=r"bad.txt: byte 2 is not UTF-8; --errors skip"):
+        list(source.read(Reading()))
+    reading = Reading(on_error="skip")
+    assert [piece.text for piece in source.read(reading)] == ["Grüße"]
+    assert reading.num_skipped == 1
+    assert source.num_bytes == 12
+
+    with pytest.raises(DataError, match="is not a zip archive"):
+        sources.open_source(f"zip:{tmp_path}/none.zip", tmp_path, lambda *progress: None)

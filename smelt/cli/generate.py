@@ -57,7 +57,11 @@ class Settings:
             raise InvalidInput(f"{name} must be a number, not {value!r}") from None
 
 
-@click.command(epilog=EXAMPLES, context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+@click.command(
+    epilog=EXAMPLES,
+    short_help="Write text with a model.",
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
 @click.argument("model")
 @click.option("--prompt", help="Text to go on from. Without one the model starts from its end-of-text token.")
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file; - is standard input.")

@@ -9,6 +9,7 @@ from smelt.settings import load_settings
 EXAMPLES = """\b
 Examples:
   smelt models ls
+  smelt models show shakespeare
   smelt models import hf:Qwen/Qwen3-0.6B qwen
   smelt models import nanoGPT/out-shakespeare-char shakespeare
   smelt models export out my-model-for-transformers
