@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from smelt.configs import DecoderConfig, TrainConfig, read_config_file, write_config_file
-from smelt.data.datasets import Dataset, dataset_folder, open_dataset
+from smelt.data.datasets import MANIFEST_FILE, Dataset, dataset_folder, open_dataset
 from smelt.data.packing import BlockOrder
 from smelt.data.preparation import PrepareOptions, dataset_for, retokenize
+from smelt.data.sources import Progress
 from smelt.data.tokenizers import Tokenizer
 from smelt.errors import AlreadyExists, CheckpointError, ConfigError, NotFound, OutOfSpace
 from smelt.models.decoder import Decoder
@@ -37,6 +38,10 @@ SHAPE_FIELDS = ("preset", "n_layer", "n_head", "n_embd")
 CONFIG_FILE = "config.yaml"
 
 
+def no_progress(_stage: str, _num_done: int, _num_total: int | None) -> None:
+    """The progress of preparing data, for somebody who does not look."""
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """What a run begins with."""
@@ -54,8 +59,16 @@ def resumed_values(values: dict[str, Any]) -> dict[str, Any]:
     return {**read_config_file(saved), **values}
 
 
-def pretrain(config: TrainConfig, datasets_folder: Path, models_folder: Path, sinks: Sequence[Sink] = ()) -> RunSummary:
+def pretrain(
+    config: TrainConfig,
+    datasets_folder: Path,
+    models_folder: Path,
+    sinks: Sequence[Sink] = (),
+    progress: Progress = no_progress,
+) -> RunSummary:
     """Train a language model as `config` says; every rank of a distributed run calls this alike.
+
+    `progress` hears about the preparation of data that was not prepared before.
 
     Raises ConfigError, NotFound, NotEnoughData and AlreadyExists before anything is computed; NonFiniteLoss,
     OutOfSpace and CheckpointError later on.
@@ -65,7 +78,9 @@ def pretrain(config: TrainConfig, datasets_folder: Path, models_folder: Path, si
     device = rank_device(config, ranks)
     config = config.replace(out_dir=str(out_dir_of(config)))
     with join(ranks, device), own_folder(config, ranks):
-        job, info = prepare_job(config, datasets_folder, models_folder, ranks, device)
+        start = read_start(config, models_folder)
+        dataset = open_data_in_turn(config, datasets_folder, start, ranks, progress)
+        job, info = prepare_job(config, start, dataset, ranks, device)
         if ranks.is_main:
             job.sinks.extend([*standard_sinks(config, info.out_dir), *sinks])
         for sink in job.sinks:
@@ -116,15 +131,9 @@ def own_folder(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
 
 
 def prepare_job(
-    config: TrainConfig, datasets_folder: Path, models_folder: Path, ranks: Ranks, device: torch.device
+    config: TrainConfig, start: Start | None, dataset: Dataset, ranks: Ranks, device: torch.device
 ) -> tuple[Job, RunInfo]:
-    """Open data and weights and put together what the loop needs."""
-    start = read_start(config, models_folder)
-    if not ranks.is_main:
-        ranks.wait_for_main()  # rank 0 prepares the data, the others find it ready
-    dataset = open_data(config, datasets_folder, start)
-    if ranks.is_main:
-        ranks.wait_for_main()
+    """Put together what the loop needs."""
     model = build_model(config, start, dataset)
     block_size = training_block_size(config, model.config)
     dtype = pick_dtype(config.dtype, device)
@@ -186,32 +195,38 @@ def read_start(config: TrainConfig, models_folder: Path) -> Start | None:
     return Start(model, tokenizer, checkpoint)
 
 
-def open_data(config: TrainConfig, datasets_folder: Path, start: Start | None) -> Dataset:
+def open_data_in_turn(
+    config: TrainConfig, datasets_folder: Path, start: Start | None, ranks: Ranks, progress: Progress
+) -> Dataset:
+    """The run's dataset: rank 0 prepares it where need be, the others find it ready."""
+    if not ranks.is_main:
+        ranks.wait_for_main()
+    dataset = open_data(config, datasets_folder, start, progress)
+    if ranks.is_main:
+        ranks.wait_for_main()
+    return dataset
+
+
+def open_data(config: TrainConfig, datasets_folder: Path, start: Start | None, progress: Progress) -> Dataset:
     """The dataset that the config names, in the tokens of the model where one is given."""
-    tokenizer = start.tokenizer if start else None
     if start and start.checkpoint:
         known = datasets_folder / read_state(start.checkpoint).dataset
-        if (known / "dataset.json").is_file():
+        if (known / MANIFEST_FILE).is_file():
             return open_dataset(known)
-    block_size = start.model.config.block_size if start else config.decoder_config(vocab_size=1).block_size
+    tokenizer = start.tokenizer if start else None
     if config.dataset is not None:
         dataset = open_dataset(dataset_folder(datasets_folder, config.dataset))
-        if tokenizer is None and config.tokenizer in (None, dataset.tokenizer.name):
-            return dataset
-        return retokenize(dataset, tokenizer or str(config.tokenizer), datasets_folder)
+        wanted = tokenizer or config.tokenizer
+        return retokenize(dataset, wanted, datasets_folder, progress) if wanted else dataset
     if config.data_path is None:
         raise ConfigError(
             "no data to train on: give --data-path (a file, folder, URL, hf:ORG/NAME or builtin:pydoc) "
             "or --dataset (a name from `smelt data ls`)"
         )
-    return dataset_for(
-        config.data_path,
-        datasets_folder,
-        tokenizer=tokenizer or config.tokenizer or "bpe:4096",
-        options=PrepareOptions(
-            val_fraction=config.train_val_split, block_size=min(block_size, config.block_size or block_size)
-        ),
-    )
+    block_size = config.block_size or (start.model.config if start else config.decoder_config(1)).block_size
+    options = PrepareOptions(val_fraction=config.train_val_split, block_size=block_size)
+    wanted = tokenizer or config.tokenizer or "bpe:4096"
+    return dataset_for(config.data_path, datasets_folder, tokenizer=wanted, options=options, progress=progress)
 
 
 def build_model(config: TrainConfig, start: Start | None, dataset: Dataset) -> Decoder:
