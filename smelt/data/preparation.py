@@ -7,6 +7,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import repeat
@@ -90,14 +91,14 @@ def prepare(
         if isinstance(tokenizer, str):
             tokenizer = _make_tokenizer(tokenizer, opened, options, progress)
         reading = Reading(options.errors, options.column)
-        splits = Splits(staging, tokenizer, options)
-        documents = _observed(opened, reading, "tokenizing", progress)
-        num_documents = splits.write(documents, _assignments(options.val_fraction))
-        if num_documents == 0:
-            raise DataError(f"{source} holds no text{_skipped(reading)}")
-        splits.balance(source)
-        shutil.rmtree(staging / "download", ignore_errors=True)
-        splits.finish(source, reading)
+        with closing(Splits(staging, tokenizer, options)) as splits:
+            documents = _observed(opened, reading, "tokenizing", progress)
+            num_documents = splits.write(documents, _assignments(options.val_fraction))
+            if num_documents == 0:
+                raise DataError(f"{source} holds no text{_skipped(reading)}")
+            splits.balance(source)
+            shutil.rmtree(staging / "download", ignore_errors=True)
+            splits.finish(source, reading)
     return open_dataset(folder)
 
 
@@ -169,6 +170,11 @@ class Splits:
                     writer.write(end, starts_document=False)
                 is_first_piece = piece.is_last
         return num_documents
+
+    def close(self) -> None:
+        """Close the files, whether or not everything was written."""
+        self.train.close()
+        self.val.close()
 
     def balance(self, source: str) -> None:
         """Move the tail of one split to the other where that is shorter than a block and its target.
@@ -316,11 +322,13 @@ def _retokenized(dataset: Dataset, tokenizer: Tokenizer, folder: Path, progress:
     num_total = sum(shard.num_tokens for shard in (*old.train, *old.val))
     reading = Reading(num_bytes=old.num_source_bytes, num_skipped=old.num_skipped)
     with staged(folder) as staging:
-        splits = Splits(staging, tokenizer, PrepareOptions(old.val_fraction, old.shard_tokens, block_size=1))
-        for split in SPLITS:
-            splits.write(dataset.texts(split), repeat(split == "val"))
-            progress("tokenizing again", num_total if split == "val" else dataset.split(split).num_tokens, num_total)
-        splits.finish(old.source, reading)
+        options = PrepareOptions(old.val_fraction, old.shard_tokens, block_size=1)
+        with closing(Splits(staging, tokenizer, options)) as splits:
+            for split in SPLITS:
+                splits.write(dataset.texts(split), repeat(split == "val"))
+                num_done = num_total if split == "val" else dataset.split(split).num_tokens
+                progress("tokenizing again", num_done, num_total)
+            splits.finish(old.source, reading)
     return open_dataset(folder)
 
 
