@@ -39,7 +39,7 @@ def bpe():
 def gpt2():
     folder = SHARED / "data" / "tiktoken"
     if not folder.is_dir():
-        pytest.skip(f"no tiktoken files in {folder}")
+        pytest.skip(f"../shared is absent: no tiktoken files in {folder}")
     patch = pytest.MonkeyPatch()
     patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
     yield make_tokenizer("gpt2", texts)
