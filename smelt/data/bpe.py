@@ -27,9 +27,10 @@ MIN_VOCAB, MAX_VOCAB = 257, 1 << 20
 
 # Words with the sign before them, numbers in pairs of digits (a small vocabulary has no room for longer ones),
 # signs with the line breaks after them, and white space, of which the last space goes to the next word.
+# No possessive quantifiers: they would not change what matches, and tiktoken's engine is twice as fast without.
 PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
 
