@@ -126,7 +126,14 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_the_sizes_they_are_known_for(preset: str) -> None:
-    millions = {"nano": 0.82, "micro": 10.7, "gpt2": 124.4, "gpt2-medium": 354.8, "gpt2-large": 774.0, "gpt2-xl": 1557.6}
+    millions = {
+        "nano": 0.82,
+        "micro": 10.7,
+        "gpt2": 124.4,
+        "gpt2-medium": 354.8,
+        "gpt2-large": 774.0,
+        "gpt2-xl": 1557.6,
+    }
     millions["smollm2-135m"] = 134.5
     vocab_size = {"nano": 65, "micro": 65, "smollm2-135m": 49152}.get(preset, 50257)
     config = TrainConfig(preset=preset).decoder_config(vocab_size)
