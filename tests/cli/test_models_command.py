@@ -1,0 +1,105 @@
+import pickle
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from families import random_state, write_nanogpt
+from smelt.cli.models import command, size_text
+from smelt.configs import DecoderConfig
+from smelt.data.characters import ByteTokenizer
+from smelt.errors import AlreadyExists, InvalidInput, NotFound
+from smelt.models.loading import load_model
+from smelt.models.weights import write_model
+
+CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
+NANOGPT = DecoderConfig(vocab_size=3, block_size=16, n_layer=1, n_head=2, n_embd=8, mlp="gelu_exact")
+
+
+def models(*arguments: str) -> str:
+    """What the command prints; its errors are raised."""
+    result = CliRunner().invoke(command, arguments, standalone_mode=False, env={"COLUMNS": "200"})
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """What a run leaves: checkpoints, and links to the best and the last."""
+    for step in (1, 2):
+        folder = tmp_path / "out" / "checkpoints" / f"step-{step}"
+        write_model(CONFIG, random_state(CONFIG, seed=step), folder)
+        ByteTokenizer().save(folder)
+    (tmp_path / "out" / "best").symlink_to("checkpoints/step-1")
+    (tmp_path / "out" / "last").symlink_to("checkpoints/step-2")
+    return tmp_path / "out"
+
+
+def test_a_model_comes_and_goes(home: Path, run_folder: Path) -> None:
+    assert "no models yet" in models("ls")
+    assert "smelt generate small" in models("import", str(run_folder), "small")
+    (row,) = [line.split() for line in models("ls").splitlines() if line.startswith("small")]
+    assert row[:4] == ["small", "gpt2", f"{CONFIG.num_parameters:,}", "16"]
+    assert row[6:] == ["bytes", str(run_folder / "checkpoints" / "step-1")]
+    shown = models("show", "small")
+    assert "block_size" in shown
+    assert f"{CONFIG.num_parameters:,}" in shown
+    models("rm", "small")
+    assert "no models yet" in models("ls")
+
+
+def test_nanogpt_is_converted_on_import_and_on_export(home: Path, tmp_path: Path) -> None:
+    write_nanogpt(NANOGPT, random_state(NANOGPT), tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "stoi": {"a": 0, "b": 1, "c": 2}}))
+    models("import", str(tmp_path), "letters")
+    models("export", str(tmp_path / "ckpt.pt"), str(tmp_path / "exported"))
+    for folder in (home / "models" / "letters", tmp_path / "exported"):
+        model, tokenizer = load_model(folder)
+        assert model.config == NANOGPT
+        assert tokenizer is not None
+        assert tokenizer.decode([2, 0, 1]) == "cab"
+
+
+def test_a_run_is_exported_without_what_only_training_needs(home: Path, run_folder: Path, tmp_path: Path) -> None:
+    (run_folder / "best" / "optimizer.safetensors").write_bytes(b"")
+    models("export", str(run_folder), str(tmp_path / "plain"))
+    assert not (tmp_path / "plain" / "optimizer.safetensors").exists()
+    assert load_model(tmp_path / "plain")[0].config == CONFIG
+
+
+def test_a_damaged_model_does_not_hide_the_others(home: Path, run_folder: Path) -> None:
+    models("import", str(run_folder), "good")
+    models("import", str(run_folder), "bad")
+    (home / "models" / "bad" / "model.safetensors").unlink()
+    listed = models("ls")
+    assert "unusable, see show" in listed
+    assert f"{CONFIG.num_parameters:,}" in listed
+    assert "has no model.safetensors" in models("show", "bad")
+
+
+def test_wrong_names_are_refused(home: Path, run_folder: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"\.\./x"):
+        models("import", str(run_folder), "../x")
+    with pytest.raises(NotFound, match="no model or folder 'nowhere'"):
+        models("import", "nowhere", "x")
+    with pytest.raises(NotFound, match="no registered model"):
+        models("rm", str(run_folder))
+    models("import", str(run_folder), "small")
+    with pytest.raises(AlreadyExists):
+        models("import", str(run_folder), "small")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (5 << 20, "5.0 MiB"),
+        (3 << 30, "3.0 GiB"),
+        (5 << 40, "5120.0 GiB"),
+    ],
+)
+def test_sizes_are_readable(num_bytes: int, text: str) -> None:
+    assert size_text(num_bytes) == text
