@@ -7,6 +7,7 @@ are memory-mapped when they are first read. Knows no tokenizer and no manifest.
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,8 +58,13 @@ class TokenSplit:
 
     @property
     def num_documents(self) -> int:
-        """Documents that begin in these shards."""
-        return int(self._first_documents[-1])
+        """Documents that begin in these shards, and one more where they begin inside one."""
+        return int(self._first_documents[-1]) + self._begins_inside
+
+    @cached_property
+    def _begins_inside(self) -> bool:
+        """Whether the first token goes on with a document of the shard before."""
+        return self.shards[0].num_documents == 0 or bool(self._starts(0)[0])
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens (stop - start,) in their type on disk; InvalidInput outside the stream."""
@@ -95,21 +101,20 @@ class TokenSplit:
         shard = self._shard_at(token_index)
         starts = self._starts(shard)
         num_before = int(np.searchsorted(starts, token_index - self._first_tokens[shard], side="right"))
-        return max(0, int(self._first_documents[shard]) + num_before - 1)
+        return int(self._first_documents[shard]) + num_before - 1 + self._begins_inside
 
     def document_start(self, document: int) -> int:
         """Index of the first token of a document; of the number after the last: the end."""
-        if document >= self.num_documents:
-            return self.num_tokens
-        if document == 0:
-            return 0  # a shard on its own may begin inside one
+        if document in (0, self.num_documents):
+            return self.num_tokens if document else 0
+        document -= self._begins_inside
         shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
         return int(self._first_tokens[shard] + self._starts(shard)[document - self._first_documents[shard]])
 
     def documents(self, start: int = 0) -> Iterator[NDArray[Any]]:
         """The tokens of each document from number `start` on, its end-of-document token included."""
         first = self.document_start(start)
-        for document in range(start, max(1, self.num_documents)):
+        for document in range(start, self.num_documents):
             end = self.document_start(document + 1)
             yield self.read(first, end)
             first = end

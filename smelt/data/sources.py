@@ -178,7 +178,7 @@ def parse_hub_spec(spec: str) -> tuple[str, str | None, str]:
     name, *parts = spec.split(":")[1:]
     if not name or len(parts) > 2:
         raise DataError(f"{spec} is not hf:ORG/NAME[:config][:split]")
-    if len(parts) == 1 and parts[0].partition("[")[0] in HUB_SPLITS:
+    if len(parts) == 1 and parts[0] in HUB_SPLITS:
         return name, None, parts[0]
     config, split = [*parts, "", ""][:2]
     return name, config or None, split or "train"
