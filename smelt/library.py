@@ -41,16 +41,22 @@ def train(config: TrainConfig | dict[str, Any] | None = None, **fields: Any) -> 
 
     Raises ConfigError before anything is computed; see TrainConfig for the fields.
     """
-    from smelt.training.recipes import pretrain, resumed_values
+    from smelt.training.recipes import pretrain
 
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
-    values = given | fields
+    settings = load_settings()
+    return pretrain(run_config(given | fields), settings.datasets, settings.models)
+
+
+def run_config(values: dict[str, Any]) -> TrainConfig:
+    """The config of a run: on resume over the saved one, with this machine's settings where it says nothing."""
+    from smelt.training.recipes import resumed_values
+
     if values.get("init_from") == "resume":
         values = resumed_values(values)
     settings = load_settings()
-    for name in ("device", "dtype", "threads"):
-        values.setdefault(name, getattr(settings, name))
-    return pretrain(validated(TrainConfig, values), settings.datasets, settings.models)
+    machine = {name: getattr(settings, name) for name in ("device", "dtype", "threads")}
+    return validated(TrainConfig, {**machine, **values})
 
 
 def prepare_data(

@@ -1,21 +1,18 @@
 """`smelt data`: add, list, show and remove datasets; knows no file formats."""
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from smelt.cli.data_progress import data_progress
 from smelt.errors import DataError
 from smelt.settings import load_settings
 
 if TYPE_CHECKING:
     from smelt.data.datasets import Dataset
-    from smelt.data.sources import Progress
 
 SHOWN_CHARS = 600  # of a document
 
@@ -97,7 +94,7 @@ def add(
         column=column,
         block_size=block_size,
     )
-    with _progress_display() as progress:
+    with data_progress() as progress:
         dataset = prepare(
             source, load_settings().datasets, name, tokenizer=tokenizer, options=options, progress=progress
         )
@@ -191,39 +188,3 @@ def _describe(dataset: "Dataset") -> None:
 
 def _size(folder: Path) -> str:
     return f"{sum(path.stat().st_size for path in folder.rglob('*')) / 1e6:,.1f} MB"
-
-
-@contextmanager
-def _progress_display() -> "Iterator[Progress]":
-    """A bar with rate and time left on a terminal; elsewhere a line every ten seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _print_seldom()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, num_done: int, num_total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=num_total)
-            bars.update(tasks[stage], completed=num_done)
-
-        yield report
-
-
-def _print_seldom() -> "Progress":
-    last_printed = time.monotonic()
-
-    def report(stage: str, num_done: int, num_total: int | None) -> None:
-        nonlocal last_printed
-        if time.monotonic() - last_printed > 10:
-            last_printed = time.monotonic()
-            of_total = f" of {num_total / 1e6:,.0f}" if num_total else ""
-            click.echo(f"{stage}: {num_done / 1e6:,.0f}{of_total} MB", err=True)
-
-    return report

@@ -5,15 +5,16 @@ from typing import Any
 
 import click
 
-from smelt.configs import TrainConfig
+from smelt.cli.data_progress import data_progress
 from smelt.settings import load_settings
 
 PROMPTS = ("The ", "Return a ", "If the ")
 
+VOCAB_SIZE = 2048
 # Found by search for the lowest validation loss after a minute on two cores: see docs/experiments.md.
 RECIPE: dict[str, Any] = {
     "data_path": "builtin:pydoc",
-    "tokenizer": "bpe:2048",
+    "tokenizer": f"bpe:{VOCAB_SIZE}",
     "train_val_split": 0.02,
     "n_layer": 4,
     "n_head": 4,
@@ -40,21 +41,20 @@ def command(seconds: float) -> None:
     The text is the documentation that this Python carries, so nothing is downloaded. The run is an ordinary one: it
     stays in the home folder as `runs/demo`, and the model as `demo`.
     """
-    from smelt import library
     from smelt.cli.train_display import training_display
+    from smelt.library import run_config
     from smelt.training.pace import seconds_per_step
     from smelt.training.recipes import pretrain
 
     settings = load_settings()
     out_dir = settings.runs / "demo"
     shutil.rmtree(out_dir, ignore_errors=True)
-    config = TrainConfig(**RECIPE, out_dir=str(out_dir), device=settings.device, threads=settings.threads)
-    click.echo("smelt demo: Python's own documentation -> a tokenizer -> a small GPT -> text", err=True)
-    library.prepare_data(RECIPE["data_path"], tokenizer=RECIPE["tokenizer"], val_fraction=RECIPE["train_val_split"])
-    num_steps = max(20, round(seconds / seconds_per_step(config, vocab_size=2048)))
+    click.echo("Python's own documentation -> a tokenizer -> a small GPT -> text\n", err=True)
+    config = run_config({**RECIPE, "out_dir": str(out_dir)})
+    num_steps = max(20, round(seconds / seconds_per_step(config, VOCAB_SIZE)))
     config = config.replace(max_iters=num_steps, eval_interval=max(10, num_steps // 5))
-    with training_display(config) as display:
-        summary = pretrain(config, settings.datasets, settings.models, [display])
+    with data_progress() as progress, training_display(config) as display:
+        summary = pretrain(config, settings.datasets, settings.models, [display], progress)
     if summary.stop_reason == "interrupted":
         raise click.exceptions.Exit(130)
     write_samples(str(out_dir))

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from smelt.cli.console import progress_console
 from smelt.configs import TrainConfig
 from smelt.training.metrics import EvalMetrics, Event, RunInfo, Sink, StepMetrics, describe
 from smelt.training.sinks import line_sink
@@ -17,7 +17,7 @@ SMOOTHING = 0.9  # weight of the past in the figures beside the bar
 @contextmanager
 def training_display(config: TrainConfig) -> Iterator[Sink]:
     """A sink that shows the run on stderr while the block lasts."""
-    console = Console(stderr=True)
+    console = progress_console()
     if not console.is_terminal:
         yield line_sink(sys.stderr.write, config.log_interval)
         return
