@@ -29,34 +29,34 @@ class Config(BaseModel):
 class RopeScaling(Config):
     """Llama 3's frequency scaling: wavelengths beyond the original context are stretched."""
 
-    factor: float = Field(gt=0)
-    low_freq_factor: float = Field(gt=0)
-    high_freq_factor: float = Field(gt=0)
-    original_block_size: int = Field(ge=1)
+    factor: float = Field(gt=0, description="how many times longer the context becomes")
+    low_freq_factor: float = Field(gt=0, description="fewer turns than this in the old context: stretched whole")
+    high_freq_factor: float = Field(gt=0, description="more turns than this in the old context: left alone")
+    original_block_size: int = Field(ge=1, description="the context before stretching, in tokens")
 
 
 class DecoderConfig(Config):
     """Everything that fixes the shape of a decoder, in GPT-2's words."""
 
-    architecture: Architecture = "gpt2"
-    vocab_size: int = Field(ge=1)
+    architecture: Architecture = Field("gpt2", description="Hugging Face's model_type")
+    vocab_size: int = Field(ge=1, description="number of token ids")
     block_size: int = Field(ge=1, description="longest context in tokens")
-    n_layer: int = Field(ge=1)
-    n_head: int = Field(ge=1)
-    n_embd: int = Field(ge=1)
+    n_layer: int = Field(ge=1, description="number of blocks")
+    n_head: int = Field(ge=1, description="number of query heads")
+    n_embd: int = Field(ge=1, description="width of the residual stream")
     n_kv_head: int = Field(0, ge=0, description="key/value heads; 0 means as many as n_head")
     head_dim: int = Field(0, ge=0, description="width of one head; 0 means n_embd / n_head")
     n_inner: int = Field(0, ge=0, description="width of the MLP; 0 means 4 x n_embd")
-    position: Literal["learned", "rope"] = "learned"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    position: Literal["learned", "rope"] = Field("learned", description="a table of vectors, or rotations")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="before each branch, and at the end")
     mlp: Literal["gelu", "gelu_exact", "swiglu"] = Field("gelu", description="gelu is GPT-2's, by tanh")
     bias: bool = Field(True, description="biases in every linear layer and LayerNorm")
     qkv_bias: bool = Field(True, description="biases in the query, key and value projections")
     qk_norm: bool = Field(False, description="RMSNorm over each query and key head (Qwen3)")
     tied: bool = Field(True, description="the output head shares the token embedding")
-    norm_eps: float = Field(1e-5, gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
-    rope_scaling: RopeScaling | None = None
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wavelengths")
+    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's, or none")
     sliding_window: int | None = Field(None, ge=1, description="attend to this many tokens at most")
 
     @model_validator(mode="before")

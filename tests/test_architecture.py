@@ -11,10 +11,11 @@ from pathlib import Path
 
 import click
 import pytest
+from pydantic import BaseModel
 
 import smelt
 from smelt.cli import app
-from smelt.configs import TrainConfig
+from smelt.configs import DecoderConfig, RopeScaling, TrainConfig
 from smelt.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,8 +72,8 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
         _ = smelt.lode
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, Settings])
-def test_every_field_says_what_it_is(config_class: type[TrainConfig] | type[Settings]) -> None:
+@pytest.mark.parametrize("config_class", [TrainConfig, DecoderConfig, RopeScaling, Settings])
+def test_every_field_says_what_it_is(config_class: type[BaseModel]) -> None:
     assert not [name for name, field in config_class.model_fields.items() if not field.description]
 
 
