@@ -24,6 +24,7 @@ from smelt.errors import MissingDependency, TokenizerError
 END_OF_TEXT = "<|endoftext|>"
 MARKER_FILE = "smelt_tokenizer.json"  # says which of our classes wrote the folder
 MIN_VOCAB, MAX_VOCAB = 257, 1 << 20
+TRAINING_CHARS = 1 << 14  # of one text that the trainer is given
 
 # Words with the sign before them, numbers in pairs of digits (a small vocabulary has no room for longer ones),
 # signs with the line breaks after them, and white space, of which the last space goes to the next word.
@@ -150,10 +151,29 @@ def train_bpe(vocab_size: int, texts: Iterator[str]) -> BpeTokenizer:
         max_token_length=64,  # a ruler of dashes is not worth an id of its own for each length
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    _train(backend, trainer, texts)
     byte_of = {symbol: byte for byte, symbol in enumerate(symbols)}
     ranks = {bytes(byte_of[symbol] for symbol in token): rank for token, rank in backend.get_vocab().items()}
     return BpeTokenizer(f"bpe:{vocab_size}", PATTERN, ranks, {END_OF_TEXT: len(ranks)})
+
+
+def _train(backend: tokenizers.Tokenizer, trainer: trainers.BpeTrainer, texts: Iterator[str]) -> None:
+    """Train in a thread: the library does not look for Ctrl-C, so this one waits for it, and ends the texts."""
+    is_interrupted = False
+
+    def parts() -> Iterator[str]:
+        for text in texts:
+            if is_interrupted:
+                raise KeyboardInterrupt
+            yield from split(text, TRAINING_CHARS)  # the library holds 256 of them at once
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(backend.train_from_iterator, parts(), trainer)
+        try:
+            training.result()
+        except KeyboardInterrupt:
+            is_interrupted = True
+            raise
 
 
 def is_tiktoken_name(name: str) -> bool:

@@ -61,27 +61,31 @@ def pieces(chunks: Iterable[str]) -> Documents:
     """Cut one document, given as chunks of any length, into pieces; nothing where it is empty."""
     rest = ""
     for chunk in chunks:
-        rest += chunk
-        while len(rest) > PIECE_CHARS:
-            cut = cut_point(rest, PIECE_CHARS)
-            yield Piece(rest[:cut], is_last=False)
-            rest = rest[cut:]
+        *parts, rest = split(rest + chunk)
+        yield from (Piece(part, is_last=False) for part in parts)
     if rest:
         yield Piece(rest, is_last=True)
 
 
-def split(text: str) -> list[str]:
-    """The text in parts of at most PIECE_CHARS characters."""
-    return [text] if len(text) <= PIECE_CHARS else [piece.text for piece in whole(text)]
+def split(text: str, limit: int | None = None) -> list[str]:
+    """The text in parts of at most `limit` (else PIECE_CHARS) characters; an empty text is one part."""
+    limit = limit or PIECE_CHARS
+    parts = []
+    start = 0
+    while len(text) - start > limit:
+        cut = cut_point(text, start, start + limit)
+        parts.append(text[start:cut])
+        start = cut
+    return [*parts, text[start:]]
 
 
-def cut_point(text: str, limit: int) -> int:
-    """A position in 1..limit at which to cut: before the last lone space that follows a word, if there is one.
+def cut_point(text: str, start: int, limit: int) -> int:
+    """A position in start + 1..limit at which to cut: before the last space that follows a word, if there is one.
 
     Byte-level pre-tokenizers join a space to the word after it and never to the one before.
     """
     end = limit + 1
-    while (cut := text.rfind(" ", 1, end)) > 0:
+    while (cut := text.rfind(" ", start + 1, end)) > 0:
         if not text[cut - 1].isspace():
             return cut
         end = cut

@@ -37,7 +37,8 @@ def test_pieces_join_to_the_document_whatever_the_chunks(chunks, limit):
     ],
 )
 def test_cuts_lie_before_the_space_behind_a_word(text, limit, cut):
-    assert cut_point(text, limit) == cut
+    assert cut_point(text, 0, limit) == cut
+    assert cut_point("one more" + text, 8, 8 + limit) == 8 + cut
 
 
 def test_long_spaces_and_words_are_cut_anyway():
@@ -53,7 +54,7 @@ TOKENIZER = train_bpe(320, iter(["don't stop, it's 1234 words -- (really)!\n\n  
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.lists(st.sampled_from(["word", " ", "  ", "\n", "'s", "12", "!?", "\t", " a"]), max_size=40).map("".join))
 def test_cutting_never_changes_tokens_where_there_is_a_place_to_cut(text):
-    cut = cut_point(text, max(1, len(text) - 3))
+    cut = cut_point(text, 0, max(1, len(text) - 3))
     is_clean = text[cut : cut + 1] == " " and not text[cut - 1].isspace()
     if is_clean:
         assert TOKENIZER.encode(text[:cut]) + TOKENIZER.encode(text[cut:]) == TOKENIZER.encode(text)
