@@ -79,7 +79,7 @@ def read_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     On a CPU, tensors that need no conversion stay memory-mapped. Raises NotFound, UnsafeFile or UnsupportedModel.
     """
     config = read_config(folder)
-    tensors = _read_tensors(folder, config)
+    tensors = read_tensors(folder, config)
     try:
         state = from_hf_tensors(config, tensors)
     except UnsupportedModel as error:
@@ -101,7 +101,7 @@ def assemble(
     return model.eval()
 
 
-def _read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
+def read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
     """Every tensor of a folder, lazily mapped, after the headers were checked against the config."""
     check_weights(folder, config)
     tensors: dict[str, Tensor] = {}
@@ -122,16 +122,16 @@ def write_model(
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(hf, folder / CONFIG_FILE)
         if len(shards) == 1:
-            _write_tensors(tensors, folder / WEIGHTS_FILE)
+            write_tensors(tensors, folder / WEIGHTS_FILE)
         else:
             _write_shards(shards, folder)
     except (SafetensorError, OSError) as error:
-        if _is_full_disk(error):
+        if is_full_disk(error):
             raise OutOfSpace(f"no space left for the model in {folder}; free some and try again") from error
         raise
 
 
-def _is_full_disk(error: Exception) -> bool:
+def is_full_disk(error: Exception) -> bool:
     """The safetensors library puts the system's number only into its message."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -155,13 +155,14 @@ def _write_shards(shards: list[dict[str, Tensor]], folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_tensors(shard, folder / file_name)
+        write_tensors(shard, folder / file_name)
         weight_map |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     _write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / INDEX_FILE)
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file beside a `config.json`, fsynced."""
     save_file(tensors, path, metadata={"format": "pt"})
     shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner may read
     with path.open("rb") as file:

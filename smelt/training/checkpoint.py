@@ -6,7 +6,6 @@ sha256 last, then renamed, and the parent folder fsynced: a reader never sees ha
 symbolic links beside the `checkpoints` folder, replaced atomically.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -18,13 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from smelt.errors import CheckpointError, NotFound, OutOfSpace
 from smelt.models.decoder import Decoder
-from smelt.models.weights import from_hf_tensors, write_model
+from smelt.models.weights import from_hf_tensors, is_full_disk, read_tensors, write_model, write_tensors
 from smelt.training.optim import LossScale, Optimizer
 
 MANIFEST = "manifest.json"
@@ -131,7 +129,7 @@ class Checkpoints:
                 for kind in MOMENTS
                 for name, tensor in optimizer.named(self.warm, kind).items()
             }
-            save_file(moments, temporary / OPTIMIZER)
+            write_tensors(moments, temporary / OPTIMIZER)
             (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
             self.write_extra_files(temporary)
             write_manifest(temporary)
@@ -160,8 +158,7 @@ def step_name(step: int) -> str:
 
 def explain_full_disk(error: Exception, folder: Path) -> Exception:
     """OutOfSpace in place of the many errors that a full disk causes; other errors as they are."""
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if is_full or (isinstance(error, SafetensorError) and "No space left" in str(error)):
+    if isinstance(error, OutOfSpace) or is_full_disk(error):
         free = shutil.disk_usage(folder).free
         return OutOfSpace(
             f"no space left for a checkpoint in {folder} ({free / 2**20:.0f} MiB free); the earlier checkpoints are "
@@ -247,7 +244,7 @@ def read_state(folder: Path) -> TrainState:
 def restore(folder: Path, model: Decoder, optimizer: Optimizer) -> TrainState:
     """Load a checkpoint into a model and its optimizer, bit for bit."""
     state = read_state(folder)
-    weights = from_hf_tensors(model.config, load_file(folder / "model.safetensors"))
+    weights = from_hf_tensors(model.config, read_tensors(folder, model.config))
     moments = load_file(folder / OPTIMIZER)
     own = optimizer.buffers()
     _fill(optimizer.named(own, "masters"), weights, folder)

@@ -143,7 +143,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(
     def no_space(*_arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", no_space)
     with pytest.raises(OutOfSpace, match="earlier checkpoints are whole"):
         save(tmp_path, model, optimizer, 2)
     assert latest(tmp_path) == first
