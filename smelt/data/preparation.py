@@ -131,13 +131,15 @@ def _assignments(val_fraction: float) -> Iterator[bool]:
 
     So the fraction holds for few documents too. The first is for training: it may be the only one.
     """
+    rarer = min(val_fraction, 1 - val_fraction)  # what is chosen: the documents of the smaller split
     for first in range(0, 2**62, 4096):
         numbers = np.arange(first, first + 4096)
         chosen = np.zeros(4096, bool)
-        for stretch in (np.floor(numbers * val_fraction), np.floor((numbers + 1) * val_fraction)):
+        for stretch in (np.floor(numbers * rarer), np.floor((numbers + 1) * rarer)):
             offset = mix(stretch.astype(np.uint64)).astype(np.float64) / 2.0**64
-            chosen |= np.floor((stretch + offset) / val_fraction) == numbers
-        yield from (chosen & (numbers > 0)).tolist()
+            chosen |= np.floor((stretch + offset) / rarer) == numbers
+        is_val = chosen if rarer == val_fraction else ~chosen
+        yield from (is_val & (numbers > 0)).tolist()
 
 
 # --- Writing both splits ---------------------------------------------------------------------------------
