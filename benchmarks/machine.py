@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from smelt.models.devices import cpu_features
+from smelt.models.devices import cpu_features, cpu_name
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -24,15 +24,6 @@ def describe_machine(packages: list[str]) -> list[str]:
         f"- Python {platform.python_version()}, " + ", ".join(f"{name} {version_of(name)}" for name in packages),
         f"- commit {commit()}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     ]
-
-
-def cpu_name() -> str:
-    """As Linux or the platform module names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    found = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model\t")]
-    return f"{found[0]} (model {models[0]})" if found and models else platform.processor()
 
 
 def len_of_affinity() -> int:

@@ -109,6 +109,7 @@ class Loop:
         with stop_on_signals() as request:
             try:
                 stop_reason = "eval_only" if job.config.eval_only else self._train(request)
+                request.received = True  # everything is saved: from here on Ctrl-C ends at once
                 val_loss = None if stop_reason == "interrupted" else self._evaluate_whole(stop_reason)
             finally:
                 job.checkpoints.wait()

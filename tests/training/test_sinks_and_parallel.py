@@ -2,15 +2,17 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from smelt.configs import TrainConfig
-from smelt.errors import ConfigError
+from smelt.errors import ConfigError, MissingDependency
 from smelt.training.metrics import EvalMetrics, Event, Note, RunInfo, RunSummary, StepMetrics, describe
 from smelt.training.parallel import Ranks
-from smelt.training.sinks import jsonl_sink, line_sink, tensorboard_sink
+from smelt.training.sinks import jsonl_sink, line_sink, tensorboard_sink, wandb_sink
 
 
 def info(first_step: int, out_dir: Path) -> RunInfo:
@@ -90,3 +92,24 @@ def test_ranks_share_the_rows_in_order() -> None:
 def test_rows_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(ConfigError, match="= 10 rows cannot be shared equally by 4 ranks"):
         Ranks(0, 4).rows(10)
+
+
+def test_wandb_receives_losses_and_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Against a stand-in: the service itself needs a network and an account."""
+    logged: list[tuple[int, dict[str, float]]] = []
+    finished: list[bool] = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: finished.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_settings: run))
+    sink = wandb_sink(TrainConfig(log_interval=2), tmp_path)
+    for event in (step_event(2, 2.5), step_event(3), EvalMetrics(4, 2.5, 2.25, True, 10, False), summary(4)):
+        sink(event)
+    assert [step for step, _ in logged] == [2, 4]
+    assert logged[0][1]["train/loss"] == 2.5
+    assert logged[1][1] == {"val/loss": 2.25}
+    assert finished == [True]
+
+
+def test_a_missing_service_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'smelt\[wandb\]'"):
+        wandb_sink(TrainConfig(), tmp_path)
