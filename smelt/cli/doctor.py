@@ -101,7 +101,7 @@ def processor(settings: Settings) -> list[Finding]:
     """The CPU, what it computes fast, and how many threads work on it."""
     import torch
 
-    from smelt.models.devices import cpu_features, has_compiler
+    from smelt.models.devices import cpu_features, cpu_name, has_compiler
     from smelt.training.parallel import num_cores
 
     cores = usable_cores()
@@ -131,14 +131,6 @@ def build() -> str:
     if torch.version.cuda:
         return f"CUDA {torch.version.cuda}"
     return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU build"
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:

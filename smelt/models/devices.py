@@ -1,9 +1,11 @@
 """Which device and number format to compute with, and how fast its matrix products are; knows no model."""
 
+import platform
 import shutil
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -31,6 +33,18 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device 'mps' is not here; use --device auto")
     return device
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it; Linux adds a model number, which tells apart those that share a name."""
+    info = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    for line in info.read_text(encoding="utf-8").splitlines() if info.is_file() else []:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    if "model name" in fields:
+        return f"{fields['model name']} (model {fields.get('model', '?')})"
+    return platform.processor() or platform.machine()
 
 
 def cpu_features() -> dict[str, bool]:
