@@ -1,6 +1,5 @@
 """`smelt data`: add, list, show and remove datasets; knows no file formats."""
 
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +105,7 @@ def add(
 def ls() -> None:
     """List the datasets with their sizes."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from smelt.data.datasets import list_datasets, open_dataset
@@ -115,18 +115,21 @@ def ls() -> None:
     if not names:
         click.echo(f"no datasets in {folder}; make one: smelt data add NAME --from SOURCE", err=True)
         return
-    table = Table("name", "tokenizer", "source", box=None, pad_edge=False)
-    for column in ("train tokens", "val tokens"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "tokenizer"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("train tokens", "val tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("source", overflow="fold")
     for name in names:
         try:
             dataset = open_dataset(folder / name)
-        except DataError as error:
-            table.add_row(name, "", f"[red]damaged[/red]: {error}")
+        except DataError:
+            table.add_row(name, "", "damaged", "", f"smelt data show {name} says how")
             continue
         sizes = [f"{dataset.split(split).num_tokens:,}" for split in ("train", "val")]
-        table.add_row(name, dataset.manifest.tokenizer, dataset.manifest.source, *sizes)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+        table.add_row(name, escape(dataset.manifest.tokenizer), *sizes, escape(dataset.manifest.source))
+    Console().print(table)
 
 
 @command.command(

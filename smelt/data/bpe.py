@@ -99,6 +99,11 @@ class BpeTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what tells `load_tokenizer` about it."""
+        write_tokenizer_files(self._backend, folder, kind="bpe", name=self.name, pattern=self.pattern)
+
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer as the library's object; kept, because every checkpoint of a run writes it."""
         symbols = byte_symbols()
         vocab = {"".join(symbols[byte] for byte in token): rank for token, rank in self.ranks.items()}
         model = models.BPE(vocab={**vocab, **self.special_ids}, merges=self._merges(symbols), ignore_merges=True)
@@ -106,7 +111,7 @@ class BpeTokenizer:
         backend.pre_tokenizer = byte_level(self.pattern)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(list(self.special_ids))
-        write_tokenizer_files(backend, folder, kind="bpe", name=self.name, pattern=self.pattern)
+        return backend
 
     def _merges(self, symbols: list[str]) -> list[tuple[str, str]]:
         """Every pair of tokens that makes a token, in the order of what it makes.

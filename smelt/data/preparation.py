@@ -31,7 +31,7 @@ from smelt.data.datasets import (
 from smelt.data.documents import Documents, OnError, Piece, Reading, Source
 from smelt.data.packing import mix
 from smelt.data.shards import Shard, SplitWriter, TokenSplit, token_dtype
-from smelt.data.sources import Progress, identity, open_source
+from smelt.data.sources import Progress, full_name, identity, open_source
 from smelt.data.staging import staged
 from smelt.data.tokenizers import Tokenizer, fingerprint, is_learned, make_tokenizer
 from smelt.errors import AlreadyExists, DataError, InvalidInput, NotEnoughData
@@ -98,7 +98,7 @@ def prepare(
                 raise DataError(f"{source} holds no text{_skipped(reading)}")
             splits.balance(source)
             shutil.rmtree(staging / "download", ignore_errors=True)
-            splits.finish(source, reading)
+            splits.finish(full_name(source), reading)
     return open_dataset(folder)
 
 

@@ -47,12 +47,16 @@ def open_source(spec: str, scratch: Path, progress: Progress) -> Source:
     return local_source(Path(spec).expanduser())
 
 
+def full_name(spec: str) -> str:
+    """The source as anyone can find it later: paths from the root on."""
+    return spec if spec.partition(":")[0].lower() in SOURCES else str(Path(spec).expanduser().resolve())
+
+
 def identity(spec: str) -> str:
     """What makes a source the same as before: its name, and for local files sizes and times too."""
     if spec.partition(":")[0].lower() in SOURCES:
         return f"{spec} {sys.version_info[:2]}" if spec.startswith("builtin:") else spec
-    path = Path(spec).expanduser().resolve()
-    stats = [(str(file.path), file.path.stat()) for file in local_files(path)]
+    stats = [(str(file.path), file.path.stat()) for file in local_files(Path(full_name(spec)))]
     return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
