@@ -3,7 +3,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +14,9 @@ from tokenizers import decoders, models, normalizers
 from smelt.data.bpe import BpeTokenizer, byte_symbols, train_bpe
 from smelt.data.characters import ByteTokenizer, CharTokenizer, read_meta_pickle
 from smelt.data.documents import PIECE_CHARS
-from smelt.data.tokenizers import StreamDecoder, Tokenizer, fingerprint, load_tokenizer, make_tokenizer, sample
+from smelt.data.tokenizers import StreamDecoder, fingerprint, load_tokenizer, make_tokenizer, sample
 from smelt.errors import MissingDependency, NotFound, TokenizerError, UnsafeFile
 
-SHARED = Path(os.environ.get("SMELT_SHARED", Path(__file__).parents[2] / ".." / "shared"))
 TEXT = """The tokenizer's job: 12345 numbers, naïve café, 你好世界 🙂🙃!
 \tIndented\r\nlines -- and the end of it.
 
@@ -36,14 +34,10 @@ def bpe():
 
 
 @pytest.fixture(scope="module")
-def gpt2():
-    folder = SHARED / "data" / "tiktoken"
-    if not folder.is_dir():
-        pytest.skip(f"../shared is absent: no tiktoken files in {folder}")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
-    yield make_tokenizer("gpt2", texts)
-    patch.undo()
+def gpt2(shared_data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
+        yield make_tokenizer("gpt2", texts)
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -113,6 +107,15 @@ def test_char_ids_follow_code_points_and_unseen_characters_are_named():
         tokenizer.encode_batch(["a", "🙃"])
 
 
+@settings(max_examples=150, deadline=None, database=None)
+@given(ANY_TEXT.filter(bool), st.data())
+def test_char_gives_back_any_text_of_its_alphabet(text, data):
+    tokenizer = CharTokenizer.learn([text])
+    other = data.draw(st.text(alphabet=sorted(set(text))))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode_batch([other])[0].tolist()) == other
+
+
 def test_training_is_the_same_in_every_process(bpe):
     program = (
         "import sys; from smelt.data.tokenizers import make_tokenizer, fingerprint;"
@@ -152,25 +155,17 @@ def test_saved_bpe_gives_the_same_ids_in_tokenizers_and_transformers(text, bpe, 
     assert theirs.decode(bpe.encode(text)) == text
 
 
-@settings(max_examples=200, deadline=None, database=None)
-@given(st.text(alphabet="abX ", max_size=40))
-def test_both_libraries_agree_where_tokens_split_in_many_ways(text):
-    tokenizer = _AB
-    assert _AB_BACKEND.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+def test_both_libraries_agree_where_tokens_split_in_many_ways(tmp_path):
+    tokenizer = train_bpe(290, iter(["abXab aabXb abab bXab Xabab baXb abXb"] * 20))
+    tokenizer.save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
 
+    @settings(max_examples=200, deadline=None, database=None)
+    @given(st.text(alphabet="abX ", max_size=40))
+    def check(text):
+        assert backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
-def _saved_backend(tokenizer: Tokenizer, folder: Path) -> tokenizers.Tokenizer:
-    tokenizer.save(folder)
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-_AB = train_bpe(290, iter(["abXab aabXb abab bXab Xabab baXb abXb"] * 20))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ab_backend(tmp_path_factory):
-    global _AB_BACKEND  # noqa: PLW0603 - hypothesis takes no fixtures of a shorter life
-    _AB_BACKEND = _saved_backend(_AB, tmp_path_factory.mktemp("ab"))
+    check()
 
 
 def test_gpt2_gives_tiktokens_ids_and_keeps_them_when_saved(gpt2, tmp_path):
