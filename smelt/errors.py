@@ -7,12 +7,18 @@ SmeltError
 │   ├── NotEnoughData     a split is shorter than one block
 │   ├── TokenizerError    an unknown tokenizer, or text it cannot represent
 │   ├── UnsupportedModel  an architecture or a weight format we do not read
-│   └── UnsafeFile        a file that could run code when loaded
+│   ├── UnsafeFile        a file that could run code when loaded
+│   ├── SeqReused         another request has that place in its lane
+│   └── SeqAbandoned      the lane waited for that place, and has gone on without it
 ├── NotFound              a name that does not exist
 ├── AlreadyExists         a name that is taken
 ├── MissingDependency     an optional package or an offline resource is absent
 ├── OutOfSpace            the disk is full; what was there before is whole
 ├── CheckpointError       a checkpoint is torn, or belongs to something else
+├── StorageError          the database or one of its files is damaged, newer than us or out of reach
+├── StaleEpoch            a worker's connection is over, and with it its right to answer
+├── TransportError        another process of smelt cannot be reached, or does not speak as one
+│   └── ConnectionClosed  it is gone, or we have hung up
 └── TrainingError         the run cannot go on
     └── NonFiniteLoss     the loss became NaN or infinite
 """
@@ -50,6 +56,14 @@ class UnsafeFile(InvalidInput):
     """A file that may run code when it is loaded (a pickle)."""
 
 
+class SeqReused(InvalidInput):
+    """A seq came again with another request; the first one stands."""
+
+
+class SeqAbandoned(InvalidInput):
+    """A seq came so late that its lane has gone on without it."""
+
+
 class NotFound(SmeltError, LookupError):
     """A dataset, model, run or file of that name does not exist."""
 
@@ -68,6 +82,22 @@ class OutOfSpace(SmeltError, OSError):
 
 class CheckpointError(SmeltError):
     """A checkpoint is torn, or does not belong to this model or dataset."""
+
+
+class TransportError(SmeltError, ConnectionError):
+    """Another process of smelt cannot be reached, refuses us, or does not speak our protocol."""
+
+
+class ConnectionClosed(TransportError):
+    """The process at the other end is gone, or this end has hung up; nothing sent now would arrive."""
+
+
+class StorageError(SmeltError):
+    """The database, or a file that belongs to it, is damaged, written by a newer smelt, or out of reach."""
+
+
+class StaleEpoch(SmeltError):
+    """A result from a worker that no longer holds the request: its connection ended, or it was cancelled."""
 
 
 class TrainingError(SmeltError, RuntimeError):

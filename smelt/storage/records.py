@@ -1,0 +1,152 @@
+"""Models, adapters, runs, checkpoints, datasets and keys as rows; knows nothing of the folders they point to.
+
+Each function is one statement on a connection, with the owner in it: another owner's row does not exist. Writing
+ones are run by the `Writer`, reading ones on any connection of the engine.
+"""
+
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, RowMapping, Table, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from smelt.errors import AlreadyExists, NotFound
+from smelt.storage import tables
+
+
+def new_id() -> str:
+    """An id that nobody can guess."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What every row has."""
+
+    owner: str
+    id: str = field(default_factory=new_id)
+    created: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Record):
+    """A model folder, under a name."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Record):
+    """LoRA weights for a model."""
+
+    name: str
+    path: str
+    model_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Record):
+    """One training job: its recipe's name and config, and how it stands."""
+
+    recipe: str
+    config: dict[str, Any]
+    path: str
+    state: str = "queued"
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Record):
+    """Weights of a run at a step."""
+
+    run_id: str
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Record):
+    """A dataset folder, under a name."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key(Record):
+    """An API key: the sha256 of its text, what it may do, and when it was revoked."""
+
+    name: str
+    digest: str
+    scopes: list[str]
+    revoked: float | None = None
+
+
+TABLES: dict[type[Record], Table] = {
+    Model: tables.models,
+    Adapter: tables.adapters,
+    Run: tables.runs,
+    Checkpoint: tables.checkpoints,
+    Dataset: tables.datasets,
+    Key: tables.keys,
+}
+
+R = TypeVar("R", bound=Record)
+
+
+def add(connection: Connection, record: Record) -> None:
+    """Insert a record. AlreadyExists where its name (or whatever else must be unique) is taken."""
+    table = TABLES[type(record)]
+    # The two say it alike, each in a class of its own.
+    insert_into = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    insert = insert_into(table).values(asdict(record)).on_conflict_do_nothing()
+    if connection.execute(insert).rowcount != 1:
+        label = getattr(record, "name", record.id)
+        raise AlreadyExists(f"{label!r} already exists in {table.name}; remove it, or choose another name")
+
+
+def get(connection: Connection, kind: type[R], owner: str, record_id: str) -> R:
+    """The owner's record of that id. NotFound where there is none."""
+    found = find(connection, kind, owner, id=record_id)
+    if not found:
+        raise _not_found(kind, record_id)
+    return found[0]
+
+
+def find(connection: Connection, kind: type[R], owner: str, **equal: Any) -> list[R]:
+    """The owner's records whose columns have those values, oldest first."""
+    table = TABLES[kind]
+    query = select(table).where(table.c.owner == owner).filter_by(**equal).order_by(table.c.created, table.c.id)
+    return [_record(kind, row) for row in connection.execute(query).mappings()]
+
+
+def replace(connection: Connection, record: Record) -> None:
+    """Write a changed record over the one with its id. NotFound where the owner has none."""
+    table = TABLES[type(record)]
+    update = table.update().where(table.c.owner == record.owner, table.c.id == record.id).values(asdict(record))
+    if connection.execute(update).rowcount != 1:
+        raise _not_found(type(record), record.id)
+
+
+def delete(connection: Connection, kind: type[Record], owner: str, record_id: str) -> None:
+    """Remove a record. NotFound where the owner has none; StorageError where another record still points to it."""
+    table = TABLES[kind]
+    if connection.execute(table.delete().where(table.c.owner == owner, table.c.id == record_id)).rowcount != 1:
+        raise _not_found(kind, record_id)
+
+
+def key_of_digest(connection: Connection, digest: str) -> Key | None:
+    """The key with that sha256, whoever owns it: the one question whose answer is the owner."""
+    row = connection.execute(select(tables.keys).where(tables.keys.c.digest == digest)).mappings().one_or_none()
+    return None if row is None else _record(Key, row)
+
+
+def _record(kind: type[R], row: RowMapping) -> R:
+    return kind(**{str(name): value for name, value in row.items()})
+
+
+def _not_found(kind: type[Record], record_id: str) -> NotFound:
+    return NotFound(f"{kind.__name__.lower()} {record_id!r} does not exist")

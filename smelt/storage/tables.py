@@ -1,0 +1,164 @@
+"""The tables as SQLAlchemy sees them today; how a database got there is in `migrations`.
+
+Times are seconds since 1970. Every row that somebody asked for has an `owner`.
+"""
+
+from typing import Any, TypeAlias
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Row,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+AnyRow: TypeAlias = Row[*tuple[Any, ...]]
+
+# Every constraint has a name, so that a later migration can drop it.
+NAMES = {"ix": "ix_%(column_0_N_name)s", "uq": "uq_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"}
+metadata = MetaData(naming_convention=NAMES | {"fk": "fk_%(table_name)s_%(column_0_N_name)s"})
+
+# SQLite counts rows up by itself only in a column of the type INTEGER.
+Counter = BigInteger().with_variant(Integer(), "sqlite")
+
+# One connection of a worker; a result that comes with a closed epoch is refused.
+epochs = Table(
+    "epochs",
+    metadata,
+    Column("epoch", Counter, primary_key=True),
+    Column("closed", Boolean, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+lanes = Table(
+    "lanes",
+    metadata,
+    Column("lane", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    # The lowest seq that was neither granted nor settled nor given up; NULL: the lane's futures have no order.
+    Column("next_seq", BigInteger),
+)
+
+futures = Table(
+    "futures",
+    metadata,
+    Column("number", Counter, primary_key=True),  # in order of acceptance
+    Column("id", Text, nullable=False, unique=True),
+    Column("owner", Text, nullable=False),
+    Column("lane", Text, ForeignKey("lanes.lane")),
+    Column("seq", BigInteger),
+    Column("fingerprint", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("ready", Boolean, nullable=False),  # queued, and its turn in its lane
+    Column("epoch", BigInteger),
+    Column("attempts", Integer, nullable=False),  # how often a worker died holding it
+    Column("category", Text),  # of a failure: user or server
+    Column("request", LargeBinary),
+    Column("request_file", Text),
+    Column("result", LargeBinary),
+    Column("result_file", Text),
+    Column("expired", Boolean, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("updated", Double, nullable=False),
+    UniqueConstraint("lane", "seq"),
+    Index("ix_futures_ready", "number", sqlite_where=text("ready = 1"), postgresql_where=text("ready")),
+    Index(
+        "ix_futures_queued",
+        "lane",
+        "seq",
+        sqlite_where=text("state = 'queued'"),
+        postgresql_where=text("state = 'queued'"),
+    ),
+    Index(
+        "ix_futures_granted",
+        "lane",
+        "epoch",
+        sqlite_where=text("state = 'granted'"),
+        postgresql_where=text("state = 'granted'"),
+    ),
+    sqlite_autoincrement=True,
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    UniqueConstraint("owner", "name"),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("model_id", Text, ForeignKey("models.id"), nullable=False),
+    UniqueConstraint("owner", "name"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("recipe", Text, nullable=False),
+    Column("config", JSON, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("run_id", Text, ForeignKey("runs.id"), nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("path", Text, nullable=False),
+    UniqueConstraint("run_id", "step"),
+)
+
+datasets = Table(
+    "datasets",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    UniqueConstraint("owner", "name"),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", Text, nullable=False, unique=True),  # the key itself is shown once and never kept
+    Column("scopes", JSON, nullable=False),
+    Column("revoked", Double),
+    UniqueConstraint("owner", "name"),
+)

@@ -1,0 +1,114 @@
+"""The one thread that writes: what waits together is committed together, with one fsync; knows no table.
+
+A commit waits for the disk, and while it waits more operations arrive; they are the next group. So one operation
+alone costs one fsync, and a crowd shares it, without any timer.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from smelt.errors import StorageError
+from smelt.storage.database import WRITES, explained, set_durable
+
+MAX_GROUP = 256
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A function of the connection; it may run twice (its first run rolled back), so it changes nothing else."""
+
+    run: Callable[[Connection], Any]
+    # Whether its caller may be answered only when it is on the disk.
+    durable: bool = True
+    answer: Future[Any] = field(default_factory=Future)
+
+
+class Writer:
+    """Runs operations in the order they came, in groups. Call `close` at the end: it finishes what was submitted."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine.execution_options(**{WRITES: True})
+        self._queue: queue.SimpleQueue[list[Operation] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="storage-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, operations: Iterable[Operation]) -> None:
+        """Queue operations that belong into the same commit; each one's `answer` comes after it."""
+        if self._closed:
+            raise StorageError("the database is closed: this server is going down")
+        self._queue.put(list(operations))
+
+    def write(self, run: Callable[[Connection], T]) -> Future[T]:
+        """Queue one durable operation: a future for its result, or for the error it raised."""
+        operation = Operation(run)
+        self.submit([operation])
+        return operation.answer
+
+    def close(self) -> None:
+        """Finish what was submitted, then stop; callable twice."""
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        with self._engine.connect() as connection:
+            while (group := self._next_group()) is not None:
+                self._commit(connection, group)
+
+    def _next_group(self) -> list[Operation] | None:
+        """Wait for work, then take all that is there; None at the end."""
+        group = self._queue.get()
+        while group is not None and len(group) < MAX_GROUP and not self._queue.empty():
+            more = self._queue.get()
+            if more is None:
+                self._queue.put(None)
+                break
+            group.extend(more)
+        return group
+
+    def _commit(self, connection: Connection, group: list[Operation]) -> None:
+        # An operation whose caller has left before it began is left out; from here on it cannot be taken back.
+        group = [operation for operation in group if operation.answer.set_running_or_notify_cancel()]
+        try:
+            results = self._results(connection, group)
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                connection.invalidate()
+            results = [explained(error, self._engine)] * len(group)
+        for operation, result in zip(group, results, strict=True):
+            if isinstance(result, Exception):
+                operation.answer.set_exception(result)
+            else:
+                operation.answer.set_result(result)
+
+    def _results(self, connection: Connection, group: list[Operation]) -> list[Any]:
+        """Each operation's result or error, once the transaction is committed."""
+        set_durable(connection, any(operation.durable for operation in group))
+        try:
+            with connection.begin():
+                return [operation.run(connection) for operation in group]
+        except Exception:  # noqa: BLE001 - whatever it was, the second run gives it to the one it belongs to
+            connection.rollback()
+        with connection.begin():
+            return [_isolated(connection, operation) for operation in group]
+
+
+def _isolated(connection: Connection, operation: Operation) -> Any:
+    """The result, or the error with everything that the operation wrote undone."""
+    try:
+        with connection.begin_nested():
+            return operation.run(connection)
+    except DBAPIError as error:
+        return explained(error, connection.engine)
+    except Exception as error:  # noqa: BLE001 - an operation's fault belongs to its caller; this thread must live
+        return error
