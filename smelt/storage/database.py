@@ -1,6 +1,8 @@
 """Opens the database: SQLite in a file by default, PostgreSQL by URL; knows its manners, none of its rows."""
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
@@ -12,8 +14,8 @@ from smelt.storage.migrations import migrate
 
 # Execution options of a connection: `writes` takes SQLite's write lock at BEGIN instead of half-way through.
 WRITES = "writes"
-# What `set_durable` remembers of a connection.
-DURABLE = "durable"
+# What `transaction` remembers of a SQLite connection.
+SYNCHRONOUS = "synchronous"
 
 PRAGMAS = (
     "PRAGMA journal_mode = WAL",  # readers and the writer do not wait for each other
@@ -36,10 +38,13 @@ def open_database(url: str) -> Engine:
     was written by a newer smelt.
     """
     engine = _engine(url)
-    try:
-        migrate(engine.execution_options(**{WRITES: True}))
-    except DBAPIError as error:
-        raise explained(error, engine) from None
+    with ExitStack() as on_failure:
+        on_failure.callback(engine.dispose)
+        try:
+            migrate(engine.execution_options(**{WRITES: True}))
+        except DBAPIError as error:
+            raise explained(error, engine) from None
+        on_failure.pop_all()
     return engine
 
 
@@ -57,21 +62,27 @@ def is_full(error: DBAPIError) -> bool:
     return sqlite_code == sqlite3.SQLITE_FULL or sql_state == "53100"
 
 
-def set_durable(connection: Connection, durable: bool) -> None:
-    """Choose, between transactions, whether the commits to come are on the disk when they return.
+@contextmanager
+def transaction(connection: Connection, durable: bool = True) -> Iterator[None]:
+    """A transaction whose commit, if `durable`, is on the disk when the block has ended.
 
-    Without it a commit may vanish with the power, never in part and never without those after it.
+    Otherwise the commit may vanish with the power, though never in part, and never without those after it.
     """
-    if connection.info.get(DURABLE, True) == durable:
-        return
-    driver = connection.connection.dbapi_connection
-    assert driver is not None
     if connection.dialect.name == "sqlite":
-        driver.cursor().execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-    else:
-        driver.cursor().execute(f"SET synchronous_commit = {'on' if durable else 'off'}")
-        driver.commit()
-    connection.info[DURABLE] = durable
+        _set_synchronous(connection, "FULL" if durable else "NORMAL")
+    with connection.begin():
+        if connection.dialect.name == "postgresql" and not durable:
+            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+        yield
+
+
+def _set_synchronous(connection: Connection, level: str) -> None:
+    # SQLite takes it only between transactions, where SQLAlchemy would begin one to send it.
+    if connection.info.get(SYNCHRONOUS, "FULL") != level:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        driver.execute(f"PRAGMA synchronous = {level}")
+        connection.info[SYNCHRONOUS] = level
 
 
 def _engine(url: str) -> Engine:

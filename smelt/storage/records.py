@@ -102,8 +102,8 @@ def add(connection: Connection, record: Record) -> None:
     table = TABLES[type(record)]
     # The two say it alike, each in a class of its own.
     insert_into = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    insert = insert_into(table).values(asdict(record)).on_conflict_do_nothing()
-    if connection.execute(insert).rowcount != 1:
+    insert = insert_into(table).values(asdict(record)).on_conflict_do_nothing().returning(table.c.id)
+    if connection.execute(insert).one_or_none() is None:
         label = getattr(record, "name", record.id)
         raise AlreadyExists(f"{label!r} already exists in {table.name}; remove it, or choose another name")
 

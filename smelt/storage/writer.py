@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from smelt.errors import StorageError
-from smelt.storage.database import WRITES, explained, set_durable
+from smelt.storage.database import WRITES, explained, transaction
 
 MAX_GROUP = 256
 
@@ -82,8 +82,6 @@ class Writer:
         try:
             results = self._results(connection, group)
         except DBAPIError as error:
-            if error.connection_invalidated:
-                connection.invalidate()
             results = [explained(error, self._engine)] * len(group)
         for operation, result in zip(group, results, strict=True):
             if isinstance(result, Exception):
@@ -93,14 +91,16 @@ class Writer:
 
     def _results(self, connection: Connection, group: list[Operation]) -> list[Any]:
         """Each operation's result or error, once the transaction is committed."""
-        set_durable(connection, any(operation.durable for operation in group))
+        durable = any(operation.durable for operation in group)
         try:
-            with connection.begin():
+            with transaction(connection, durable):
                 return [operation.run(connection) for operation in group]
+        except OperationalError:
+            # The disk or the server, and nobody's fault: it is everybody's error.
+            raise
         except Exception:  # noqa: BLE001 - whatever it was, the second run gives it to the one it belongs to
-            connection.rollback()
-        with connection.begin():
-            return [_isolated(connection, operation) for operation in group]
+            with transaction(connection, durable):
+                return [_isolated(connection, operation) for operation in group]
 
 
 def _isolated(connection: Connection, operation: Operation) -> Any:
@@ -108,6 +108,8 @@ def _isolated(connection: Connection, operation: Operation) -> Any:
     try:
         with connection.begin_nested():
             return operation.run(connection)
+    except OperationalError:
+        raise
     except DBAPIError as error:
         return explained(error, connection.engine)
     except Exception as error:  # noqa: BLE001 - an operation's fault belongs to its caller; this thread must live

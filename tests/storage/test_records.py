@@ -1,0 +1,85 @@
+"""Records: they come back as they were, names are taken once per owner, and another owner's do not exist."""
+
+from dataclasses import fields, replace
+
+import pytest
+from sqlalchemy import Connection, Engine
+
+from smelt.errors import AlreadyExists, NotFound, StorageError
+from smelt.storage import records
+from smelt.storage.records import Adapter, Checkpoint, Dataset, Key, Model, Record, Run
+from smelt.storage.writer import Writer
+
+MODEL = Model(owner="ann", id="m", created=1.0, name="gpt", path="models/gpt")
+RUN = Run(owner="ann", id="r", created=1.0, recipe="pretrain", config={"lr": 1e-3}, path="runs/r")
+EXAMPLES: list[Record] = [
+    MODEL,
+    Adapter(owner="ann", name="lora", path="adapters/lora", model_id="m"),
+    RUN,
+    Checkpoint(owner="ann", run_id="r", step=10, path="runs/r/10"),
+    Dataset(owner="ann", name="text", path="datasets/text"),
+    Key(owner="ann", name="laptop", digest="abc", scopes=["read", "train"]),
+]
+
+
+@pytest.fixture
+def connection(engine: Engine) -> Connection:
+    with engine.begin() as connection:
+        for record in EXAMPLES:
+            records.add(connection, record)
+        yield connection
+
+
+def test_each_table_has_the_columns_of_its_record() -> None:
+    for kind, table in records.TABLES.items():
+        assert {field.name for field in fields(kind)} == set(table.c.keys())
+
+
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
+def test_a_record_comes_back_as_it_was(connection: Connection, record: Record) -> None:
+    assert records.get(connection, type(record), "ann", record.id) == record
+    assert records.find(connection, type(record), "ann") == [record]
+
+
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
+def test_another_owner_has_no_hand_in_it(connection: Connection, record: Record) -> None:
+    kind = type(record)
+    assert records.find(connection, kind, "bob") == []
+    with pytest.raises(NotFound, match=record.id):
+        records.get(connection, kind, "bob", record.id)
+    with pytest.raises(NotFound):
+        records.delete(connection, kind, "bob", record.id)
+    with pytest.raises(NotFound):
+        records.replace(connection, replace(record, owner="bob"))
+    assert records.get(connection, kind, "ann", record.id) == record
+
+
+def test_a_name_is_taken_once_per_owner(connection: Connection) -> None:
+    with pytest.raises(AlreadyExists, match="'gpt' already exists in models"):
+        records.add(connection, replace(MODEL, id="other"))
+    records.add(connection, replace(MODEL, id="other", owner="bob"))
+    assert [model.id for model in records.find(connection, Model, "bob", name="gpt")] == ["other"]
+
+
+def test_records_change_and_go(connection: Connection) -> None:
+    records.replace(connection, replace(RUN, state="failed", reason="out of memory"))
+    assert records.get(connection, Run, "ann", "r").reason == "out of memory"
+    records.delete(connection, Dataset, "ann", EXAMPLES[4].id)
+    assert records.find(connection, Dataset, "ann") == []
+
+
+def test_the_oldest_come_first(connection: Connection) -> None:
+    records.add(connection, replace(RUN, id="older", created=0.5))
+    records.add(connection, replace(RUN, id="newer", created=1.5))
+    assert [run.id for run in records.find(connection, Run, "ann")] == ["older", "r", "newer"]
+
+
+def test_a_key_is_found_by_its_digest(connection: Connection) -> None:
+    assert records.key_of_digest(connection, "abc") == EXAMPLES[5]
+    assert records.key_of_digest(connection, "abd") is None
+
+
+def test_what_others_point_to_stays(engine: Engine, writer: Writer) -> None:
+    writer.write(lambda connection: [records.add(connection, record) for record in EXAMPLES]).result(5)
+    with pytest.raises(StorageError, match="(?i)foreign key"):
+        writer.write(lambda connection: records.delete(connection, Model, "ann", "m")).result(5)
