@@ -1,0 +1,118 @@
+"""What the processes say to each other, as types; knows no bytes and no sockets.
+
+The API's process holds the database and answers clients. Workers, launchers and trainers dial in to it. What the API
+says to them and what they answer:
+
+    work of the ledger      Grant ->             <- Result
+    live requests           Generate, Cancel ->  <- TextChunk ..., Finish
+    what is going on        Ping ->              <- Pong, WorkerStatus, RunEvent
+
+A class's name travels as its tag, so names of classes and fields are the wire format. A new field needs a default:
+then older peers neither miss it nor stumble over it. Any other change to what is already here needs another
+PROTOCOL_VERSION (in `handshake`).
+"""
+
+from typing import Any
+
+import msgspec
+
+from smelt.types import ChatMessage, FinishReason, SamplingParams
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why something was not done."""
+
+    error: str  # the name of a class in smelt.errors; SmeltError where the cause is a bug
+    message: str  # for the person who asked
+
+
+class Grant(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A row of the ledger is this worker's to do, for as long as the connection of this epoch lives."""
+
+    future_id: str
+    epoch: int
+    owner: str
+    lane: str | None  # rows of a lane are granted in seq order; None has no order
+    seq: int | None
+    kind: str
+    attempt: int = 1  # above 1: a worker was lost while it had this row, so do it alone
+    body: bytes = b""
+    body_file: str | None = None  # sha256 of a content-addressed file, where the body is too large for a frame
+
+
+class Result(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A granted row is done, or has failed. One from a stale epoch is refused by the ledger."""
+
+    future_id: str
+    epoch: int  # of the Grant, even if the worker has dialled in again since
+    body: bytes = b""
+    body_file: str | None = None
+    failure: Failure | None = None
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Write the continuation of a prompt (text or token ids) or, where there are messages, the next turn."""
+
+    request_id: str
+    owner: str  # the scheduler is fair between owners
+    model: str
+    prompt: str | tuple[int, ...] = ""
+    messages: tuple[ChatMessage, ...] = ()
+    params: SamplingParams = SamplingParams()
+
+
+class TextChunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """More of an answer. Tokens may come without text, while a stop string or a character is still incomplete."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...] = ()
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """An answer has ended; nothing follows for this request. "aborted" after a Cancel or with a failure."""
+
+    request_id: str
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    failure: Failure | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Nobody wants this any more: the request_id of a Generate or the future_id of a Grant."""
+
+    request_id: str
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Asks for a Pong: a process that hangs, or a machine without power, sends no end of file."""
+
+    sent_at: float  # seconds on the sender's monotonic clock
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Answers a Ping with its own time, so that the sender knows how long it took."""
+
+    sent_at: float
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """What a worker is doing; sent after the handshake and whenever it changes."""
+
+    device: str
+    models: tuple[str, ...] = ()  # loaded, ready to answer
+    num_running: int = 0  # sequences in the engine
+    num_waiting: int = 0
+
+
+class RunEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Something a training run reports: a step, an evaluation, a line of its log, its end."""
+
+    run_id: str
+    kind: str  # info, step, evaluation, note or summary
+    time: float  # seconds since 1970
+    values: dict[str, Any] = {}  # plain data: numbers, text, lists and dicts of those
+
+
+Message = Grant | Result | Generate | TextChunk | Finish | Cancel | Ping | Pong | WorkerStatus | RunEvent

@@ -1,0 +1,87 @@
+"""Every message survives the wire, and older or newer peers understand what they can."""
+
+from typing import get_args
+
+import msgspec
+import pytest
+
+from smelt.errors import TransportError
+from smelt.transport.frames import decode_message, encode_frame
+from smelt.transport.messages import (
+    Cancel,
+    Failure,
+    Finish,
+    Generate,
+    Grant,
+    Message,
+    Ping,
+    Pong,
+    Result,
+    RunEvent,
+    TextChunk,
+    WorkerStatus,
+)
+from smelt.types import ChatMessage, SamplingParams
+
+PARAMS = SamplingParams(
+    max_tokens=3, temperature=0.0, top_k=5, seed=7, stop=("\n", "end"), stop_token_ids=frozenset({2})
+)
+EXAMPLES = [
+    Grant("f1", 3, "alice", "model-1", 4, "optim_step", 2, b"\x00\xff", None),
+    Grant("f2", 3, "alice", None, None, "completion", body_file="ab" * 32),
+    Result("f1", 3, b"bytes"),
+    Result("f1", 3, failure=Failure("InvalidInput", "the learning rate is -1: give one above 0")),
+    Generate("r1", "bob", "gpt", "To be", params=PARAMS),
+    Generate("r2", "bob", "gpt", (5, 6, 7)),
+    Generate("r3", "bob", "gpt", messages=(ChatMessage("user", "héllo \U0001f600"),)),
+    TextChunk("r1", " or", (30, 31)),
+    Finish("r1", "stop", 5, 20),
+    Finish("r2", "aborted", 3, 0, Failure("NotFound", "there is no model 'gpt'")),
+    Cancel("r1"),
+    Ping(12.5),
+    Pong(12.5),
+    WorkerStatus("cpu", ("gpt",), 2, 1),
+    RunEvent("run-1", "step", 1.7e9, {"loss": 1.5, "step": 10, "notes": ["a", None, True], "config": {"n_layer": 2}}),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_arrives_as_it_was(message: Message) -> None:
+    arrived = decode_message(bytes(encode_frame(message)[4:]))
+    assert type(arrived) is type(message)
+    assert arrived == message
+
+
+def test_every_message_is_tried() -> None:
+    assert {type(message) for message in EXAMPLES} == set(get_args(Message))
+
+
+def test_a_field_that_is_new_there_is_passed_over_here() -> None:
+    body = msgspec.msgpack.encode({"type": "Cancel", "request_id": "r1", "because": "the client left"})
+    assert decode_message(body) == Cancel("r1")
+
+
+def test_a_field_that_is_new_here_takes_its_default() -> None:
+    body = msgspec.msgpack.encode({"type": "TextChunk", "request_id": "r1", "text": "a"})
+    assert decode_message(body) == TextChunk("r1", "a", ())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"GET / HTTP/1.1",
+        msgspec.msgpack.encode({"type": "Shutdown"}),
+        msgspec.msgpack.encode({"type": "Cancel"}),
+        msgspec.msgpack.encode({"type": "Cancel", "request_id": 5}),
+        msgspec.msgpack.encode(Cancel("r1")) + b"more",
+        msgspec.msgpack.encode({"type": "Cancel", "request_id": b"\xff"}).replace(b"\xc4\x01\xff", b"\xa1\xff"),
+        b"\x81\xa6values\x81\xa1x" + b"\x91" * 100_000,
+        b"\x82\xa4type\xa8RunEvent\xa6values\x81\xa1x" + b"\x91" * 100_000,
+        b"\x82\xa4type\xa8Generate\xa6prompt\xdd\x0f\xff\xff\xff",
+    ],
+    ids=["empty", "http", "unknown", "incomplete", "type", "trailing", "utf-8", "untagged", "nested", "huge-list"],
+)
+def test_what_is_no_message_is_refused(body: bytes) -> None:
+    with pytest.raises(TransportError, match=f"a frame of {len(body):,} bytes is no message of ours"):
+        decode_message(body)
