@@ -5,28 +5,24 @@ question past it. The methods belong to one event loop; nobody polls: workers an
 """
 
 import asyncio
-import hashlib
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future as Answer
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, and_, func, or_, select
+from sqlalchemy import Connection, Engine
 
-from smelt.errors import NotFound, SeqAbandoned, SeqReused, StaleEpoch
 from smelt.storage import lanes as turns
+from smelt.storage import transitions
 from smelt.storage.faults import Fault, no_fault
 from smelt.storage.files import Files
-from smelt.storage.tables import AnyRow, epochs, futures, lanes
+from smelt.storage.tables import AnyRow
+from smelt.storage.transitions import FINISHED, Body, State, Submission
 from smelt.storage.writer import Operation, Writer
-
-State = Literal["queued", "granted", "done", "failed", "cancelled"]
-FINISHED = ("done", "failed", "cancelled")
 
 # Bytes: a larger body lies in a file, and its row holds the name.
 MAX_INLINE = 1 << 20
@@ -34,24 +30,6 @@ MAX_INLINE = 1 << 20
 FILE_GRACE_S = 3600.0
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A request to be accepted.
-
-    `lane` and `seq` are its place: the same place again, with the same `fingerprint`, is the same request. A lane
-    begins with its first submission, at `first_seq`; None there means that its futures have no order. Without a
-    lane every submission is a new request.
-    """
-
-    owner: str
-    kind: str
-    fingerprint: str
-    request: bytes
-    lane: str | None = None
-    seq: int | None = None
-    first_seq: int | None = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +61,12 @@ class Future:
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
-    """Where a body lies: in the row, or in a file of that sha256."""
-
-    inline: bytes | None
-    file: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Demand:
     """A worker that waits for work; its answer is that of a grant that was submitted for it."""
 
     epoch: int
     limit: int
     grant: asyncio.Future[Answer[list[AnyRow]]]
-
-
-def future_id(lane: str, seq: int) -> str:
-    """The id of the future in that place."""
-    return hashlib.sha256(f"{seq}:{lane}".encode()).hexdigest()[:32]
 
 
 class Ledger:
@@ -128,13 +93,13 @@ class Ledger:
         where the lane is another owner's.
         """
         body = await self._stored(submission.request)
-        accepted = await self._change(partial(_accept, submission, body, time.time(), self._fault))
+        accepted = await self._change(partial(transitions.accept, submission, body, time.time(), self._fault))
         self._fault("after_commit_before_answer")
         return accepted
 
     async def open_epoch(self) -> int:
         """The number of a worker's new connection; none was ever used before."""
-        return await asyncio.wrap_future(self._writer.write(_open_epoch))
+        return await asyncio.wrap_future(self._writer.write(transitions.open_epoch))
 
     async def next_grants(self, epoch: int, limit: int) -> list[Granted]:
         """Wait until there is work, and take up to `limit` requests of it. StaleEpoch where the connection is over."""
@@ -155,7 +120,7 @@ class Ledger:
     async def finish(self, future_id: str, epoch: int, result: bytes, category: str | None = None) -> None:
         """Keep a result; with a `category` (user or server) it is a failure. StaleEpoch refuses it."""
         body = await self._stored(result)
-        await self._change(partial(_finish, future_id, epoch, body, category, time.time(), self._fault))
+        await self._change(partial(transitions.finish, future_id, epoch, body, category, time.time(), self._fault))
         self._fault("after_result_commit")
         self._wake(future_id)
 
@@ -166,7 +131,7 @@ class Ledger:
 
     async def cancel(self, owner: str, future_id: str) -> bool:
         """Whether the request was still unfinished, and now is cancelled. NotFound where the owner has none."""
-        was_cancelled = await self._change(partial(_cancel, owner, future_id, time.time()))
+        was_cancelled = await self._change(partial(transitions.cancel, owner, future_id, time.time()))
         self._wake(future_id)
         return was_cancelled
 
@@ -200,11 +165,11 @@ class Ledger:
 
         The row stays: its place is taken for good, and whoever asks is told that the result has expired.
         """
-        return await self._change(partial(_expire, time.time() - min_age_s))
+        return await self._change(partial(transitions.expire, time.time() - min_age_s))
 
     async def collect_files(self) -> int:
         """Remove the files of bodies that no row names; returns how many."""
-        referenced = await asyncio.to_thread(self._query, _referenced_files)
+        referenced = await asyncio.to_thread(self._query, transitions.referenced_files)
         return await asyncio.to_thread(self._files.collect, referenced, FILE_GRACE_S)
 
     def _change(self, run: Callable[[Connection], T]) -> Awaitable[T]:
@@ -233,7 +198,7 @@ class Ledger:
         return Granted(row.id, row.owner, row.kind, row.lane, row.seq, row.attempts, request)
 
     def _read(self, owner: str, future_id: str) -> Future:
-        row = self._query(partial(_row, owner, future_id))
+        row = self._query(partial(transitions.row, owner, future_id))
         result = row.result if row.result_file is None else self._files.read(row.result_file)
         return Future(row.id, row.kind, row.lane, row.seq, row.state, row.attempts, row.category, result, row.expired)
 
@@ -255,111 +220,3 @@ class Ledger:
     def _wake(self, future_id: str) -> None:
         for event in self._finished.get(future_id, ()):
             event.set()
-
-
-def _accept(submission: Submission, body: Body, now: float, fault: Fault, connection: Connection) -> str:
-    fault("before_insert")
-    lane, seq = submission.lane, submission.seq
-    ready = True
-    accepted = uuid.uuid4().hex
-    if lane is not None:
-        assert seq is not None, "a place in a lane is a seq"
-        accepted = future_id(lane, seq)
-        place = _place(connection, submission, lane, seq)
-        if place.fingerprint is not None:
-            _check_same(submission, place)
-            return accepted
-        if place.next_seq is not None and seq < place.next_seq:
-            raise SeqAbandoned(f"seq {seq} of {lane} came too late: the lane has gone on to {place.next_seq}")
-        # Released ones may be queued below `next_seq`; they come first.
-        ready = place.next_seq is None or (seq == place.next_seq and place.lowest_queued is None)
-    row = {
-        "id": accepted, "owner": submission.owner, "lane": lane, "seq": seq, "fingerprint": submission.fingerprint,
-        "kind": submission.kind, "state": "queued", "ready": ready, "attempts": 0, "request": body.inline,
-        "request_file": body.file, "expired": False, "created": now, "updated": now,
-    }  # fmt: skip
-    connection.execute(futures.insert().values(row))
-    fault("after_insert_before_commit")
-    return accepted
-
-
-def _place(connection: Connection, submission: Submission, lane: str, seq: int) -> AnyRow:
-    """The lane, which begins here if it is new, and what stands in that place of it."""
-    lowest = (
-        select(func.min(futures.c.seq))
-        .where(futures.c.lane == lane, futures.c.state == "queued", futures.c.seq < seq)
-        .scalar_subquery()
-    )
-    query = (
-        select(lanes.c.owner, lanes.c.next_seq, futures.c.kind, futures.c.fingerprint, lowest.label("lowest_queued"))
-        .join(futures, and_(futures.c.lane == lanes.c.lane, futures.c.seq == seq), isouter=True)
-        .where(lanes.c.lane == lane)
-    )
-    place = connection.execute(query).one_or_none()
-    if place is None:
-        new = {"lane": lane, "owner": submission.owner, "next_seq": submission.first_seq}
-        connection.execute(lanes.insert().values(new))
-        place = connection.execute(query).one()
-    if place.owner != submission.owner:
-        raise NotFound(f"{lane!r} does not exist")
-    return place
-
-
-def _check_same(submission: Submission, place: AnyRow) -> None:
-    if (submission.kind, submission.fingerprint) != (place.kind, place.fingerprint):
-        raise SeqReused(
-            f"seq {submission.seq} of {submission.lane} was another request ({place.kind}); "
-            f"send this {submission.kind} under the next seq"
-        )
-
-
-def _open_epoch(connection: Connection) -> int:
-    return int(connection.execute(epochs.insert().values(closed=False).returning(epochs.c.epoch)).scalar_one())
-
-
-def _finish(
-    future_id: str, epoch: int, body: Body, category: str | None, now: float, fault: Fault, connection: Connection
-) -> None:
-    result = {"result": body.inline, "result_file": body.file, "category": category, "updated": now}
-    mine = and_(futures.c.id == future_id, futures.c.epoch == epoch, futures.c.state == "granted")
-    state = "failed" if category else "done"
-    if connection.execute(futures.update().where(mine).values(result | {"state": state})).rowcount != 1:
-        raise StaleEpoch(f"{future_id} is not in the hands of epoch {epoch}: its result is not kept")
-    fault("before_result_commit")
-
-
-def _cancel(owner: str, future_id: str, now: float, connection: Connection) -> bool:
-    row = _row(owner, future_id, connection)
-    if row.state in FINISHED:
-        return False
-    cancelled = {"state": "cancelled", "ready": False, "updated": now}
-    connection.execute(futures.update().where(futures.c.number == row.number).values(cancelled))
-    if row.lane is not None:
-        turns.advance(connection, [row.lane])
-    return True
-
-
-def _expire(before: float, connection: Connection) -> int:
-    old = and_(futures.c.state.in_(FINISHED), ~futures.c.expired, futures.c.updated < before)
-    # The requests of an ordered lane are the log that its session is rebuilt from.
-    replayed = select(lanes.c.lane).where(lanes.c.next_seq.is_not(None))
-    forgotten = or_(futures.c.lane.is_(None), futures.c.lane.not_in(replayed))
-    connection.execute(futures.update().where(old, forgotten).values(request=None, request_file=None))
-    nothing = {"result": None, "result_file": None, "expired": True}
-    return connection.execute(futures.update().where(old).values(nothing)).rowcount
-
-
-def _referenced_files(connection: Connection) -> set[str]:
-    return {
-        name
-        for column in (futures.c.request_file, futures.c.result_file)
-        for name in connection.execute(select(column).where(column.is_not(None))).scalars()
-    }
-
-
-def _row(owner: str, future_id: str, connection: Connection) -> AnyRow:
-    query = select(futures).where(futures.c.owner == owner, futures.c.id == future_id)
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        raise NotFound(f"request {future_id!r} does not exist")
-    return row

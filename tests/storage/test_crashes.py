@@ -19,7 +19,8 @@ from smelt.storage import tables
 from smelt.storage.database import sqlite_url
 from smelt.storage.faults import POINTS
 from smelt.storage.files import Files
-from smelt.storage.futures import Ledger, future_id
+from smelt.storage.futures import Ledger
+from smelt.storage.transitions import future_id
 from smelt.storage.writer import Writer
 
 VICTIM = Path(__file__).with_name("victim.py")
@@ -49,6 +50,8 @@ async def serve_the_rest(ledger: Ledger) -> None:
         for granted in await ledger.next_grants(epoch, 100):
             await ledger.finish(granted.id, epoch, granted.request[::-1])
             num_left -= 1
+    for name, place in zip(ids, PLACES, strict=True):
+        assert (await ledger.read("ann", name)).result == submission(*place).request[::-1]
 
 
 def check_promises(engine: Engine, folder: Path, promised: dict[str, list[str]]) -> None:
@@ -63,9 +66,6 @@ def check_promises(engine: Engine, folder: Path, promised: dict[str, list[str]])
         files = Files(folder / "bodies")
         ledger = Ledger(engine, writer, files)
         asyncio.run(serve_the_rest(ledger))
-        for lane, seq in PLACES:
-            future = asyncio.run(ledger.read("ann", future_id(f"lane {lane}", seq)))
-            assert future.result == submission(lane, seq).request[::-1]
     finally:
         writer.close()
     with engine.connect() as connection:

@@ -10,7 +10,8 @@ from sqlalchemy import Engine, func, select
 from smelt.errors import NotFound, SeqAbandoned, SeqReused, StaleEpoch
 from smelt.storage import tables
 from smelt.storage.files import Files
-from smelt.storage.futures import MAX_INLINE, Granted, Ledger, Submission, future_id
+from smelt.storage.futures import MAX_INLINE, Granted, Ledger
+from smelt.storage.transitions import Submission, future_id
 from smelt.storage.writer import Writer
 
 

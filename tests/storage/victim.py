@@ -11,7 +11,8 @@ from pathlib import Path
 from smelt.storage.database import open_database
 from smelt.storage.faults import fault_from
 from smelt.storage.files import Files
-from smelt.storage.futures import MAX_INLINE, Ledger, Submission
+from smelt.storage.futures import MAX_INLINE, Ledger
+from smelt.storage.transitions import Submission
 from smelt.storage.writer import Writer
 
 NUM_LANES = 4

@@ -1,0 +1,175 @@
+"""How futures change and are found: pure SQL on a connection, each function one step of a request's life.
+
+The statements of the steps that every request takes are built once: building one costs more than running it.
+"""
+
+import hashlib
+import uuid
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import Connection, and_, bindparam, func, or_, select
+
+from smelt.errors import NotFound, SeqAbandoned, SeqReused, StaleEpoch
+from smelt.storage import lanes as turns
+from smelt.storage.faults import Fault
+from smelt.storage.tables import AnyRow, epochs, futures, lanes
+
+State = Literal["queued", "granted", "done", "failed", "cancelled"]
+FINISHED = ("done", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request to be accepted.
+
+    `lane` and `seq` are its place: the same place again, with the same `fingerprint`, is the same request. A lane
+    begins with its first submission, at `first_seq`; None there means that its futures have no order. Without a
+    lane every submission is a new request.
+    """
+
+    owner: str
+    kind: str
+    fingerprint: str
+    request: bytes
+    lane: str | None = None
+    seq: int | None = None
+    first_seq: int | None = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """Where a body lies: in the row, or in a file of that sha256."""
+
+    inline: bytes | None
+    file: str | None
+
+
+_queued_before = (
+    select(func.min(futures.c.seq))
+    .where(futures.c.lane == bindparam("at_lane"), futures.c.state == "queued", futures.c.seq < bindparam("at_seq"))
+    .scalar_subquery()
+)
+FIND_PLACE = (
+    select(
+        lanes.c.owner, lanes.c.next_seq, futures.c.kind, futures.c.fingerprint, _queued_before.label("lowest_queued")
+    )
+    .join(futures, and_(futures.c.lane == lanes.c.lane, futures.c.seq == bindparam("at_seq")), isouter=True)
+    .where(lanes.c.lane == bindparam("at_lane"))
+)
+INSERT = futures.insert()
+FINISH = (
+    futures.update()
+    .where(futures.c.id == bindparam("of_id"), futures.c.epoch == bindparam("of_epoch"), futures.c.state == "granted")
+    .values({name: bindparam(name) for name in ("state", "result", "result_file", "category", "updated")})
+)
+FIND = select(futures).where(futures.c.owner == bindparam("of_owner"), futures.c.id == bindparam("of_id"))
+
+
+def future_id(lane: str, seq: int) -> str:
+    """The id of the future in that place."""
+    return hashlib.sha256(f"{seq}:{lane}".encode()).hexdigest()[:32]
+
+
+def accept(submission: Submission, body: Body, now: float, fault: Fault, connection: Connection) -> str:
+    """The id of the future in the submission's place, which is new unless it came before."""
+    fault("before_insert")
+    lane, seq = submission.lane, submission.seq
+    ready = True
+    accepted = uuid.uuid4().hex
+    if lane is not None:
+        assert seq is not None, "a place in a lane is a seq"
+        accepted = future_id(lane, seq)
+        place = _place(connection, submission, lane, seq)
+        if place.fingerprint is not None:
+            _check_same(submission, place)
+            return accepted
+        if place.next_seq is not None and seq < place.next_seq:
+            raise SeqAbandoned(f"seq {seq} of {lane} came too late: the lane has gone on to {place.next_seq}")
+        # Released ones may be queued below `next_seq`; they come first.
+        ready = place.next_seq is None or (seq == place.next_seq and place.lowest_queued is None)
+    row = {
+        "id": accepted, "owner": submission.owner, "lane": lane, "seq": seq, "fingerprint": submission.fingerprint,
+        "kind": submission.kind, "state": "queued", "ready": ready, "attempts": 0, "request": body.inline,
+        "request_file": body.file, "expired": False, "created": now, "updated": now,
+    }  # fmt: skip
+    connection.execute(INSERT, row)
+    fault("after_insert_before_commit")
+    return accepted
+
+
+def _place(connection: Connection, submission: Submission, lane: str, seq: int) -> AnyRow:
+    """The lane, which begins here if it is new, and what stands in that place of it."""
+    where = {"at_lane": lane, "at_seq": seq}
+    place = connection.execute(FIND_PLACE, where).one_or_none()
+    if place is None:
+        new = {"lane": lane, "owner": submission.owner, "next_seq": submission.first_seq}
+        connection.execute(lanes.insert().values(new))
+        place = connection.execute(FIND_PLACE, where).one()
+    if place.owner != submission.owner:
+        raise NotFound(f"{lane!r} does not exist")
+    return place
+
+
+def _check_same(submission: Submission, place: AnyRow) -> None:
+    if (submission.kind, submission.fingerprint) != (place.kind, place.fingerprint):
+        raise SeqReused(
+            f"seq {submission.seq} of {submission.lane} was another request ({place.kind}); "
+            f"send this {submission.kind} under the next seq"
+        )
+
+
+def open_epoch(connection: Connection) -> int:
+    """A number that no connection had before."""
+    return int(connection.execute(epochs.insert().values(closed=False).returning(epochs.c.epoch)).scalar_one())
+
+
+def finish(
+    future_id: str, epoch: int, body: Body, category: str | None, now: float, fault: Fault, connection: Connection
+) -> None:
+    """Keep the result of a future that this epoch holds. StaleEpoch where it does not."""
+    values = {"result": body.inline, "result_file": body.file, "category": category, "updated": now}
+    values |= {"state": "failed" if category else "done", "of_id": future_id, "of_epoch": epoch}
+    if connection.execute(FINISH, values).rowcount != 1:
+        raise StaleEpoch(f"{future_id} is not in the hands of epoch {epoch}: its result is not kept")
+    fault("before_result_commit")
+
+
+def cancel(owner: str, future_id: str, now: float, connection: Connection) -> bool:
+    """Whether the future was unfinished, and is cancelled now."""
+    found = row(owner, future_id, connection)
+    if found.state in FINISHED:
+        return False
+    cancelled = {"state": "cancelled", "ready": False, "updated": now}
+    connection.execute(futures.update().where(futures.c.number == found.number).values(cancelled))
+    if found.lane is not None:
+        turns.advance(connection, [found.lane])
+    return True
+
+
+def expire(before: float, connection: Connection) -> int:
+    """Drop results, and requests that nobody replays, of futures finished before; returns how many."""
+    old = and_(futures.c.state.in_(FINISHED), ~futures.c.expired, futures.c.updated < before)
+    # The requests of an ordered lane are the log that its session is rebuilt from.
+    replayed = select(lanes.c.lane).where(lanes.c.next_seq.is_not(None))
+    forgotten = or_(futures.c.lane.is_(None), futures.c.lane.not_in(replayed))
+    connection.execute(futures.update().where(old, forgotten).values(request=None, request_file=None))
+    nothing = {"result": None, "result_file": None, "expired": True}
+    return connection.execute(futures.update().where(old).values(nothing)).rowcount
+
+
+def referenced_files(connection: Connection) -> set[str]:
+    """The names of all files that futures have bodies in."""
+    return {
+        name
+        for column in (futures.c.request_file, futures.c.result_file)
+        for name in connection.execute(select(column).where(column.is_not(None))).scalars()
+    }
+
+
+def row(owner: str, future_id: str, connection: Connection) -> AnyRow:
+    """The owner's future. NotFound where there is none."""
+    found = connection.execute(FIND, {"of_owner": owner, "of_id": future_id}).one_or_none()
+    if found is None:
+        raise NotFound(f"request {future_id!r} does not exist")
+    return found
