@@ -1,9 +1,7 @@
 """Socket files are private and their paths short; whatever other machines reach needs TLS and a key."""
 
 import os
-import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,8 @@ KEY = bytes(32)
 
 
 @pytest.fixture
-def runtime_dir() -> Iterator[Path]:
-    """A short folder of this test's own; pytest's can be too long for a socket."""
-    folder = Path(f"/tmp/smelt-test-{os.getpid()}")
-    folder.mkdir(mode=0o700)
-    yield folder
-    shutil.rmtree(folder)
+def runtime_dir(short_folder: Path) -> Path:
+    return short_folder
 
 
 def mode_of(folder: Path) -> int:

@@ -4,6 +4,8 @@ from typing import get_args
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smelt.errors import TransportError
 from smelt.transport.frames import decode_message, encode_frame
@@ -85,3 +87,14 @@ def test_a_field_that_is_new_here_takes_its_default() -> None:
 def test_what_is_no_message_is_refused(body: bytes) -> None:
     with pytest.raises(TransportError, match=f"a frame of {len(body):,} bytes is no message of ours"):
         decode_message(body)
+
+
+@given(st.binary(max_size=200), st.sampled_from(EXAMPLES), st.integers(0, 200))
+def test_noise_is_a_message_or_is_refused(noise: bytes, message: Message, position: int) -> None:
+    """Also noise inside what began as a message; nothing but TransportError comes out."""
+    body = bytes(encode_frame(message)[4:])
+    for mangled in (noise, body[:position] + noise + body[position + len(noise) :]):
+        try:
+            assert isinstance(decode_message(mangled), get_args(Message))
+        except TransportError:
+            continue

@@ -2,10 +2,9 @@
 
 import asyncio
 import os
-import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -33,15 +32,6 @@ async def main() -> None:
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture
-def socket_file() -> Iterator[Path]:
-    """A short path; pytest's folders can be too long for a socket."""
-    folder = Path(f"/tmp/smelt-test-{os.getpid()}")
-    folder.mkdir(mode=0o700)
-    yield folder / "s"
-    shutil.rmtree(folder)
 
 
 @asynccontextmanager
