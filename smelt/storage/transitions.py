@@ -1,4 +1,4 @@
-"""How futures change and are found: pure SQL on a connection, each function one step of a request's life.
+"""How futures change and are found: pure SQL, each function one step of a request's life.
 
 The statements of the steps that every request takes are built once: building one costs more than running it.
 """
