@@ -12,7 +12,7 @@ versions can tell each other so.
 import asyncio
 import hmac
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -28,6 +28,7 @@ MAX_HANDSHAKE_BYTES = 4096  # of a frame: a stranger cannot make us hold more
 MIN_KEY_BYTES = 16
 
 Role = Literal["worker", "launcher", "trainer"]
+NextEpoch = Callable[[], Awaitable[int]]
 
 
 class Challenge(msgspec.Struct, frozen=True, tag=True):
@@ -76,7 +77,7 @@ class Identity:
     epoch: int
 
 
-async def admit(stream: FrameStream, key: bytes | None, epochs: Iterator[int]) -> Identity:
+async def admit(stream: FrameStream, key: bytes | None, next_epoch: NextEpoch) -> Identity:
     """The listener's side: admit who knows the key, with the next epoch.
 
     TransportError says why somebody was refused; they were told, too.
@@ -90,7 +91,7 @@ async def admit(stream: FrameStream, key: bytes | None, epochs: Iterator[int]) -
         except TransportError as refusal:
             await _write(stream, Refused(str(refusal)))
             raise
-        identity = Identity(role, hello.name, next(epochs))
+        identity = Identity(role, hello.name, await next_epoch())
         await _write(stream, Welcome(identity.epoch, _proof(key, "listener", nonce, hello.nonce)))
         return identity
 

@@ -10,7 +10,7 @@ import logging
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
@@ -18,7 +18,7 @@ from typing import Self
 from smelt.errors import ConnectionClosed, TransportError
 from smelt.transport.addresses import Address, check_exposure, host_and_port
 from smelt.transport.frames import MAX_FRAME_BYTES, FrameStream, decode_message, encode_frame
-from smelt.transport.handshake import HANDSHAKE_SECONDS, Identity, Role, admit, check_key, introduce
+from smelt.transport.handshake import HANDSHAKE_SECONDS, Identity, NextEpoch, Role, admit, check_key, introduce
 from smelt.transport.messages import Message
 
 READ_AHEAD_BYTES = 2**18  # taken from the kernel before anybody receives; then the sender has to wait
@@ -76,23 +76,23 @@ async def listen(
     *,
     key: bytes | None = None,
     tls: ssl.SSLContext | None = None,
-    first_epoch: int = 1,
+    next_epoch: NextEpoch | None = None,
 ) -> AsyncIterator[Address]:
     """While the block runs, `handler` runs for every peer that dials in and is admitted; its end hangs up.
 
-    Gives the address, with the port that was chosen for port 0. Epochs count up from `first_epoch`, which must be
-    above every epoch that was ever granted. A handler may let the errors of `receive` pass. At the block's end
-    handlers are cancelled and waited for.
+    Gives the address, with the port that was chosen for port 0. `next_epoch` gives each admitted connection a number
+    above all before it; a ledger's outlast this process, and without one they count from 1. A handler may let the
+    errors of `receive` pass. At the block's end handlers are cancelled and waited for.
 
     ConfigError: other machines reach this address, and TLS or the key is missing. TransportError: it is taken.
     """
     check_exposure(address, key, tls)
     check_key(key)
-    epochs = itertools.count(first_epoch)
+    next_epoch = next_epoch or _count_from_1()
     tasks: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(_serve(_frame_stream(reader, writer), handler, key, epochs))
+        task = asyncio.create_task(_serve(_frame_stream(reader, writer), handler, key, next_epoch))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
@@ -123,10 +123,19 @@ async def connect(
     return Connection(stream, identity)
 
 
-async def _serve(stream: FrameStream, handler: Handler, key: bytes | None, epochs: Iterator[int]) -> None:
+def _count_from_1() -> NextEpoch:
+    epochs = itertools.count(1)
+
+    async def next_epoch() -> int:
+        return next(epochs)
+
+    return next_epoch
+
+
+async def _serve(stream: FrameStream, handler: Handler, key: bytes | None, next_epoch: NextEpoch) -> None:
     peer = "a stranger"
     try:
-        identity = await admit(stream, key, epochs)
+        identity = await admit(stream, key, next_epoch)
         peer = f"{identity.role} {identity.name!r} of epoch {identity.epoch}"
         log.info("%s has dialled in", peer)
         await handler(Connection(stream, identity))

@@ -101,14 +101,26 @@ async def test_both_ends_know_who_dialled_in_and_epochs_increase(socket_file: Pa
         await answer_pings(connection)
 
     async with (
-        listen(socket_file, note, first_epoch=7),
+        listen(socket_file, note),
         await connect(socket_file, "worker", "a") as first,
         await connect(socket_file, "launcher", "b") as second,
     ):
         assert await is_alive(first)
         assert await is_alive(second)
-        assert (first.epoch, second.epoch) == (7, 8)
-    assert seen == [("worker", "a", 7), ("launcher", "b", 8)]
+        assert (first.epoch, second.epoch) == (1, 2)
+    assert seen == [("worker", "a", 1), ("launcher", "b", 2)]
+
+
+async def test_epochs_may_come_from_somewhere_that_lasts(socket_file: Path) -> None:
+    async def open_epoch() -> int:
+        await asyncio.sleep(0)
+        return 41
+
+    async with (
+        listen(socket_file, answer_pings, next_epoch=open_epoch),
+        await connect(socket_file, "worker", "a") as connection,
+    ):
+        assert connection.epoch == 41
 
 
 async def test_a_frame_of_50_mb_arrives_whole(socket_file: Path) -> None:
