@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future as Answer
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,11 +61,15 @@ class Future:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A worker that waits for work; its answer is that of a grant that was submitted for it."""
+    """A worker that asks for work."""
 
     epoch: int
     limit: int
-    grant: asyncio.Future[Answer[list[AnyRow]]]
+    answer: asyncio.Future[list[AnyRow]]
+
+    def operation(self) -> Operation:
+        """What grants it; nobody waits for the disk: a grant that is lost with the power was to be redone anyway."""
+        return Operation(partial(turns.grant, epoch=self.epoch, limit=self.limit), durable=False, answer=self.answer)
 
 
 class Ledger:
@@ -105,15 +108,13 @@ class Ledger:
         """Wait until there is work, and take up to `limit` requests of it. StaleEpoch where the connection is over."""
         while True:
             num_changes = self._num_changes
-            operation = Operation(partial(turns.grant, epoch=epoch, limit=limit), durable=False)
-            self._writer.submit([operation])
-            rows = await asyncio.wrap_future(operation.answer)
-            while not rows and num_changes == self._num_changes:
+            demand = Demand(epoch, limit, asyncio.get_running_loop().create_future())
+            self._writer.submit([demand.operation()])
+            rows = await demand.answer
+            if not rows and num_changes == self._num_changes:
                 demand = Demand(epoch, limit, asyncio.get_running_loop().create_future())
                 self._demands.append(demand)
-                answer = await demand.grant
-                num_changes = self._num_changes
-                rows = await asyncio.wrap_future(answer)
+                rows = await demand.answer
             if rows:
                 return [await self._granted(row) for row in rows]
 
@@ -175,16 +176,11 @@ class Ledger:
     def _change(self, run: Callable[[Connection], T]) -> Awaitable[T]:
         """Submit a change and, for the same commit, a grant for each worker that waits for one."""
         self._num_changes += 1
-        demands = [demand for demand in self._demands if not demand.grant.done()]
+        waiting = [demand.operation() for demand in self._demands if not demand.answer.done()]
         self._demands = []
-        change = Operation(run)
-        grants = [
-            Operation(partial(turns.grant, epoch=demand.epoch, limit=demand.limit), durable=False) for demand in demands
-        ]
-        self._writer.submit([change, *grants])
-        for demand, operation in zip(demands, grants, strict=True):
-            demand.grant.set_result(operation.answer)
-        return asyncio.wrap_future(change.answer)
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._writer.submit([Operation(run, answer=answer), *waiting])
+        return answer
 
     async def _stored(self, body: bytes) -> Body:
         if len(body) <= MAX_INLINE:

@@ -4,12 +4,14 @@ A commit waits for the disk, and while it waits more operations arrive; they are
 alone costs one fsync, and a crowd shares it, without any timer.
 """
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -21,6 +23,9 @@ MAX_GROUP = 256
 
 T = TypeVar("T")
 
+# Of asyncio where an event loop waits for it, of a thread otherwise.
+Answer: TypeAlias = Future[Any] | asyncio.Future[Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -29,7 +34,7 @@ class Operation:
     run: Callable[[Connection], Any]
     # Whether its caller may be answered only when it is on the disk.
     durable: bool = True
-    answer: Future[Any] = field(default_factory=Future)
+    answer: Answer = field(default_factory=Future)
 
 
 class Writer:
@@ -50,9 +55,9 @@ class Writer:
 
     def write(self, run: Callable[[Connection], T]) -> Future[T]:
         """Queue one durable operation: a future for its result, or for the error it raised."""
-        operation = Operation(run)
-        self.submit([operation])
-        return operation.answer
+        answer: Future[T] = Future()
+        self.submit([Operation(run, answer=answer)])
+        return answer
 
     def close(self) -> None:
         """Finish what was submitted, then stop; callable twice."""
@@ -78,16 +83,12 @@ class Writer:
 
     def _commit(self, connection: Connection, group: list[Operation]) -> None:
         # An operation whose caller has left before it began is left out; from here on it cannot be taken back.
-        group = [operation for operation in group if operation.answer.set_running_or_notify_cancel()]
+        group = [operation for operation in group if _begins(operation.answer)]
         try:
             results = self._results(connection, group)
         except DBAPIError as error:
             results = [explained(error, self._engine)] * len(group)
-        for operation, result in zip(group, results, strict=True):
-            if isinstance(result, Exception):
-                operation.answer.set_exception(result)
-            else:
-                operation.answer.set_result(result)
+        _deliver(list(zip([operation.answer for operation in group], results, strict=True)))
 
     def _results(self, connection: Connection, group: list[Operation]) -> list[Any]:
         """Each operation's result or error, once the transaction is committed."""
@@ -114,3 +115,35 @@ def _isolated(connection: Connection, operation: Operation) -> Any:
         return explained(error, connection.engine)
     except Exception as error:  # noqa: BLE001 - an operation's fault belongs to its caller; this thread must live
         return error
+
+
+def _begins(answer: Answer) -> bool:
+    """Whether the caller is still there."""
+    return not answer.cancelled() if isinstance(answer, asyncio.Future) else answer.set_running_or_notify_cancel()
+
+
+def _deliver(answers: list[tuple[Answer, Any]]) -> None:
+    """Give each caller its result; an event loop is woken once for all that it waits for.
+
+    A wake-up for each would hand the interpreter back and forth between the two threads.
+    """
+    by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Answer, Any]]] = {}
+    for answer, result in answers:
+        loop = answer.get_loop() if isinstance(answer, asyncio.Future) else None
+        by_loop.setdefault(loop, []).append((answer, result))
+    for loop, settled in by_loop.items():
+        if loop is None:
+            _settle(settled)
+            continue
+        with suppress(RuntimeError):  # the loop is closed, and nobody left to be told
+            loop.call_soon_threadsafe(_settle, settled)
+
+
+def _settle(answers: list[tuple[Answer, Any]]) -> None:
+    for answer, result in answers:
+        if answer.cancelled():
+            continue  # the caller left; what it asked for is done all the same
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
