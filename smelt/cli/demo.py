@@ -10,7 +10,7 @@ from smelt.settings import load_settings
 
 PROMPTS = ("The ", "Return a ", "If the ")
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 # Found by search for the lowest validation loss after a minute on two cores: see docs/experiments.md.
 RECIPE: dict[str, Any] = {
     "data_path": "builtin:pydoc",
@@ -18,10 +18,10 @@ RECIPE: dict[str, Any] = {
     "train_val_split": 0.02,
     "n_layer": 4,
     "n_head": 4,
-    "n_embd": 192,
+    "n_embd": 128,
     "block_size": 128,
-    "batch_size": 16,
-    "learning_rate": 3e-3,
+    "batch_size": 4,
+    "learning_rate": 4e-3,
     "betas": (0.9, 0.98),
     "eval_iters": 40,
 }
@@ -39,7 +39,7 @@ def command(seconds: float) -> None:
     """Train a small model on Python's own documentation, then let it write.
 
     The text is the documentation that this Python carries, so nothing is downloaded. The run is an ordinary one: it
-    stays in the home folder as `runs/demo`, and the model as `demo`.
+    stays in the home folder as `runs/demo`, where every command finds it.
     """
     from smelt.cli.train_display import training_display
     from smelt.library import run_config
