@@ -105,7 +105,10 @@ class Ledger:
         return await asyncio.wrap_future(self._writer.write(transitions.open_epoch))
 
     async def next_grants(self, epoch: int, limit: int) -> list[Granted]:
-        """Wait until there is work, and take up to `limit` requests of it. StaleEpoch where the connection is over."""
+        """Wait until there is work, and take up to `limit` requests of it. StaleEpoch where the connection is over.
+
+        Whoever stops waiting must `release` the epoch: something may have been granted to it in that moment.
+        """
         while True:
             num_changes = self._num_changes
             demand = Demand(epoch, limit, asyncio.get_running_loop().create_future())
