@@ -17,7 +17,7 @@ from smelt.storage.tables import futures
 from smelt.storage.transitions import Body, Submission, future_id
 
 LANES = st.sampled_from(["a", "b"])
-SEQS = st.integers(1, 6)
+SEQS = st.integers(1, 4)
 EPOCHS = st.integers(0, 2)
 
 
@@ -57,7 +57,12 @@ class Turns(RuleBasedStateMachine):
             if other == lane
         )
 
-    @rule(lane=LANES, seq=SEQS, fingerprint=st.sampled_from(["x", "x", "y"]))
+    @rule(lane=LANES, seqs=st.lists(SEQS, min_size=1, max_size=4, unique=True))
+    def accept_several(self, lane: str, seqs: list[int]) -> None:
+        for seq in seqs:
+            self.accept(lane, seq, "x")
+
+    @rule(lane=LANES, seq=SEQS, fingerprint=st.sampled_from(["x", "y"]))
     def accept(self, lane: str, seq: int, fingerprint: str) -> None:
         submission = Submission("ann", "step", fingerprint, b"", lane, seq)
 
@@ -81,6 +86,7 @@ class Turns(RuleBasedStateMachine):
         held = [future for future in self.expected.values() if future.state == "granted" and future.epoch == epoch]
         rows = lanes.grant(self.connection, epoch, limit)
         assert len(rows) <= limit
+        assert not rows or not any(future.attempts for future in held), "a suspect stays alone"
         for row in rows:
             future = self.expected[row.lane, row.seq]
             assert future.state == "queued"
@@ -105,6 +111,13 @@ class Turns(RuleBasedStateMachine):
         else:
             with pytest.raises(StaleEpoch):
                 transitions.finish(*arguments)
+
+    @precondition(lambda self: any(future.state == "granted" for future in self.expected.values()))
+    @rule(data=st.data())
+    def finish_one(self, data: Any) -> None:
+        granted = sorted(place for place, future in self.expected.items() if future.state == "granted")
+        lane, seq = data.draw(st.sampled_from(granted))
+        self.finish(lane, seq, self.epochs.index(self.expected[lane, seq].epoch))
 
     @rule(number=EPOCHS)
     def release(self, number: int) -> None:
@@ -156,4 +169,14 @@ class Turns(RuleBasedStateMachine):
 
 
 TestTurns = Turns.TestCase
-TestTurns.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, derandomize=True)
+TestTurns.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+def test_what_comes_back_goes_before_what_came_meanwhile() -> None:
+    turns = Turns()
+    turns.accept_several("a", [2, 1])
+    turns.grant(0, 10)
+    turns.restart()
+    turns.accept("a", 3, "x")
+    assert [row.seq for row in lanes.grant(turns.connection, turns.epochs[0], 10)] == [1, 2, 3]
+    turns.teardown()
