@@ -180,3 +180,14 @@ def test_what_comes_back_goes_before_what_came_meanwhile() -> None:
     turns.accept("a", 3, "x")
     assert [row.seq for row in lanes.grant(turns.connection, turns.epochs[0], 10)] == [1, 2, 3]
     turns.teardown()
+
+
+def test_nothing_joins_a_suspect() -> None:
+    turns = Turns()
+    turns.accept("a", 1, "x")
+    turns.grant(0, 10)
+    turns.release(0)
+    turns.accept("b", 1, "x")
+    suspect_first = [lanes.grant(turns.connection, turns.epochs[0], 10) for _ in range(2)]
+    assert [[row.lane for row in rows] for rows in suspect_first] == [["a"], []]
+    turns.teardown()
