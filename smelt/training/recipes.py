@@ -85,7 +85,7 @@ def pretrain(
             job.sinks.extend([*standard_sinks(config, info.out_dir), *sinks])
         for sink in job.sinks:
             sink(info)
-        for difference in inexact_differences(job, info):
+        for difference in inexact_differences(start, job.state):
             for sink in job.sinks:
                 sink(Note(difference))
         return Loop(job).run()
@@ -300,16 +300,16 @@ def initial_state(
     )
 
 
-def inexact_differences(job: Job, info: RunInfo) -> list[str]:
+def inexact_differences(start: Start | None, now: TrainState) -> list[str]:
     """What differs from the checkpoint's circumstances, so that the bits will too."""
-    if info.config.init_from != "resume":
+    if start is None or start.checkpoint is None:
         return []
-    before = read_state(latest(info.out_dir))
+    before = read_state(start.checkpoint)
     names = ("dtype", "threads", "world_size", "torch_version", "compiled")
     changed = [
-        f"{name} was {getattr(before, name)}, is {getattr(job.state, name)}"
+        f"{name} was {getattr(before, name)}, is {getattr(now, name)}"
         for name in names
-        if getattr(before, name) != getattr(job.state, name)
+        if getattr(before, name) != getattr(now, name)
     ]
     return [f"resuming, but not bit for bit: {'; '.join(changed)}"] if changed else []
 
