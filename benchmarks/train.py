@@ -35,10 +35,11 @@ def main() -> None:
     """Prepare, take turns, report."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="smelt-bench-") as folder:
-        config = prepare(Path(folder), arguments.text, arguments.steps)
+        config = prepare(Path(folder), arguments.text, max(arguments.steps, arguments.slow_steps))
+        peaks = measure_peaks(arguments.threads)  # before anything else computes
         contenders = [Contender(name, Path(folder), arguments) for name in arguments.contenders]
         take_turns(contenders, arguments)
-        report(contenders, config, arguments)
+        report(contenders, config, peaks, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,7 +79,8 @@ class Contender:
         self.seconds: list[float] = []
         self.losses: list[float] = []
         script = Path(__file__).with_name("train_contender.py")
-        command = [sys.executable, str(script), name, str(folder), str(self.num_steps), str(arguments.threads)]
+        numbers = [str(self.num_steps), str(arguments.steps), str(arguments.threads)]
+        command = [sys.executable, str(script), name, str(folder), *numbers]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()  # it says when it is ready
 
@@ -121,11 +123,19 @@ def tokens_per_second(contender: Contender) -> float:
     return NUM_ROWS * SHAPE["block_size"] / median(counted)
 
 
-def report(contenders: list[Contender], config: DecoderConfig, arguments: argparse.Namespace) -> None:
+def measure_peaks(num_threads: int) -> dict[torch.dtype, float]:
+    """Operations per second of a large matrix product, by dtype."""
+    torch.set_num_threads(num_threads)
+    return {dtype: matmul_peak(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def report(
+    contenders: list[Contender],
+    config: DecoderConfig,
+    peaks: dict[torch.dtype, float],
+    arguments: argparse.Namespace,
+) -> None:
     """The table, and its copy in `results/`."""
-    torch.set_num_threads(arguments.threads)
-    cpu = torch.device("cpu")
-    peaks = {dtype: matmul_peak(cpu, dtype) for dtype in (torch.float32, torch.bfloat16)}
     best_peak = max(peaks.values())
     by_name = {contender.name: contender for contender in contenders}
     reference = by_name.get("hf-fp32")

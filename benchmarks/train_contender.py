@@ -41,7 +41,7 @@ def turns() -> Iterator[None]:
             yield
 
 
-def train_smelt(folder: Path, num_steps: int, dtype_name: str, is_compiled: bool) -> None:
+def train_smelt(folder: Path, num_steps: int, schedule_steps: int, dtype_name: str, is_compiled: bool) -> None:
     """The step that `smelt train` takes, without evaluation and checkpoints."""
     batches = torch.from_numpy(np.load(folder / "batches.npy"))
     model = read_model(folder).train()
@@ -50,17 +50,17 @@ def train_smelt(folder: Path, num_steps: int, dtype_name: str, is_compiled: bool
     loss = compiled(on_tokens("cross_entropy"), []) if is_compiled else on_tokens("cross_entropy")
     asked = turns()
     say(ready=1)
-    for number, rows in enumerate(batches):
+    for number, rows in enumerate(batches[:num_steps]):
         next(asked)
         start = time.perf_counter()
         batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         num_tokens = batch.tokens.numel()
         value = float(step(model, batch, loss, 1 / num_tokens).total) / num_tokens
-        optimizer.step(learning_rate(number, num_steps))
+        optimizer.step(learning_rate(number, schedule_steps))
         say(seconds=time.perf_counter() - start, loss=value)
 
 
-def train_hugging_face(folder: Path, num_steps: int, is_bfloat16: bool) -> None:
+def train_hugging_face(folder: Path, num_steps: int, schedule_steps: int, is_bfloat16: bool) -> None:
     """GPT2LMHeadModel under Trainer, fp32 or bf16 autocast; only schedule and data are given to it."""
     from torch.utils.data import SequentialSampler
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -92,7 +92,7 @@ def train_hugging_face(folder: Path, num_steps: int, is_bfloat16: bool) -> None:
         arguments,
         data_collator=collate,
         train_dataset=rows,
-        optimizers=hugging_face_optimizer(model, num_steps),
+        optimizers=hugging_face_optimizer(model, schedule_steps),
         callbacks=[hugging_face_turns()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -148,7 +148,7 @@ def hugging_face_turns() -> Any:
     return Turns()
 
 
-CONTENDERS: dict[str, Callable[[Path, int], None]] = {
+CONTENDERS: dict[str, Callable[[Path, int, int], None]] = {
     "smelt": partial(train_smelt, dtype_name="auto", is_compiled=False),
     "smelt-compiled": partial(train_smelt, dtype_name="auto", is_compiled=True),
     "hf-fp32": partial(train_hugging_face, is_bfloat16=False),
@@ -157,5 +157,7 @@ CONTENDERS: dict[str, Callable[[Path, int], None]] = {
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[4]))
-    CONTENDERS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    name, folder, *numbers = sys.argv[1:]
+    num_steps, schedule_steps, num_threads = map(int, numbers)
+    torch.set_num_threads(num_threads)
+    CONTENDERS[name](Path(folder), num_steps, schedule_steps)

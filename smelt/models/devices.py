@@ -100,9 +100,9 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 @cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product: the best of some tries, in about 0.2 s on a CPU."""
+    """Operations per second of a large square matrix product: the best of some tries, in about 0.3 s on a CPU."""
     size = 1024 if device.type == "cpu" else 4096
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
-    best = min(_seconds(lambda: torch.mm(left, right), device) for _ in range(6))
+    best = min(_seconds(lambda: torch.mm(left, right), device) for _ in range(12))
     return 2 * size**3 / best
