@@ -4,7 +4,6 @@ A model appears under its name whole or not at all: it is put together in a fold
 to the disk, and renamed. Only weights, config and tokenizer are kept: no code, no pickles.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from smelt.configs import DecoderConfig
+from smelt.disk import is_full, sync
 from smelt.errors import AlreadyExists, NotFound, OutOfSpace, SmeltError, UnsafeFile
 from smelt.models.architectures import CONFIG_FILE
 from smelt.models.folders import (
@@ -154,14 +154,14 @@ def _appearing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_full(error):
             raise OutOfSpace(f"no space left for {folder}; free some and try again") from error
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 @contextmanager
@@ -170,11 +170,3 @@ def _lock(models_folder: Path) -> Iterator[None]:
     with (models_folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from smelt.disk import is_full, sync
 from smelt.errors import AlreadyExists, InvalidInput, OutOfSpace
 
 PREFIX = ".tmp-"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -36,9 +36,9 @@ def staged(folder: Path) -> Iterator[Path]:
         sync_tree(temporary)
         _refuse_taken(folder)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
-        if error.errno in FULL_DISK:
+        if is_full(error):
             raise _explained(error, folder) from None
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             _refuse_taken(folder)
@@ -54,7 +54,7 @@ def _refuse_taken(folder: Path) -> None:
 
 
 def _explained(error: OSError, folder: Path) -> OutOfSpace | InvalidInput:
-    if error.errno in FULL_DISK:
+    if is_full(error):
         return OutOfSpace(f"the disk of {folder.parent} is full; nothing was added. Free some space and try again")
     return InvalidInput(f"{folder.parent} cannot be written: {error.strerror}; set SMELT_HOME to a folder of yours")
 
@@ -94,13 +94,5 @@ def remove_folder(folder: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Flush every file and folder to the disk."""
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)

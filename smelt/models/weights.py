@@ -4,7 +4,6 @@ Names and shapes come from `architectures`; every file is checked against its co
 Reading what was written gives the same bits, so checkpoints are kept in this layout.
 """
 
-import errno
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smelt.configs import DecoderConfig, validated
+from smelt.disk import FULL, is_full, sync
 from smelt.errors import NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import (
     CONFIG_FILE,
@@ -134,8 +134,8 @@ def write_model(
 def is_full_disk(error: Exception) -> bool:
     """The safetensors library puts the system's number only into its message."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+        return is_full(error)
+    return any(f"os error {number}" in str(error) for number in FULL)
 
 
 def _into_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
@@ -165,8 +165,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """One safetensors file beside a `config.json`, fsynced."""
     save_file(tensors, path, metadata={"format": "pt"})
     shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner may read
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _write_json(value: Any, path: Path) -> None:

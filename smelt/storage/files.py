@@ -3,7 +3,6 @@
 A name appears only when the whole body is on the disk, and the same body is kept once.
 """
 
-import errno
 import hashlib
 import os
 import tempfile
@@ -12,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from smelt.disk import is_full, sync
 from smelt.errors import OutOfSpace, StorageError
 from smelt.storage.faults import Fault, no_fault
 
 PREFIX = ".tmp-"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Files:
@@ -39,7 +38,7 @@ class Files:
             try:
                 self._write(body, self.folder / digest)
             except OSError as error:
-                if error.errno not in FULL_DISK:
+                if not is_full(error):
                     raise StorageError(f"{self.folder} cannot be written: {error.strerror}") from None
                 raise OutOfSpace(f"the disk of {self.folder} is full; free some space and try again") from None
         return digest
@@ -78,7 +77,7 @@ class Files:
             now = self._clock()
             os.utime(path, (now, now))
         # Whoever wrote it may have died before the folder was synced.
-        self._sync_folder()
+        sync(self.folder)
         return True
 
     def _write(self, body: bytes, path: Path) -> None:
@@ -97,13 +96,6 @@ class Files:
             os.utime(temporary, (now, now))
             temporary.rename(path)
             self._fault("between_rename_and_fsync")
-            self._sync_folder()
+            sync(self.folder)
         finally:
             temporary.unlink(missing_ok=True)
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

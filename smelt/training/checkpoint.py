@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from smelt.disk import sync
 from smelt.errors import CheckpointError, NotFound, OutOfSpace
 from smelt.models.decoder import Decoder
 from smelt.models.weights import from_hf_tensors, is_full_disk, read_tensors, write_model, write_tensors
@@ -136,7 +137,7 @@ class Checkpoints:
             final = self.folder / step_name(state.step)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            sync_folder(self.folder)
+            sync(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -179,16 +180,7 @@ def write_manifest(folder: Path) -> None:
         json.dump(files, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 def point(link: Path, target: Path) -> None:
@@ -198,7 +190,7 @@ def point(link: Path, target: Path) -> None:
         fresh.unlink()
     fresh.symlink_to(os.path.relpath(target, link.parent))
     fresh.replace(link)
-    sync_folder(link.parent)
+    sync(link.parent)
 
 
 def check_manifest(folder: Path) -> None:
