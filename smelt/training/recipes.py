@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from smelt.configs import DecoderConfig, TrainConfig, read_config_file, write_config_file
 from smelt.data.datasets import MANIFEST_FILE, Dataset, dataset_folder, open_dataset
@@ -22,6 +23,7 @@ from smelt.data.tokenizers import Tokenizer
 from smelt.errors import AlreadyExists, CheckpointError, ConfigError, NotFound, OutOfSpace
 from smelt.models.decoder import Decoder
 from smelt.models.devices import pick_device, pick_dtype
+from smelt.models.folders import read_config, read_tokenizer
 from smelt.models.loading import load_model
 from smelt.models.registry import resolve
 from smelt.training.batches import EvalBatches, TrainBatches
@@ -44,9 +46,10 @@ def no_progress(_stage: str, _num_done: int, _num_total: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a run begins with."""
+    """What a run begins with. A checkpoint's weights stay on the disk until `restore` reads all of its tensors."""
 
-    model: Decoder
+    shape: DecoderConfig
+    weights: dict[str, Tensor] | None  # of another model; None where a checkpoint has them
     tokenizer: Tokenizer | None  # the model's own; None where the dataset brings it
     checkpoint: Path | None  # to resume from
 
@@ -185,14 +188,15 @@ def read_start(config: TrainConfig, models_folder: Path) -> Start | None:
     """The weights and tokenizer that the run begins with; None from scratch."""
     if config.init_from == "scratch":
         return None
-    checkpoint = latest(out_dir_of(config)) if config.init_from == "resume" else None
+    if config.init_from == "resume":
+        checkpoint = latest(out_dir_of(config))
+        return Start(read_config(checkpoint), None, read_tokenizer(checkpoint), checkpoint)
     given = [name for name in SHAPE_FIELDS if getattr(config, name) is not None]
-    if given and checkpoint is None:
+    if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{flags} cannot change the shape of {config.init_from}; leave them out")
-    folder = checkpoint or resolve(config.init_from, models_folder)
-    model, tokenizer = load_model(folder, torch.float32, torch.device("cpu"))
-    return Start(model, tokenizer, checkpoint)
+    model, tokenizer = load_model(resolve(config.init_from, models_folder), torch.float32)
+    return Start(model.config, model.state_dict(), tokenizer, None)
 
 
 def open_data_in_turn(
@@ -223,7 +227,7 @@ def open_data(config: TrainConfig, datasets_folder: Path, start: Start | None, p
             "no data to train on: give --data-path (a file, folder, URL, hf:ORG/NAME or builtin:pydoc) "
             "or --dataset (a name from `smelt data ls`)"
         )
-    block_size = config.block_size or (start.model.config if start else config.decoder_config(1)).block_size
+    block_size = config.block_size or (start.shape if start else config.decoder_config(1)).block_size
     options = PrepareOptions(val_fraction=config.train_val_split, block_size=block_size)
     wanted = tokenizer or config.tokenizer or "bpe:4096"
     return dataset_for(config.data_path, datasets_folder, tokenizer=wanted, options=options, progress=progress)
@@ -235,8 +239,9 @@ def build_model(config: TrainConfig, start: Start | None, dataset: Dataset) -> D
         model = Decoder(config.decoder_config(dataset.tokenizer.vocab_size), config.dropout)
         model.initialize(config.seed)
     else:
-        model = Decoder(start.model.config, config.dropout)
-        model.load_state_dict(start.model.state_dict())
+        model = Decoder(start.shape, config.dropout)
+        if start.weights is not None:
+            model.load_state_dict(start.weights)
     if dataset.tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"dataset {dataset.name} has {dataset.tokenizer.vocab_size} token ids, but the model knows only "
