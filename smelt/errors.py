@@ -9,9 +9,15 @@ SmeltError
 │   ├── UnsupportedModel  an architecture or a weight format we do not read
 │   ├── UnsafeFile        a file that could run code when loaded
 │   ├── SeqReused         another request has that place in its lane
-│   └── SeqAbandoned      the lane waited for that place, and has gone on without it
+│   ├── SeqAbandoned      the lane waited for that place, and has gone on without it
+│   └── TooLarge          a body, or what it asks for, is beyond a limit
 ├── NotFound              a name that does not exist
 ├── AlreadyExists         a name that is taken
+├── Unauthorized          no API key, or one that is unknown or revoked
+├── Forbidden             a key that may not do this, or a host or origin that may not ask
+├── Unavailable           not now: the message says when to try again
+│   ├── RateLimited       this caller has had its share for the moment
+│   └── WorkerLost        the process that was computing the answer is gone
 ├── MissingDependency     an optional package or an offline resource is absent
 ├── OutOfSpace            the disk is full; what was there before is whole
 ├── CheckpointError       a checkpoint is torn, or belongs to something else
@@ -64,12 +70,40 @@ class SeqAbandoned(InvalidInput):
     """A seq came so late that its lane has gone on without it."""
 
 
+class TooLarge(InvalidInput):
+    """A body, or something that a request asks for, is beyond a limit; the message names the limit."""
+
+
 class NotFound(SmeltError, LookupError):
     """A dataset, model, run or file of that name does not exist."""
 
 
 class AlreadyExists(SmeltError):
     """That name is taken."""
+
+
+class Unauthorized(SmeltError):
+    """There is no API key, or it is unknown or revoked."""
+
+
+class Forbidden(SmeltError):
+    """The key's scopes do not cover this, or the Host or Origin may not ask."""
+
+
+class Unavailable(SmeltError):
+    """It cannot be done now; `retry_after_s` says when to try again."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(Unavailable):
+    """This caller has had its share of requests for the moment."""
+
+
+class WorkerLost(Unavailable):
+    """The process that was computing the answer is gone; asking again starts anew."""
 
 
 class MissingDependency(SmeltError, ImportError):

@@ -34,6 +34,14 @@ class Settings(BaseSettings):
     dtype: Dtype = Field("auto", description="auto picks the fastest that is safe on the device")
     threads: int | None = Field(None, ge=1, description="CPU threads (all the machine's cores)")
 
+    host: str = Field("127.0.0.1", description="address to serve on; any but this machine's own needs an API key")
+    port: int = Field(8000, ge=0, le=65535, description="port to serve on; 0 picks a free one")
+    database: str | None = Field(None, description="URL of a PostgreSQL database (a SQLite file in the home folder)")
+    allowed_hosts: tuple[str, ...] = Field((), description="more names that requests may call this server by")
+    cors_origins: tuple[str, ...] = Field((), description="web pages of other origins that may call the API")
+    max_body_mb: int = Field(64, ge=1, description="largest request body, unpacked, in MiB")
+    fault: str | None = Field(None, description="for tests: POINT:NTH, where the API's process shall die")
+
     @field_validator("home")
     @classmethod
     def _expand(cls, value: Path) -> Path:
@@ -49,7 +57,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags first, then the environment, then the file of the working folder."""
-        return init_settings, env_settings, InitSettingsSource(settings_cls, _file_values())
+        port = InitSettingsSource(settings_cls, _hosted_port())
+        return init_settings, env_settings, port, InitSettingsSource(settings_cls, _file_values())
 
     @property
     def datasets(self) -> Path:
@@ -65,6 +74,11 @@ class Settings(BaseSettings):
     def runs(self) -> Path:
         """Folder with one folder per run that was not given a place of its own."""
         return self.home / "runs"
+
+    @property
+    def bodies(self) -> Path:
+        """Folder of the ledger's large bodies."""
+        return self.home / "bodies"
 
 
 def load_settings(**flags: Any) -> Settings:
@@ -84,10 +98,22 @@ def setting_sources() -> dict[str, str]:
     }
 
 
+def runtime_folder() -> Path | None:
+    """The user's folder for sockets, $XDG_RUNTIME_DIR; None where there is none."""
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(folder) if folder else None
+
+
 def tiktoken_cache() -> Path | None:
     """The folder that TIKTOKEN_CACHE_DIR names, where tiktoken keeps vocabularies; None when it is not set."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     return Path(folder) if folder else None
+
+
+def _hosted_port() -> dict[str, Any]:
+    """PORT, which hosting services set."""
+    port = os.environ.get("PORT")
+    return {"port": port} if port else {}
 
 
 def _file_values() -> dict[str, Any]:

@@ -23,8 +23,20 @@ PACKAGE = ROOT / "smelt"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 DUMPING_GROUNDS = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "manager", "shared"}
-# The web side will import these, and it starts without torch.
-TORCHLESS = ("control", "data", "storage", "transport", "settings", "configs", "types", "disk", "errors")
+# The web side is made of these, and it starts without torch.
+TORCHLESS = (
+    "api",
+    "dashboard",
+    "control",
+    "data",
+    "storage",
+    "transport",
+    "settings",
+    "configs",
+    "types",
+    "disk",
+    "errors",
+)
 # A subclass that refuses every class, so that only plain data comes out (nanoGPT's meta.pkl).
 ALLOWED_UNPICKLERS = {("smelt/data/characters.py", "pickle.Unpickler")}
 CODE_RUNNING_LOADERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

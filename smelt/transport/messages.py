@@ -50,6 +50,22 @@ class Result(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     failure: Failure | None = None
 
 
+class Completion(msgspec.Struct, frozen=True):
+    """The body of a Result for a Grant of the kind "generate", whose own body is a Generate."""
+
+    text: str
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+class TrainRequest(msgspec.Struct, frozen=True):
+    """The body of a Grant of the kind "train", which a launcher does in a process of its own."""
+
+    run_id: str
+    config: dict[str, Any]  # the values of a TrainConfig, its out_dir among them
+
+
 class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Write the continuation of a prompt (text or token ids) or, where there are messages, the next turn."""
 

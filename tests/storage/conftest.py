@@ -25,7 +25,7 @@ def as_user(command: list[str]) -> list[str]:
 def run(command: list[str]) -> None:
     done = subprocess.run(as_user(command), capture_output=True, text=True, cwd="/", check=False)
     if done.returncode:
-        pytest.skip(f"optional package PostgreSQL does not start here: {done.stderr.strip()[-300:]}")
+        pytest.skip(f"PostgreSQL does not start here: {done.stderr.strip()[-300:]}")
 
 
 def missing_programs() -> list[str]:
@@ -37,7 +37,7 @@ def missing_programs() -> list[str]:
 def postgres_server() -> Iterator[Path]:
     """The folder with the socket of a server that only this test session can reach."""
     if missing := missing_programs():
-        pytest.skip(f"optional package PostgreSQL is absent: no {', '.join(missing)}")
+        pytest.skip(f"PostgreSQL is absent: no {', '.join(missing)}")
     # Not under pytest's own folder: its path would be too long for a socket, and closed to other accounts.
     folder = Path(tempfile.mkdtemp(prefix="smelt-pg-"))
     if os.geteuid() == 0:

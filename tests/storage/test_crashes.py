@@ -105,7 +105,7 @@ def test_a_crash_at_any_moment_breaks_no_promise(tmp_path: Path, seed: int) -> N
 def trace(tmp_path: Path) -> str:
     """One letter per system call: a word's first letter where it is said, F where the disk is waited for."""
     if shutil.which("strace") is None:
-        pytest.skip("not on this platform: no strace")
+        pytest.skip("strace is absent")
     log = tmp_path / "trace"
     command = ["strace", "-f", "-e", "trace=fsync,fdatasync,write", "-o", str(log), sys.executable, str(VICTIM)]
     command += [sqlite_url(tmp_path / "smelt.db"), str(tmp_path / "bodies"), "slowly"]
