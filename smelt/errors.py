@@ -14,7 +14,8 @@ SmeltError
 ├── NotFound              a name that does not exist
 ├── AlreadyExists         a name that is taken
 ├── Unauthorized          no API key, or one that is unknown or revoked
-├── Forbidden             a key that may not do this, or a host or origin that may not ask
+├── Forbidden             a key that may not do this, or an origin that may not ask
+│   └── WrongHost         the request calls this server by a name that is not its own
 ├── Unavailable           not now: the message says when to try again
 │   ├── RateLimited       this caller has had its share for the moment
 │   └── WorkerLost        the process that was computing the answer is gone
@@ -35,7 +36,11 @@ class SmeltError(Exception):
 
 
 class InvalidInput(SmeltError, ValueError):
-    """A value that somebody gave is wrong."""
+    """A value that somebody gave is wrong; `param` is its name where a request has one for it."""
+
+    def __init__(self, message: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ConfigError(InvalidInput):
@@ -87,7 +92,11 @@ class Unauthorized(SmeltError):
 
 
 class Forbidden(SmeltError):
-    """The key's scopes do not cover this, or the Host or Origin may not ask."""
+    """The key's scopes do not cover this, or the Origin may not ask."""
+
+
+class WrongHost(Forbidden):
+    """The Host header names another server: a page of that name may have been pointed here to reach us."""
 
 
 class Unavailable(SmeltError):

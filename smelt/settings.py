@@ -76,6 +76,11 @@ class Settings(BaseSettings):
         return self.home / "runs"
 
     @property
+    def database_url(self) -> str:
+        """Where the database is."""
+        return self.database or f"sqlite:///{self.home / 'smelt.db'}"
+
+    @property
     def bodies(self) -> Path:
         """Folder of the ledger's large bodies."""
         return self.home / "bodies"

@@ -77,12 +77,14 @@ class Dataset(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Key(Record):
-    """An API key: the sha256 of its text, what it may do, and when it was revoked."""
+    """An API key: the sha256 of its text, what it may do, and when it was revoked. A limit of None is none."""
 
     name: str
     digest: str
     scopes: list[str]
     revoked: float | None = None
+    requests_per_minute: int | None = None
+    max_concurrent: int | None = None
 
 
 TABLES: dict[type[Record], Table] = {
@@ -138,10 +140,10 @@ def delete(connection: Connection, kind: type[Record], owner: str, record_id: st
         raise _not_found(kind, record_id)
 
 
-def key_of_digest(connection: Connection, digest: str) -> Key | None:
-    """The key with that sha256, whoever owns it: the one question whose answer is the owner."""
-    row = connection.execute(select(tables.keys).where(tables.keys.c.digest == digest)).mappings().one_or_none()
-    return None if row is None else _record(Key, row)
+def all_keys(connection: Connection) -> list[Key]:
+    """Every key, whoever owns it, oldest first: the one question whose answer is the owner."""
+    query = select(tables.keys).order_by(tables.keys.c.created, tables.keys.c.id)
+    return [_record(Key, row) for row in connection.execute(query).mappings()]
 
 
 def _record(kind: type[R], row: RowMapping) -> R:

@@ -160,5 +160,7 @@ keys = Table(
     Column("digest", Text, nullable=False, unique=True),  # the key itself is shown once and never kept
     Column("scopes", JSON, nullable=False),
     Column("revoked", Double),
+    Column("requests_per_minute", Integer),
+    Column("max_concurrent", Integer),
     UniqueConstraint("owner", "name"),
 )

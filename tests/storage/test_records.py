@@ -74,9 +74,10 @@ def test_the_oldest_come_first(connection: Connection) -> None:
     assert [run.id for run in records.find(connection, Run, "ann")] == ["older", "r", "newer"]
 
 
-def test_a_key_is_found_by_its_digest(connection: Connection) -> None:
-    assert records.key_of_digest(connection, "abc") == EXAMPLES[5]
-    assert records.key_of_digest(connection, "abd") is None
+def test_keys_of_all_owners_are_found(connection: Connection) -> None:
+    other = Key(owner="bob", name="laptop", digest="abd", scopes=[], max_concurrent=2, requests_per_minute=60)
+    records.add(connection, other)
+    assert records.all_keys(connection) == [EXAMPLES[5], other]
 
 
 def test_what_others_point_to_stays(engine: Engine, writer: Writer) -> None:
