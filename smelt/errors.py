@@ -10,7 +10,9 @@ SmeltError
 │   ├── UnsafeFile        a file that could run code when loaded
 │   ├── SeqReused         another request has that place in its lane
 │   ├── SeqAbandoned      the lane waited for that place, and has gone on without it
-│   └── TooLarge          a body, or what it asks for, is beyond a limit
+│   ├── TooLarge          a body, or what it asks for, is beyond a limit
+│   ├── SlowBody          the rest of a body did not come in time
+│   └── UnsupportedEncoding  a body is packed in a way that we do not unpack
 ├── NotFound              a name that does not exist
 ├── AlreadyExists         a name that is taken
 ├── Unauthorized          no API key, or one that is unknown or revoked
@@ -77,6 +79,14 @@ class SeqAbandoned(InvalidInput):
 
 class TooLarge(InvalidInput):
     """A body, or something that a request asks for, is beyond a limit; the message names the limit."""
+
+
+class SlowBody(InvalidInput):
+    """A request's body comes so slowly that it only holds a place."""
+
+
+class UnsupportedEncoding(InvalidInput):
+    """A request's Content-Encoding is not one that we unpack; the message lists those."""
 
 
 class NotFound(SmeltError, LookupError):

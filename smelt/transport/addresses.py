@@ -55,10 +55,12 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def is_local(address: Address) -> bool:
-    """Whether only this machine can reach it. A host by name may be anywhere, except localhost."""
-    if isinstance(address, Path):
-        return True
-    host, _ = host_and_port(address)
+    """Whether only this machine can reach it."""
+    return isinstance(address, Path) or is_loopback(host_and_port(address)[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself. One by name may be anywhere, except localhost."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,0 +1,64 @@
+"""Families of routes: which scopes open a path, and in which shape it tells of errors; knows no handler.
+
+A path that no family claims is refused, whoever asks: a new route has to be placed here on purpose.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from smelt.control.keys import SCOPES
+
+Shape = Literal["openai", "detail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Routes below one path. Any one of `scopes` opens them; "admin" does anyway, and `public` ones need no key."""
+
+    scopes: frozenset[str] = frozenset()
+    shape: Shape = "detail"
+    public: bool = False
+    page: bool = False  # for people: a browser that is not logged in is sent to the login page
+
+
+ANY = frozenset(SCOPES)
+OPENAI = Family(frozenset({"inference"}), "openai")
+PAGE = Family(ANY, page=True)
+PUBLIC = Family(public=True)
+
+# By path; each claims what lies below it too.
+FAMILIES: dict[str, Family] = {
+    "/": PAGE,
+    "/dashboard": PAGE,
+    "/docs": PAGE,
+    "/openapi.json": Family(ANY),
+    "/health": Family(ANY),
+    "/healthz": PUBLIC,
+    "/metrics": Family(frozenset({"admin"})),
+    "/login": Family(public=True, page=True),
+    "/logout": Family(public=True, page=True),
+    "/static": PUBLIC,
+    "/v1/models": Family(ANY, "openai"),
+    "/v1/completions": OPENAI,
+    "/v1/chat/completions": OPENAI,
+    "/v1/runs": Family(frozenset({"training"})),
+}
+
+
+def family_of(path: str) -> Family | None:
+    """The family that claims a path; None where none does."""
+    if path == "/":
+        return FAMILIES[path]
+    while path:
+        if (family := FAMILIES.get(path)) is not None:
+            return family
+        path = path.rpartition("/")[0]
+    return None
+
+
+def shape_of(path: str) -> Shape:
+    """How errors look there. Where nothing is, OpenAI's clients are the ones that ask below /v1."""
+    family = family_of(path)
+    if family is not None:
+        return family.shape
+    return "openai" if path.startswith("/v1/") else "detail"
