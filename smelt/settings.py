@@ -3,6 +3,7 @@
 The only module that reads the environment. Knows no torch and no model; what belongs to one run is in `configs`.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from smelt.configs import Dtype, explained, read_config_file
 from smelt.errors import ConfigError
 
 CONFIG_FILE = "smelt.yaml"
+CONFIG_VARIABLE = "SMELT_CONFIG"  # names another file in its place
 
 
 class Settings(BaseSettings):
@@ -40,12 +42,16 @@ class Settings(BaseSettings):
     allowed_hosts: tuple[str, ...] = Field((), description="more names that requests may call this server by")
     cors_origins: tuple[str, ...] = Field((), description="web pages of other origins that may call the API")
     max_body_mb: int = Field(64, ge=1, description="largest request body, unpacked, in MiB")
+    worker_address: str | None = Field(None, description="HOST:PORT where workers of other machines dial in")
+    worker_key: Path | None = Field(None, description="file of the key they must know (HOME/worker.key)")
+    tls_certificate: Path | None = Field(None, description="PEM file: what the server shows them, and they trust")
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's private key")
     fault: str | None = Field(None, description="for tests: POINT:NTH, where the API's process shall die")
 
-    @field_validator("home")
+    @field_validator("home", "worker_key", "tls_certificate", "tls_key")
     @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _expand(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
 
     @classmethod
     def settings_customise_sources(
@@ -81,6 +87,11 @@ class Settings(BaseSettings):
         return self.database or f"sqlite:///{self.home / 'smelt.db'}"
 
     @property
+    def worker_key_file(self) -> Path:
+        """The key that workers of other machines must know."""
+        return self.worker_key or self.home / "worker.key"
+
+    @property
     def bodies(self) -> Path:
         """Folder of the ledger's large bodies."""
         return self.home / "bodies"
@@ -94,11 +105,24 @@ def load_settings(**flags: Any) -> Settings:
         raise ConfigError(f"settings ({CONFIG_FILE}, SMELT_*, flags): {explained(report, Settings)}") from None
 
 
+def use_config_file(path: Path) -> None:
+    """Read this file in place of `smelt.yaml`, here and in the processes that are started from now on."""
+    os.environ[CONFIG_VARIABLE] = str(path.absolute())
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """The environment in which another process comes to the same settings, flags included."""
+    values = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return {**os.environ, **{f"SMELT_{name.upper()}": text for name, text in texts.items()}}
+
+
 def setting_sources() -> dict[str, str]:
     """Where each setting comes from when no flag is given: its variable, the file, or the default."""
     in_environment, in_file = EnvSettingsSource(Settings)(), _file_values()
+    file = os.environ.get(CONFIG_VARIABLE) or CONFIG_FILE
     return {
-        name: f"SMELT_{name.upper()}" if name in in_environment else CONFIG_FILE if name in in_file else "default"
+        name: f"SMELT_{name.upper()}" if name in in_environment else file if name in in_file else "default"
         for name in Settings.model_fields
     }
 
@@ -122,4 +146,7 @@ def _hosted_port() -> dict[str, Any]:
 
 
 def _file_values() -> dict[str, Any]:
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named:
+        return read_config_file(named)
     return read_config_file(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else {}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from smelt.errors import ConfigError
-from smelt.settings import Settings, load_settings, setting_sources, tiktoken_cache
+from smelt.errors import ConfigError, NotFound
+from smelt.settings import Settings, environment_of, load_settings, setting_sources, tiktoken_cache, use_config_file
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +119,27 @@ def test_the_port_of_a_hosting_service_is_honoured(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SMELT_PORT", "5006")
     assert load_settings().port == 5006
     assert load_settings(port=5007).port == 5007
+
+
+def test_another_file_may_take_the_place_of_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMELT_CONFIG", "")  # so that it is put back
+    write_settings("threads: 3\n")
+    (tmp_path / "other.yaml").write_text("device: cpu\n")
+    use_config_file(Path("other.yaml"))
+    assert (load_settings().threads, load_settings().device) == (None, "cpu")
+    assert setting_sources()["device"] == str(tmp_path / "other.yaml")
+
+
+def test_another_file_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMELT_CONFIG", "absent.yaml")
+    with pytest.raises(NotFound, match="absent.yaml"):
+        load_settings()
+
+
+def test_an_environment_carries_the_settings_with_their_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_settings("threads: 3\nallowed_hosts: [a.example, b.example]\n")
+    settings = load_settings(home=tmp_path / "home", port=0, device="cpu")
+    write_settings("threads: 4\n")
+    for name, value in environment_of(settings).items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == settings
