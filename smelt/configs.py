@@ -12,6 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from smelt.errors import ConfigError, NotFound
 
+# What a run's folder holds besides checkpoints.
+RUN_CONFIG = "config.yaml"
+RUN_LOCK = ".lock"  # held by the process that trains in the folder
+RUN_METRICS = "metrics.jsonl"
+RUN_LOG = "log.txt"
+
 Architecture = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -277,6 +283,13 @@ def _explain(error: Any, config_class: type[BaseModel]) -> str:
         return f"unknown key {where!r}; known keys: {', '.join(sorted(config_class.model_fields))}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message} (got {error['input']!r})" if where else message
+
+
+def flag_text(value: Any) -> str:
+    """A field's value as one would type it after its flag."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

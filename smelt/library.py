@@ -1,5 +1,6 @@
 """The Python interface: what `import smelt` offers, with settings applied; torch is imported when it is needed."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smelt.configs import TrainConfig, validated
@@ -7,9 +8,12 @@ from smelt.errors import TokenizerError
 from smelt.settings import load_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from smelt.data.datasets import Dataset
+    from smelt.data.sources import Progress
     from smelt.inference.service import TextModel
-    from smelt.training.metrics import RunSummary
+    from smelt.training.metrics import RunSummary, Sink
 
 
 def load(name_or_folder: str, device: str | None = None, dtype: str | None = None) -> "TextModel":
@@ -41,11 +45,21 @@ def train(config: TrainConfig | dict[str, Any] | None = None, **fields: Any) -> 
 
     Raises ConfigError before anything is computed; see TrainConfig for the fields.
     """
-    from smelt.training.recipes import pretrain
-
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
+    return run(run_config(given | fields))
+
+
+def run(config: TrainConfig, sinks: "Sequence[Sink]" = (), progress: "Progress | None" = None) -> "RunSummary":
+    """Train by a complete config, and let the run be found by every command and page of this home folder.
+
+    `progress` hears about the preparation of data. Raises what `pretrain` raises.
+    """
+    from smelt.control.run_folders import register
+    from smelt.training.recipes import no_progress, pretrain
+
     settings = load_settings()
-    return pretrain(run_config(given | fields), settings.datasets, settings.models)
+    started = partial(register, runs_folder=settings.runs)
+    return pretrain(config, settings.datasets, settings.models, sinks, progress or no_progress, started)
 
 
 def run_config(values: dict[str, Any]) -> TrainConfig:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import click
 from pydantic.fields import FieldInfo
 
-from smelt.configs import Config, read_config_file
+from smelt.configs import Config, flag_text, read_config_file
 
 
 class ConfigCommand(click.Command):
@@ -43,7 +43,7 @@ class ConfigCommand(click.Command):
 def field_option(name: str, field: FieldInfo) -> click.Option:
     """An option for one field. Where `true` is a value, the bare flag means it."""
     may_be_bare = field.annotation is bool or "true" in get_args(field.annotation)
-    default = "" if field.default is None else f"  [default: {default_text(field.default)}]"
+    default = "" if field.default is None else f"  [default: {flag_text(field.default)}]"
     return click.Option(
         [f"--{name.replace('_', '-')}", name],
         metavar="BOOL" if field.annotation is bool else metavar_of(field),
@@ -60,13 +60,6 @@ def metavar_of(field: FieldInfo) -> str:
         if kind in kinds or any(kind in get_args(part) for part in kinds):
             return word
     return "TEXT"
-
-
-def default_text(value: Any) -> str:
-    """A default as one would type it."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def given_values(flags: Mapping[str, Any]) -> dict[str, Any]:

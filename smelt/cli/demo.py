@@ -42,19 +42,17 @@ def command(seconds: float) -> None:
     stays in the home folder as `runs/demo`, where every command finds it.
     """
     from smelt.cli.train_display import training_display
-    from smelt.library import run_config
+    from smelt.library import run, run_config
     from smelt.training.pace import seconds_per_step
-    from smelt.training.recipes import pretrain
 
-    settings = load_settings()
-    out_dir = settings.runs / "demo"
+    out_dir = load_settings().runs / "demo"
     shutil.rmtree(out_dir, ignore_errors=True)
     click.echo("Python's own documentation -> a tokenizer -> a small GPT -> text\n", err=True)
     config = run_config({**RECIPE, "out_dir": str(out_dir)})
     num_steps = max(20, round(seconds / seconds_per_step(config, VOCAB_SIZE)))
     config = config.replace(max_iters=num_steps, eval_interval=max(10, num_steps // 5))
     with data_progress() as progress, training_display(config) as display:
-        summary = pretrain(config, settings.datasets, settings.models, [display], progress)
+        summary = run(config, [display], progress)
     if summary.stop_reason == "interrupted":
         raise click.exceptions.Exit(130)
     write_samples(str(out_dir))

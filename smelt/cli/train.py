@@ -7,7 +7,6 @@ import click
 from smelt.cli.config_flags import ConfigCommand, given_values
 from smelt.cli.data_progress import data_progress
 from smelt.configs import TRAIN_SECTIONS, TrainConfig
-from smelt.settings import load_settings
 
 HELP = """Train a language model: from scratch, from where a run stopped, or from another model.
 
@@ -27,16 +26,14 @@ Examples:
 def train(**flags: Any) -> None:
     """Run the training that the flags ask for."""
     from smelt.cli.train_display import training_display
-    from smelt.library import run_config
-    from smelt.training.recipes import pretrain
+    from smelt.library import run, run_config
 
     values = given_values(flags)
     if values.get("init_from") == "resume":  # the saved config takes the file's place
         values = {**given_values({**flags, "config": None}), "out_dir": values.get("out_dir"), "init_from": "resume"}
     config = run_config(values)
-    settings = load_settings()
     with data_progress() as progress, training_display(config) as display:
-        summary = pretrain(config, settings.datasets, settings.models, [display], progress)
+        summary = run(config, [display], progress)
     if summary.stop_reason == "interrupted":
         click.echo(f"continue with: smelt train --init-from resume --out-dir {summary.out_dir}", err=True)
         raise click.exceptions.Exit(130)

@@ -5,16 +5,26 @@ Knows which data, tokenizer, weights and device a config means; the steps themse
 
 import fcntl
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from smelt.configs import DecoderConfig, TrainConfig, read_config_file, write_config_file
+from smelt.configs import (
+    RUN_CONFIG,
+    RUN_LOCK,
+    RUN_LOG,
+    RUN_METRICS,
+    DecoderConfig,
+    TrainConfig,
+    read_config_file,
+    write_config_file,
+)
 from smelt.data.datasets import MANIFEST_FILE, Dataset, dataset_folder, open_dataset
 from smelt.data.packing import BlockOrder
 from smelt.data.preparation import PrepareOptions, dataset_for, retokenize
@@ -34,14 +44,19 @@ from smelt.training.losses import on_tokens
 from smelt.training.metrics import Note, RunInfo, RunSummary, Sink
 from smelt.training.optim import Optimizer
 from smelt.training.parallel import Ranks, join, read_ranks, threads_per_rank
-from smelt.training.sinks import jsonl_sink, tensorboard_sink, wandb_sink
+from smelt.training.sinks import endings_noted, jsonl_sink, log_sink, tensorboard_sink, wandb_sink
 
 SHAPE_FIELDS = ("preset", "n_layer", "n_head", "n_embd")
-CONFIG_FILE = "config.yaml"
+# Readers of a run take its lock for a moment to see whether it is held.
+LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.01
 
 
 def no_progress(_stage: str, _num_done: int, _num_total: int | None) -> None:
     """The progress of preparing data, for somebody who does not look."""
+
+
+def unnoticed(_config: TrainConfig) -> None:
+    """The start of a run that nobody keeps a list with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +71,7 @@ class Start:
 
 def resumed_values(values: dict[str, Any]) -> dict[str, Any]:
     """The saved config of the run in `out_dir`, with the given values on top. NotFound where there is no run."""
-    saved = Path(values.get("out_dir") or "out") / CONFIG_FILE
+    saved = Path(values.get("out_dir") or "out") / RUN_CONFIG
     if not saved.is_file():
         raise NotFound(f"nothing to resume: {saved} does not exist; give the run's folder as --out-dir")
     return {**read_config_file(saved), **values}
@@ -68,10 +83,12 @@ def pretrain(
     models_folder: Path,
     sinks: Sequence[Sink] = (),
     progress: Progress = no_progress,
+    started: Callable[[TrainConfig], object] = unnoticed,
 ) -> RunSummary:
     """Train a language model as `config` says; every rank of a distributed run calls this alike.
 
-    `progress` hears about the preparation of data that was not prepared before.
+    `progress` hears about the preparation of data that was not prepared before; `started`, on the first rank, that
+    the run's folder is now its own.
 
     Raises ConfigError, NotFound, NotEnoughData and AlreadyExists before anything is computed; NonFiniteLoss,
     OutOfSpace and CheckpointError later on.
@@ -80,7 +97,7 @@ def pretrain(
     torch.set_num_threads(threads_per_rank(ranks, config.threads))
     device = rank_device(config, ranks)
     config = config.replace(out_dir=str(out_dir_of(config)))
-    with join(ranks, device), own_folder(config, ranks):
+    with join(ranks, device), own_folder(config, ranks, started):
         start = read_start(config, models_folder)
         dataset = open_data_in_turn(config, datasets_folder, start, ranks, progress)
         job, info = prepare_job(config, start, dataset, ranks, device)
@@ -113,8 +130,13 @@ def out_dir_of(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def own_folder(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Hold the run's folder for this run alone. AlreadyExists where it holds another run or is in use."""
+def own_folder(
+    config: TrainConfig, ranks: Ranks, started: Callable[[TrainConfig], object] = unnoticed
+) -> Iterator[None]:
+    """Hold the run's folder for this run alone, and leave word there of an error that ends it.
+
+    AlreadyExists where it holds another run or is in use.
+    """
     if not ranks.is_main or config.eval_only:
         yield
         return
@@ -125,12 +147,22 @@ def own_folder(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
             f"or remove the folder"
         )
     out_dir.mkdir(parents=True, exist_ok=True)
-    with (out_dir / ".lock").open("w") as lock:
+    with (out_dir / RUN_LOCK).open("w") as lock:
+        _take_lock(lock, out_dir)
+        started(config)
+        with endings_noted(out_dir / RUN_METRICS):
+            yield
+
+
+def _take_lock(lock: TextIO, out_dir: Path) -> None:
+    for _ in range(LOCK_ATTEMPTS):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AlreadyExists(f"another process is training in {out_dir}; choose another --out-dir") from None
-        yield
+            time.sleep(LOCK_PAUSE_S)
+        else:
+            return
+    raise AlreadyExists(f"another process is training in {out_dir}; choose another --out-dir")
 
 
 def prepare_job(
@@ -167,7 +199,7 @@ def prepare_job(
     if ranks.is_main and not config.eval_only:
         job.checkpoints.forget_after(state.step)
         check_space(out_dir_of(config), model.config)
-        write_config_file(config, out_dir_of(config) / CONFIG_FILE)
+        write_config_file(config, out_dir_of(config) / RUN_CONFIG)
     info = RunInfo(
         config=config,
         out_dir=out_dir_of(config),
@@ -331,10 +363,13 @@ def check_space(out_dir: Path, shape: DecoderConfig) -> None:
 
 
 def standard_sinks(config: TrainConfig, out_dir: Path) -> list[Sink]:
-    """metrics.jsonl, and the services that the config turns on."""
+    """metrics.jsonl, log.txt, and the services that the config turns on."""
     if config.eval_only:
         return []
-    sinks = [jsonl_sink(out_dir / "metrics.jsonl", config.log_interval)]
+    sinks = [
+        jsonl_sink(out_dir / RUN_METRICS, config.log_interval),
+        log_sink(out_dir / RUN_LOG, config.log_interval),
+    ]
     sinks += [tensorboard_sink(config, out_dir)] if config.tensorboard else []
     sinks += [wandb_sink(config, out_dir)] if config.wandb else []
     return sinks

@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,25 @@ def jsonl_sink(path: Path, log_interval: int) -> Sink:
     return receive
 
 
+@contextmanager
+def endings_noted(path: Path) -> Iterator[None]:
+    """Write to `path` how the block ended if it raised: a run that says nothing at its end counts as lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _note_ending(path, {"kind": "cancelled"})
+        raise
+    except Exception as error:
+        _note_ending(path, {"kind": "failure", "error": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _note_ending(path: Path, values: dict[str, Any]) -> None:
+    # What went wrong first, a full disk perhaps, is what the user must hear of.
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
 def finite_values(event: Event) -> dict[str, Any]:
     """The event's fields, with null where JSON has no number (NaN and infinity)."""
     values = asdict(event)
@@ -52,6 +73,19 @@ def lines_until(path: Path, last_step: int) -> list[str]:
 def _is_before(values: dict[str, Any], last_step: int) -> bool:
     in_progress = values["kind"] in ("step", "evaluation") and not values.get("final")
     return in_progress and bool(values["step"] <= last_step)
+
+
+def log_sink(path: Path, log_interval: int) -> Sink:
+    """The lines of a run and when they were written; those of its earlier parts stay when it is resumed."""
+
+    def receive(event: Event) -> None:
+        if not is_logged(event, log_interval):
+            return
+        is_new = isinstance(event, RunInfo) and event.first_step == 0
+        with path.open("w" if is_new else "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC).astimezone():%Y-%m-%d %H:%M:%S}  {describe(event)}\n")
+
+    return receive
 
 
 def line_sink(write: Callable[[str], object], log_interval: int) -> Sink:

@@ -1,0 +1,124 @@
+"""The REST resources of smelt's own: runs and workers, as JSON and as streams of events; knows no files.
+
+Streams are server-sent events. `id` is a cursor: a client that comes back with it (`Last-Event-ID`, or `?after=`)
+gets what it missed.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Body, Header, Query, Request, status
+from fastapi.responses import StreamingResponse
+
+from smelt.api.services import Services
+from smelt.control.model_server import WorkerInfo
+from smelt.control.run_events import RunEvent, RunFollowers
+from smelt.control.run_metrics import Curves
+from smelt.control.run_requests import RunRequests
+from smelt.control.runs import MAX_LOG_LINES, Log, RunDetails, RunStatus
+
+# Proxies must hand events on as they come.
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunList:
+    """Runs, newest first."""
+
+    data: list[RunStatus]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerList:
+    """The workers that are connected."""
+
+    data: list[WorkerInfo]
+
+
+def router(services: Services) -> APIRouter:
+    """The routes of runs and workers."""
+    requests = RunRequests(services.settings, services.ledger)
+    followers = RunFollowers(requests)
+    routes = APIRouter(prefix="/v1", tags=["runs"])
+
+    @routes.get("/runs")
+    async def list_runs(request: Request) -> RunList:
+        """Every run, newest first."""
+        return RunList(await requests.all(visible_to(request)))
+
+    @routes.post("/runs", status_code=status.HTTP_201_CREATED)
+    async def create_run(request: Request, config: Annotated[dict[str, Any], Body()]) -> RunDetails:
+        """Train by a config: the keys of `smelt train --config`. It is queued, on the disk, when this answers."""
+        return await requests.create(config, request.state.caller.owner)
+
+    @routes.get("/runs/events", response_class=StreamingResponse)
+    async def follow_runs(request: Request) -> StreamingResponse:
+        """All runs, then changes: events `runs` (a list of those that are new or other) and `removed`."""
+        return event_stream(followers.follow_all(visible_to(request)))
+
+    @routes.get("/runs/{run_id}")
+    async def show_run(request: Request, run_id: str) -> RunDetails:
+        """One run, its config, and the command that trains the same."""
+        return await requests.show(run_id, visible_to(request))
+
+    @routes.get("/runs/{run_id}/metrics")
+    def read_metrics(request: Request, run_id: str) -> Curves:
+        """The curves of train and validation loss, thinned to 2,000 points with every dip and peak kept."""
+        return requests.runs.curves(run_id, visible_to(request))
+
+    @routes.get("/runs/{run_id}/log")
+    def read_log(request: Request, run_id: str, lines: Annotated[int, Query(ge=1, le=MAX_LOG_LINES)] = 200) -> Log:
+        """The last lines of the run's log."""
+        return requests.runs.log(run_id, lines, visible_to(request))
+
+    @routes.get("/runs/{run_id}/events", response_class=StreamingResponse)
+    async def follow_run(
+        request: Request,
+        run_id: str,
+        after: str | None = None,
+        last_event_id: Annotated[str | None, Header()] = None,
+    ) -> StreamingResponse:
+        """Events `state`, `metrics`, `log`, `reset` and `removed`, from now on, or after a cursor.
+
+        A cursor is an event's id, or the cursors of `/metrics` and `/log` with a slash between them.
+        """
+        await requests.status(run_id, visible_to(request))  # a 404 must come before the stream
+        return event_stream(followers.follow(run_id, visible_to(request), last_event_id or after))
+
+    @routes.post("/runs/{run_id}/cancel")
+    async def cancel_run(request: Request, run_id: str) -> RunStatus:
+        """Take a queued run back, or have a running one stop after its step, with a checkpoint."""
+        return await requests.cancel(run_id, visible_to(request))
+
+    @routes.get("/workers", tags=["workers"])
+    async def list_workers() -> WorkerList:
+        """Who computes answers now."""
+        return WorkerList(services.model_server.workers)
+
+    return routes
+
+
+def visible_to(request: Request) -> str | None:
+    """Whose runs the caller may see: their own; an administrator those of all, also of this machine's terminals."""
+    caller = request.state.caller
+    return None if "admin" in caller.scopes else str(caller.owner)
+
+
+def event_stream(events: AsyncGenerator[RunEvent | None, None]) -> StreamingResponse:
+    """The events as an answer that ends when the client leaves."""
+    return StreamingResponse(frames(events), media_type="text/event-stream", headers=STREAM_HEADERS)
+
+
+async def frames(events: AsyncGenerator[RunEvent | None, None]) -> AsyncIterator[bytes]:
+    """Events as they go over the wire; a comment in a long silence, so that proxies and we notice who has left."""
+    async with aclosing(events):
+        async for event in events:
+            if event is None:
+                yield b": still here\n\n"
+            else:
+                cursor = f"id: {event.cursor}\n" if event.cursor else ""
+                # msgspec writes no line breaks, and null for NaN.
+                yield f"event: {event.kind}\n{cursor}data: ".encode() + msgspec.json.encode(event.data) + b"\n\n"

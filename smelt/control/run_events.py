@@ -1,0 +1,308 @@
+"""Runs as they go on: new metrics, log lines and states, told to many from one tail; knows no HTTP and no torch.
+
+The folders that somebody follows are watched by one thread. A lock that is let go leaves no trace in a folder, so
+each state is looked at every second as well.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+from weakref import WeakValueDictionary
+
+import msgspec
+from watchfiles import awatch
+
+from smelt.configs import RUN_LOG, RUN_METRICS
+from smelt.control.run_folders import REGISTRY
+from smelt.control.run_metrics import LineFile, parsed, text_of
+from smelt.control.run_requests import RunRequests
+from smelt.control.runs import RunStatus
+from smelt.errors import NotFound
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+DEBOUNCE_MS = 100
+SILENCE_S = 15.0
+MAX_WAITING = 256  # events that a slow reader may be behind
+ALL = ""  # the key of the tail of the list, among the ids of runs
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """Something new.
+
+    "metrics" has the new events of metrics.jsonl, "log" lines of text, "state" a RunStatus, "runs" those RunStatus
+    that have changed, "removed" the id of a run whose folder is gone. "reset": what was sent before is void, for
+    the run was resumed from a checkpoint, or the reader was too slow; read the curves again. "end" is the last one.
+    """
+
+    kind: Literal["metrics", "log", "state", "runs", "removed", "reset", "end"]
+    data: Any
+    cursor: str = ""  # with it one can go on after this event
+
+
+class FolderWatch:
+    """Wakes whoever waits for a folder when something in it changes."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Path, set[asyncio.Event]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._is_stale = asyncio.Event()
+        self._polls: bool | None = None  # None: only where this system has no notifications
+
+    @contextmanager
+    def on(self, folder: Path) -> Iterator[asyncio.Event]:
+        """An event that is set by each change while the block lasts; the reader clears it."""
+        changed = asyncio.Event()
+        if folder not in self._waiting:
+            self._is_stale.set()
+        self._waiting.setdefault(folder, set()).add(changed)
+        if self._task is None:
+            self._task = asyncio.create_task(self._watch())
+        try:
+            yield changed
+        finally:
+            self._waiting[folder].discard(changed)
+            if not self._waiting[folder]:
+                del self._waiting[folder]
+                self._is_stale.set()
+
+    async def _watch(self) -> None:
+        """Watch all folders by one thread, and begin anew when there are others."""
+        while self._waiting:
+            self._is_stale.clear()
+            folders = [folder for folder in self._waiting if folder.is_dir()]
+            self._wake(list(self._waiting))  # for what has changed meanwhile
+            try:
+                async for changes in awatch(
+                    *folders,
+                    stop_event=self._is_stale,
+                    recursive=False,
+                    debounce=DEBOUNCE_MS,
+                    watch_filter=None,
+                    force_polling=self._polls,
+                ):
+                    self._wake([Path(path).parent for _, path in changes])
+            except FileNotFoundError:  # one was removed just now
+                continue
+            except OSError:  # the system lets nobody watch any more folders
+                self._polls = True
+        self._task = None
+
+    def _wake(self, folders: list[Path]) -> None:
+        for folder in folders:
+            for changed in self._waiting.get(folder, ()):
+                changed.set()
+
+
+Reader = TypeVar("Reader", "RunReader", "ListReader")
+
+
+class Tail(Generic[Reader]):
+    """Reads what is new, once, and tells everybody who follows."""
+
+    def __init__(self, reader: Reader, watch: FolderWatch, folder: Path) -> None:
+        self.reader: Reader = reader
+        self._watch = watch
+        self._folder = folder
+        self._lock = asyncio.Lock()  # held from reading to telling, and by whoever joins
+        self._queues: set[asyncio.Queue[RunEvent]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def joined(self, cursor: str | None = None) -> AsyncIterator[asyncio.Queue[RunEvent]]:
+        """A queue that begins with how things stand and goes on with what is new, without a gap or a repetition."""
+        queue: asyncio.Queue[RunEvent] = asyncio.Queue(MAX_WAITING)
+        async with self._lock:
+            await self._advance()
+            for event in await asyncio.to_thread(self.reader.first, cursor):
+                queue.put_nowait(event)
+            self._queues.add(queue)
+            if self._task is None:
+                self._task = asyncio.create_task(self._run())
+                self._task.add_done_callback(self._end)
+        try:
+            yield queue
+        finally:
+            self._queues.discard(queue)
+            if not self._queues and self._task is not None:
+                self._task.cancel()
+                self._task = None
+
+    async def _run(self) -> None:
+        with self._watch.on(self._folder) as changed:
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), TICK_S)
+                changed.clear()
+                async with self._lock:
+                    await self._advance()
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """Where reading failed nobody must wait for more: they come back, and are told why it fails."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("following runs in %s failed", self._folder, exc_info=error)
+            self._task = None
+            self.close()
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        for queue in self._queues:
+            _put(queue, RunEvent("end", {}))
+
+    async def _advance(self) -> None:
+        for event in await self.reader.read():
+            for queue in self._queues:
+                _put(queue, event)
+
+
+def _put(queue: asyncio.Queue[RunEvent], event: RunEvent) -> None:
+    """Hand an event over; a reader that is too far behind loses what it has not read, and is told so."""
+    if queue.full():
+        while not queue.empty():
+            queue.get_nowait()
+        queue.put_nowait(RunEvent("reset", {}, event.cursor))
+    queue.put_nowait(event)
+
+
+class RunReader:
+    """What is new in one run since it was last read."""
+
+    def __init__(self, requests: RunRequests, run_id: str, out_dir: Path) -> None:
+        self.status: RunStatus | None = None
+        self._requests = requests
+        self._run_id = run_id
+        self._files = [LineFile(out_dir / name) for name in (RUN_METRICS, RUN_LOG)]
+
+    @property
+    def cursor(self) -> str:
+        """Where reading has come to: that of the curves, a slash, that of the log."""
+        return "/".join(file.cursor for file in self._files)
+
+    async def read(self) -> list[RunEvent]:
+        """New metrics and lines, then the state if it is another."""
+        try:
+            status = await self._requests.status(self._run_id)
+        except NotFound:
+            return [RunEvent("removed", self.status)]
+        events = await asyncio.to_thread(self._read_files)
+        if status != self.status:
+            self.status = status
+            events.append(RunEvent("state", status, self.cursor))
+        return events
+
+    def _read_files(self) -> list[RunEvent]:
+        added = [file.read() for file in self._files]
+        if None in added:
+            for file in self._files:
+                file.read()
+            return [RunEvent("reset", {}, self.cursor)]
+        return told(added[0] or [], added[1] or [], self.cursor)
+
+    def first(self, cursor: str | None) -> list[RunEvent]:
+        """How the run stands, and what lies between a reader's cursor and here, for one who comes back."""
+        state = RunEvent("state", self.status, self.cursor)
+        return [state, *self._since(cursor)] if cursor else [state]
+
+    def _since(self, cursor: str) -> list[RunEvent]:
+        try:
+            files = [LineFile(file.path, part) for file, part in zip(self._files, cursor.split("/"), strict=True)]
+        except ValueError:
+            return [RunEvent("reset", {}, self.cursor)]
+        added = [file.read(until=ours.offset) for file, ours in zip(files, self._files, strict=True)]
+        if None in added:
+            return [RunEvent("reset", {}, self.cursor)]
+        return told(added[0] or [], added[1] or [], self.cursor)
+
+
+def told(metrics: list[bytes], log: list[bytes], cursor: str) -> list[RunEvent]:
+    """New lines as events."""
+    values = [msgspec.json.decode(line) for line in metrics if parsed(line) is not None]
+    events = [RunEvent("metrics", values, cursor)] if values else []
+    return [*events, RunEvent("log", text_of(log), cursor)] if log else events
+
+
+class ListReader:
+    """Which runs are new, changed or gone since the list was last read."""
+
+    def __init__(self, requests: RunRequests) -> None:
+        self.known: dict[str, RunStatus] = {}
+        self._requests = requests
+
+    def first(self, _cursor: str | None) -> list[RunEvent]:
+        """All runs."""
+        return [RunEvent("runs", list(self.known.values()))]
+
+    async def read(self) -> list[RunEvent]:
+        """The changed ones together, then each that is gone."""
+        now = {status.id: status for status in await self._requests.all()}
+        changed = [status for status in now.values() if self.known.get(status.id) != status]
+        removed = [status for status in self.known.values() if status.id not in now]
+        self.known = now
+        events = [RunEvent("runs", changed)] if changed else []
+        return [*events, *(RunEvent("removed", status) for status in removed)]
+
+
+class RunFollowers:
+    """Everybody who follows runs of one server."""
+
+    def __init__(self, requests: RunRequests) -> None:
+        self._requests = requests
+        self._watch = FolderWatch()
+        self._list_tail: Tail[ListReader] = Tail(ListReader(requests), self._watch, requests.runs.folder / REGISTRY)
+        self._tails: WeakValueDictionary[str, Tail[RunReader]] = WeakValueDictionary()
+
+    def close(self) -> None:
+        """End every stream, for the server is about to."""
+        self._list_tail.close()
+        for tail in self._tails.values():
+            tail.close()
+
+    async def follow(
+        self, run_id: str, owner: str | None = None, cursor: str | None = None
+    ) -> AsyncGenerator[RunEvent | None, None]:
+        """A run's state, then what is new in it: after a cursor, else after now. None after each long silence.
+
+        It ends when the run's folder is removed. NotFound where the owner has no run of that id.
+        """
+        _, out_dir = await asyncio.to_thread(self._requests.runs.find, run_id, owner)
+        tail = self._tails.get(run_id)
+        if tail is None:
+            tail = Tail(RunReader(self._requests, run_id, out_dir), self._watch, out_dir)
+            self._tails[run_id] = tail
+        async with tail.joined(cursor) as queue:
+            while True:
+                event = await _next(queue)
+                if event is not None and event.kind == "end":
+                    return
+                yield event
+                if event is not None and event.kind == "removed":
+                    return
+
+    async def follow_all(self, owner: str | None = None) -> AsyncGenerator[RunEvent | None, None]:
+        """All runs of an owner, then those that are new, changed or removed. None after each long silence."""
+        async with self._list_tail.joined() as queue:
+            while True:
+                event = await _next(queue)
+                if event is not None and event.kind == "reset":  # the list as it is now says it all
+                    (event,) = self._list_tail.reader.first(None)
+                if event is None:
+                    yield None
+                elif event.kind == "end":
+                    return
+                elif event.kind == "runs":
+                    yield RunEvent("runs", [status for status in event.data if owner in (None, status.owner)])
+                elif owner in (None, event.data.owner):
+                    yield event
+
+
+async def _next(queue: asyncio.Queue[RunEvent]) -> RunEvent | None:
+    try:
+        return await asyncio.wait_for(queue.get(), SILENCE_S)
+    except TimeoutError:
+        return None
