@@ -60,7 +60,7 @@ async def whole_way(ledger: Ledger, seconds: float) -> int:
     asking = asyncio.create_task(crowd(ledger, "whole", NUM_CALLERS, seconds))
     num_answered = 0
     while not asking.done():
-        granted = await ledger.next_grants(epoch, NUM_CALLERS)
+        granted = await ledger.next_grants(epoch, NUM_CALLERS, ("step",))
         await asyncio.gather(*[ledger.finish(row.id, epoch, BODY) for row in granted])
         num_answered += len(granted)
     return num_answered

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -59,17 +59,21 @@ class Future:
     expired: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Demand:
-    """A worker that asks for work."""
+    """A worker that asks for work of these kinds. `num_changes` had been made when the writer was last asked for it."""
 
     epoch: int
     limit: int
-    answer: asyncio.Future[list[AnyRow]]
+    kinds: tuple[str, ...]
+    num_changes: int = -1
+    answer: asyncio.Future[list[AnyRow]] = field(init=False)
 
-    def operation(self) -> Operation:
+    def operation(self, num_changes: int) -> Operation:
         """What grants it; nobody waits for the disk: a grant that is lost with the power was to be redone anyway."""
-        return Operation(partial(turns.grant, epoch=self.epoch, limit=self.limit), durable=False, answer=self.answer)
+        self.num_changes = num_changes
+        run = partial(turns.grant, epoch=self.epoch, limit=self.limit, kinds=self.kinds)
+        return Operation(run, durable=False, answer=self.answer)
 
 
 class Ledger:
@@ -104,21 +108,20 @@ class Ledger:
         """The number of a worker's new connection; none was ever used before."""
         return await asyncio.wrap_future(self._writer.write(transitions.open_epoch))
 
-    async def next_grants(self, epoch: int, limit: int) -> list[Granted]:
-        """Wait until there is work, and take up to `limit` requests of it. StaleEpoch where the connection is over.
+    async def next_grants(self, epoch: int, limit: int, kinds: tuple[str, ...]) -> list[Granted]:
+        """Wait until there is work of these kinds, and take up to `limit` requests of it.
 
-        Whoever stops waiting must `release` the epoch: something may have been granted to it in that moment.
+        StaleEpoch where the connection is over. Whoever stops waiting must `release` the epoch: something may have
+        been granted to it in that moment.
         """
+        demand = Demand(epoch, limit, kinds)
         while True:
-            num_changes = self._num_changes
-            demand = Demand(epoch, limit, asyncio.get_running_loop().create_future())
-            self._writer.submit([demand.operation()])
-            rows = await demand.answer
-            if not rows and num_changes == self._num_changes:
-                demand = Demand(epoch, limit, asyncio.get_running_loop().create_future())
-                self._demands.append(demand)
-                rows = await demand.answer
-            if rows:
+            demand.answer = asyncio.get_running_loop().create_future()
+            if demand.num_changes == self._num_changes:
+                self._demands.append(demand)  # nothing has changed since it got nothing: the next change asks again
+            else:
+                self._writer.submit([demand.operation(self._num_changes)])
+            if rows := await demand.answer:
                 return [await self._granted(row) for row in rows]
 
     async def finish(self, future_id: str, epoch: int, result: bytes, category: str | None = None) -> None:
@@ -128,9 +131,12 @@ class Ledger:
         self._fault("after_result_commit")
         self._wake(future_id)
 
-    async def release(self, epoch: int) -> None:
-        """A worker's connection is over: what it held is queued again; the third time it has failed."""
-        for failed in await self._change(partial(turns.release, epoch=epoch, now=time.time())):
+    async def release(self, epoch: int, *, died: bool = True) -> None:
+        """A worker's connection is over: what it held is queued again.
+
+        Where it `died`, its work may have been the reason: the third time that work has failed.
+        """
+        for failed in await self._change(partial(turns.release, epoch=epoch, died=died, now=time.time())):
             self._wake(failed)
 
     async def cancel(self, owner: str, future_id: str) -> bool:
@@ -179,7 +185,7 @@ class Ledger:
     def _change(self, run: Callable[[Connection], T]) -> Awaitable[T]:
         """Submit a change and, for the same commit, a grant for each worker that waits for one."""
         self._num_changes += 1
-        waiting = [demand.operation() for demand in self._demands if not demand.answer.done()]
+        waiting = [demand.operation(self._num_changes) for demand in self._demands if not demand.answer.done()]
         self._demands = []
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._writer.submit([Operation(run, answer=answer), *waiting])

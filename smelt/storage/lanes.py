@@ -41,8 +41,8 @@ def advance(connection: Connection, names: Iterable[str]) -> None:
     connection.execute(futures.update().where(futures.c.number.in_(turns)).values(ready=True))
 
 
-def grant(connection: Connection, epoch: int, limit: int) -> list[AnyRow]:
-    """Give up to `limit` ready futures to a worker: one of each lane, then their successors.
+def grant(connection: Connection, epoch: int, limit: int, kinds: tuple[str, ...]) -> list[AnyRow]:
+    """Give up to `limit` ready futures of these kinds to a worker: one of each lane, then their successors.
 
     A lane belongs to one worker while it holds any of its futures. A future whose worker died is granted alone, so
     that it cannot take others with it again. StaleEpoch where the connection is over.
@@ -55,28 +55,37 @@ def grant(connection: Connection, epoch: int, limit: int) -> list[AnyRow]:
     num_held, max_attempts = connection.execute(held).one()
     if max_attempts:
         return []
-    suspects = _ready(connection, epoch, futures.c.attempts > 0, 1)
+    wanted = futures.c.kind.in_(kinds)
+    suspects = _ready(connection, epoch, and_(wanted, futures.c.attempts > 0), 1)
     if suspects:
         return [] if num_held else _mark_granted(connection, epoch, suspects)
     granted: list[AnyRow] = []
     while len(granted) < limit:
-        rows = _ready(connection, epoch, futures.c.attempts == 0, limit - len(granted))
+        rows = _ready(connection, epoch, and_(wanted, futures.c.attempts == 0), limit - len(granted))
         if not rows:
             break
         granted += _mark_granted(connection, epoch, rows)
     return granted
 
 
-def release(connection: Connection, epoch: int, now: float) -> list[str]:
-    """End a connection: what it held is queued again, or has failed after three attempts; ids of the failed ones."""
+def release(connection: Connection, epoch: int, died: bool, now: float) -> list[str]:
+    """End a connection: what it held is queued again; ids of what has failed instead.
+
+    Where the worker died, that was an attempt, and there are three. One that said goodbye blames nobody.
+    """
     connection.execute(epochs.update().where(epochs.c.epoch == epoch).values(closed=True))
     held = and_(futures.c.state == "granted", futures.c.epoch == epoch)
     names = connection.execute(select(futures.c.lane).where(held).distinct()).scalars().all()
+    failed = _fail_worn_out(connection, held, now) if died else []
+    _queue_again(connection, held, names, attempts=futures.c.attempts + int(died), updated=now)
+    return failed
+
+
+def _fail_worn_out(connection: Connection, held: ColumnElement[bool], now: float) -> list[str]:
     worn_out = and_(held, futures.c.attempts >= MAX_ATTEMPTS - 1)
     failed = connection.execute(select(futures.c.id).where(worn_out)).scalars().all()
     failure = {"state": "failed", "category": "server", "attempts": MAX_ATTEMPTS, "updated": now}
     connection.execute(futures.update().where(worn_out).values(failure))
-    _queue_again(connection, held, names, attempts=futures.c.attempts + 1, updated=now)
     return list(failed)
 
 

@@ -27,7 +27,7 @@ HANDSHAKE_SECONDS = 10.0
 MAX_HANDSHAKE_BYTES = 4096  # of a frame: a stranger cannot make us hold more
 MIN_KEY_BYTES = 16
 
-Role = Literal["worker", "launcher", "trainer"]
+Role = Literal["worker", "launcher"]
 NextEpoch = Callable[[], Awaitable[int]]
 
 
@@ -123,9 +123,9 @@ def _checked_role(hello: Hello, nonce: bytes, key: bytes | None) -> Role:
     if not hmac.compare_digest(hello.proof, _proof(key, "dialler", nonce, hello.nonce)):
         raise TransportError(_wrong_key(hello, key))
     match hello.role:
-        case "worker" | "launcher" | "trainer":
+        case "worker" | "launcher":
             return hello.role
-    raise TransportError(f"there is no role {hello.role!r}: only worker, launcher and trainer dial in")
+    raise TransportError(f"there is no role {hello.role!r}: only worker and launcher dial in")
 
 
 def _wrong_key(hello: Hello, key: bytes | None) -> str:

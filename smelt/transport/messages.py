@@ -1,11 +1,14 @@
 """What the processes say to each other, as types; knows no bytes and no sockets.
 
-The API's process holds the database and answers clients. Workers, launchers and trainers dial in to it. What the API
-says to them and what they answer:
+The API's process holds the database and answers clients. Workers and launchers dial in to it. What the API says to
+them and what they answer:
 
-    work of the ledger      Grant ->             <- Result
+    work of the ledger      Grant, Cancel ->     <- Result
     live requests           Generate, Cancel ->  <- TextChunk ..., Finish
-    what is going on        Ping ->              <- Pong, WorkerStatus, RunEvent
+    what is going on        Ping ->              <- Pong, WorkerStatus
+
+A body travels in its frame, whatever its size: both ends hold it in memory anyway, and a file would tie workers to
+the API's disk. What does not fit into a frame is refused.
 
 A class's name travels as its tag, so names of classes and fields are the wire format. A new field needs a default:
 then older peers neither miss it nor stumble over it. Any other change to what is already here needs another
@@ -27,7 +30,10 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """A row of the ledger is this worker's to do, for as long as the connection of this epoch lives."""
+    """A row of the ledger is this worker's to do, for as long as the connection of this epoch lives.
+
+    It is answered by one Result, also after a Cancel; until then it takes a place of the worker's.
+    """
 
     future_id: str
     epoch: int
@@ -37,7 +43,6 @@ class Grant(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     kind: str
     attempt: int = 1  # above 1: a worker was lost while it had this row, so do it alone
     body: bytes = b""
-    body_file: str | None = None  # sha256 of a content-addressed file, where the body is too large for a frame
 
 
 class Result(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -46,7 +51,6 @@ class Result(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     future_id: str
     epoch: int  # of the Grant, even if the worker has dialled in again since
     body: bytes = b""
-    body_file: str | None = None
     failure: Failure | None = None
 
 
@@ -69,7 +73,7 @@ class TrainRequest(msgspec.Struct, frozen=True):
 class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Write the continuation of a prompt (text or token ids) or, where there are messages, the next turn."""
 
-    request_id: str
+    request_id: str  # never used before, so made by the API and not by its clients: late pieces of another would mix in
     owner: str  # the scheduler is fair between owners
     model: str
     prompt: str | tuple[int, ...] = ""
@@ -120,15 +124,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     models: tuple[str, ...] = ()  # loaded, ready to answer
     num_running: int = 0  # sequences in the engine
     num_waiting: int = 0
+    leaving: bool = False  # finishes what it has, takes nothing new, and then hangs up
 
 
-class RunEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Something a training run reports: a step, an evaluation, a line of its log, its end."""
-
-    run_id: str
-    kind: str  # info, step, evaluation, note or summary
-    time: float  # seconds since 1970
-    values: dict[str, Any] = {}  # plain data: numbers, text, lists and dicts of those
-
-
-Message = Grant | Result | Generate | TextChunk | Finish | Cancel | Ping | Pong | WorkerStatus | RunEvent
+Message = Grant | Result | Generate | TextChunk | Finish | Cancel | Ping | Pong | WorkerStatus

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Self
 
-from smelt.errors import ConnectionClosed, TransportError
+from smelt.errors import ConnectionClosed, SmeltError, TransportError
 from smelt.transport.addresses import Address, check_exposure, host_and_port
 from smelt.transport.frames import MAX_FRAME_BYTES, FrameStream, decode_message, encode_frame
 from smelt.transport.handshake import HANDSHAKE_SECONDS, Identity, NextEpoch, Role, admit, check_key, introduce
@@ -141,7 +141,7 @@ async def _serve(stream: FrameStream, handler: Handler, key: bytes | None, next_
         await handler(Connection(stream, identity))
     except ConnectionClosed as end:
         log.info("%s: %s", peer, end)
-    except TransportError as fault:
+    except SmeltError as fault:
         log.warning("hung up on %s: %s", peer, fault)
     finally:
         await stream.close()

@@ -14,6 +14,8 @@ from smelt.storage.futures import MAX_INLINE, Granted, Ledger
 from smelt.storage.transitions import Submission, future_id
 from smelt.storage.writer import Writer
 
+STEPS = ("step",)
+
 
 @pytest.fixture
 def ledger(engine: Engine, writer: Writer, files: Files) -> Ledger:
@@ -37,7 +39,7 @@ async def accept(ledger: Ledger, *seqs: int, lane: str = "lane") -> list[str]:
 
 async def has_nothing(ledger: Ledger, epoch: int) -> bool:
     try:
-        await asyncio.wait_for(ledger.next_grants(epoch, 10), 0.05)
+        await asyncio.wait_for(ledger.next_grants(epoch, 10, STEPS), 0.05)
     except TimeoutError:
         return True
     return False
@@ -57,7 +59,7 @@ def test_a_request_goes_its_way(ledger: Ledger, loop: asyncio.Runner) -> None:
         accepted = await ledger.accept(step(1, request=b"do"))
         assert (await ledger.read("ann", accepted)).state == "queued"
         epoch = await ledger.open_epoch()
-        [granted] = await ledger.next_grants(epoch, 10)
+        [granted] = await ledger.next_grants(epoch, 10, STEPS)
         assert granted == Granted(accepted, "ann", "step", "lane", 1, 0, b"do")
         assert (await ledger.read("ann", accepted)).state == "granted"
         await ledger.finish(accepted, epoch, b"did")
@@ -107,7 +109,7 @@ def test_an_unordered_lane_knows_its_requests_but_no_turns(ledger: Ledger, loop:
     async def scenario() -> list[int | None]:
         for seq in (1_000_000_000, 0, 5, 5):
             await ledger.accept(step(seq, first_seq=None))
-        return seqs(await ledger.next_grants(await ledger.open_epoch(), 10))
+        return seqs(await ledger.next_grants(await ledger.open_epoch(), 10, STEPS))
 
     assert loop.run(scenario()) == [1_000_000_000, 0, 5]
 
@@ -128,8 +130,8 @@ def test_turns_are_kept_whatever_came_first(ledger: Ledger, loop: asyncio.Runner
         await accept(ledger, 3, 2)
         assert await has_nothing(ledger, epoch)
         await accept(ledger, 1)
-        assert seqs(await ledger.next_grants(epoch, 2)) == [1, 2]
-        assert seqs(await ledger.next_grants(epoch, 2)) == [3]
+        assert seqs(await ledger.next_grants(epoch, 2, STEPS)) == [1, 2]
+        assert seqs(await ledger.next_grants(epoch, 2, STEPS)) == [3]
 
     loop.run(scenario())
 
@@ -138,7 +140,7 @@ def test_lanes_take_turns(ledger: Ledger, loop: asyncio.Runner) -> None:
     async def scenario() -> list[Granted]:
         await accept(ledger, *range(1, 6), lane="greedy")
         await accept(ledger, 1, lane="modest")
-        return await ledger.next_grants(await ledger.open_epoch(), 3)
+        return await ledger.next_grants(await ledger.open_epoch(), 3, STEPS)
 
     assert [(row.lane, row.seq) for row in loop.run(scenario())] == [("greedy", 1), ("modest", 1), ("greedy", 2)]
 
@@ -147,8 +149,8 @@ def test_a_lane_has_one_holder_at_a_time(ledger: Ledger, loop: asyncio.Runner) -
     async def scenario() -> None:
         ann, bob = await ledger.open_epoch(), await ledger.open_epoch()
         first, _ = await accept(ledger, 1, 2)
-        assert seqs(await ledger.next_grants(ann, 1)) == [1]
-        waiting = asyncio.create_task(ledger.next_grants(bob, 1))
+        assert seqs(await ledger.next_grants(ann, 1, STEPS)) == [1]
+        waiting = asyncio.create_task(ledger.next_grants(bob, 1, STEPS))
         await asyncio.sleep(0.02)
         assert not waiting.done()
         await ledger.finish(first, ann, b"")
@@ -159,7 +161,7 @@ def test_a_lane_has_one_holder_at_a_time(ledger: Ledger, loop: asyncio.Runner) -
 
 def test_a_waiting_worker_is_woken_by_a_request(ledger: Ledger, loop: asyncio.Runner) -> None:
     async def scenario() -> None:
-        waiting = asyncio.create_task(ledger.next_grants(await ledger.open_epoch(), 10))
+        waiting = asyncio.create_task(ledger.next_grants(await ledger.open_epoch(), 10, STEPS))
         await asyncio.sleep(0.02)
         assert not waiting.done()
         [accepted] = await accept(ledger, 1)
@@ -173,7 +175,7 @@ def test_a_worker_that_stopped_waiting_gets_nothing(ledger: Ledger, loop: asynci
         gone, here = await ledger.open_epoch(), await ledger.open_epoch()
         assert await has_nothing(ledger, gone)
         await accept(ledger, 1)
-        assert seqs(await ledger.next_grants(here, 1)) == [1]
+        assert seqs(await ledger.next_grants(here, 1, STEPS)) == [1]
 
     loop.run(scenario())
 
@@ -182,9 +184,9 @@ def test_only_the_holder_may_answer(ledger: Ledger, loop: asyncio.Runner) -> Non
     async def scenario() -> None:
         old, new = await ledger.open_epoch(), await ledger.open_epoch()
         [accepted] = await accept(ledger, 1)
-        await ledger.next_grants(old, 1)
+        await ledger.next_grants(old, 1, STEPS)
         await ledger.release(old)
-        assert seqs(await ledger.next_grants(new, 1)) == [1]
+        assert seqs(await ledger.next_grants(new, 1, STEPS)) == [1]
         with pytest.raises(StaleEpoch, match=f"not in the hands of epoch {old}"):
             await ledger.finish(accepted, old, b"old")
         await ledger.finish(accepted, new, b"new")
@@ -192,7 +194,7 @@ def test_only_the_holder_may_answer(ledger: Ledger, loop: asyncio.Runner) -> Non
             await ledger.finish(accepted, new, b"again")
         assert (await ledger.read("ann", accepted)).result == b"new"
         with pytest.raises(StaleEpoch, match="must connect again"):
-            await ledger.next_grants(old, 1)
+            await ledger.next_grants(old, 1, STEPS)
 
     loop.run(scenario())
 
@@ -201,11 +203,11 @@ def test_what_a_dead_worker_held_comes_again_in_order(ledger: Ledger, loop: asyn
     async def scenario() -> list[int | None]:
         dead, alive = await ledger.open_epoch(), await ledger.open_epoch()
         await accept(ledger, 1, 2, 3, 4)
-        assert seqs(await ledger.next_grants(dead, 3)) == [1, 2, 3]
+        assert seqs(await ledger.next_grants(dead, 3, STEPS)) == [1, 2, 3]
         await ledger.release(dead)
         done = []
         for _ in range(4):
-            [granted] = await ledger.next_grants(alive, 10)
+            [granted] = await ledger.next_grants(alive, 10, STEPS)
             await ledger.finish(granted.id, alive, b"")
             done.append(granted.seq)
         return done
@@ -222,7 +224,7 @@ def test_poison_fails_the_third_time_and_alone(ledger: Ledger, loop: asyncio.Run
         while not waiting.done():
             epoch = await ledger.open_epoch()
             while True:
-                granted = await ledger.next_grants(epoch, 10)
+                granted = await ledger.next_grants(epoch, 10, STEPS)
                 if any(row.id == poison for row in granted):
                     break
                 for row in granted:
@@ -234,28 +236,55 @@ def test_poison_fails_the_third_time_and_alone(ledger: Ledger, loop: asyncio.Run
         assert (failed.state, failed.category, failed.attempts, num_deaths) == ("failed", "server", 3, 3)
         epoch = await ledger.open_epoch()
         for _ in range(2):
-            [row] = await ledger.next_grants(epoch, 10)
+            [row] = await ledger.next_grants(epoch, 10, STEPS)
             await ledger.finish(row.id, epoch, b"")
         return [(await ledger.read("ann", name)).state for name in ids]
 
     assert loop.run(scenario()) == ["done", "done", "failed", "done", "done"]
 
 
+def test_a_worker_that_said_goodbye_blames_nobody(ledger: Ledger, loop: asyncio.Runner) -> None:
+    async def scenario() -> None:
+        await accept(ledger, 1)
+        for _ in range(5):
+            epoch = await ledger.open_epoch()
+            [granted] = await ledger.next_grants(epoch, 10, STEPS)
+            assert granted.attempts == 0
+            await ledger.release(epoch, died=False)
+
+    loop.run(scenario())
+
+
+def test_a_worker_gets_only_the_kinds_it_asks_for(ledger: Ledger, loop: asyncio.Runner) -> None:
+    async def scenario() -> None:
+        epoch = await ledger.open_epoch()
+        trains = asyncio.create_task(ledger.next_grants(epoch, 10, ("train",)))
+        await accept(ledger, 1)
+        await ledger.accept(step(None, lane=None, kind="generate"))
+        assert not trains.done()
+        await ledger.accept(step(None, lane=None, kind="train"))
+        assert [row.kind for row in await trains] == ["train"]
+        both = await ledger.next_grants(epoch, 10, ("step", "generate"))
+        assert [row.kind for row in both] == ["step", "generate"]
+
+    loop.run(scenario())
+
+
 def test_a_lane_gives_up_what_never_came(ledger: Ledger, loop: asyncio.Runner) -> None:
     async def scenario() -> None:
         epoch = await ledger.open_epoch()
         await accept(ledger, 1, 4, 5)
-        assert seqs(await ledger.next_grants(epoch, 10)) == [1]
+        assert seqs(await ledger.next_grants(epoch, 10, STEPS)) == [1]
         assert await has_nothing(ledger, epoch)
         await ledger.abandon_holes()
-        assert seqs(await ledger.next_grants(epoch, 10)) == [4, 5]
+        assert seqs(await ledger.next_grants(epoch, 10, STEPS)) == [4, 5]
         with pytest.raises(SeqAbandoned, match="seq 2 of lane came too late"):
             await accept(ledger, 2)
         # Given up is given up, also when the others have to be done again.
         await ledger.release(epoch)
         with pytest.raises(SeqAbandoned):
             await accept(ledger, 3)
-        assert seqs(await ledger.next_grants(await ledger.open_epoch(), 10)) == [1]
+        assert seqs(await ledger.next_grants(await ledger.open_epoch(), 10, STEPS)) == [1]
 
     loop.run(scenario())
 
@@ -268,7 +297,7 @@ def test_a_hole_has_its_time(engine: Engine, writer: Writer, files: Files, loop:
         await accept(ledger, 2)
         await ledger.abandon_holes()
         await accept(ledger, 1)
-        assert seqs(await ledger.next_grants(epoch, 10)) == [1, 2]
+        assert seqs(await ledger.next_grants(epoch, 10, STEPS)) == [1, 2]
 
     loop.run(scenario())
 
@@ -279,11 +308,11 @@ def test_a_cancelled_request_is_over_and_its_lane_goes_on(ledger: Ledger, loop: 
         first, second, third = await accept(ledger, 1, 2, 3)
         assert await ledger.cancel("ann", second)
         assert not await ledger.cancel("ann", second)
-        await ledger.next_grants(epoch, 1)
+        await ledger.next_grants(epoch, 1, STEPS)
         assert await ledger.cancel("ann", first)
         with pytest.raises(StaleEpoch):
             await ledger.finish(first, epoch, b"")
-        assert [row.id for row in await ledger.next_grants(epoch, 10)] == [third]
+        assert [row.id for row in await ledger.next_grants(epoch, 10, STEPS)] == [third]
         assert (await ledger.read("ann", second)).state == "cancelled"
 
     loop.run(scenario())
@@ -295,7 +324,7 @@ def test_who_waits_is_woken_by_the_result(ledger: Ledger, loop: asyncio.Runner, 
         epoch = await ledger.open_epoch()
         [accepted] = await accept(ledger, 1)
         waiting = [asyncio.create_task(ledger.wait("ann", accepted, 10)) for _ in range(3)]
-        await ledger.next_grants(epoch, 1)
+        await ledger.next_grants(epoch, 1, STEPS)
         await ledger.finish(accepted, epoch, b"result", category)
         for future in await asyncio.wait_for(asyncio.gather(*waiting), 2):
             assert (future.state, future.result) == ("failed" if category else "done", b"result")
@@ -316,7 +345,7 @@ def test_large_bodies_lie_in_files(ledger: Ledger, files: Files, loop: asyncio.R
     async def scenario() -> None:
         epoch = await ledger.open_epoch()
         accepted = await ledger.accept(step(1, request=large))
-        [granted] = await ledger.next_grants(epoch, 1)
+        [granted] = await ledger.next_grants(epoch, 1, STEPS)
         assert granted.request == large
         await ledger.finish(accepted, epoch, large[::-1] + b"y")
         assert (await ledger.read("ann", accepted)).result == large[::-1] + b"y"
@@ -330,7 +359,7 @@ def test_results_expire_and_their_places_stay_taken(ledger: Ledger, loop: asynci
     async def scenario() -> None:
         epoch = await ledger.open_epoch()
         done, queued = await accept(ledger, 1, 2)
-        await ledger.next_grants(epoch, 1)
+        await ledger.next_grants(epoch, 1, STEPS)
         await ledger.finish(done, epoch, b"result")
         assert await ledger.expire(min_age_s=60) == 0
         assert await ledger.expire(min_age_s=-1) == 1
@@ -376,7 +405,7 @@ def test_a_new_process_goes_on_where_the_last_one_stopped(
     async def first(ledger: Ledger) -> int:
         epoch = await ledger.open_epoch()
         ids = await accept(ledger, 1, 2, 3)
-        await ledger.next_grants(epoch, 2)
+        await ledger.next_grants(epoch, 2, STEPS)
         await ledger.finish(ids[0], epoch, b"kept")
         return epoch
 
@@ -385,7 +414,7 @@ def test_a_new_process_goes_on_where_the_last_one_stopped(
         assert epoch > old_epoch
         with pytest.raises(StaleEpoch):
             await ledger.finish(future_id("lane", 2), old_epoch, b"late")
-        rows = await ledger.next_grants(epoch, 10)
+        rows = await ledger.next_grants(epoch, 10, STEPS)
         assert [(row.seq, row.attempts) for row in rows] == [(2, 0), (3, 0)]
         assert (await ledger.read("ann", future_id("lane", 1))).result == b"kept"
 

@@ -84,7 +84,7 @@ class Turns(RuleBasedStateMachine):
     def grant(self, number: int, limit: int) -> None:
         epoch = self.epochs[number]
         held = [future for future in self.expected.values() if future.state == "granted" and future.epoch == epoch]
-        rows = lanes.grant(self.connection, epoch, limit)
+        rows = lanes.grant(self.connection, epoch, limit, ("step",))
         assert len(rows) <= limit
         assert not rows or not any(future.attempts for future in held), "a suspect stays alone"
         for row in rows:
@@ -119,19 +119,19 @@ class Turns(RuleBasedStateMachine):
         lane, seq = data.draw(st.sampled_from(granted))
         self.finish(lane, seq, self.epochs.index(self.expected[lane, seq].epoch))
 
-    @rule(number=EPOCHS)
-    def release(self, number: int) -> None:
+    @rule(number=EPOCHS, died=st.booleans())
+    def release(self, number: int, died: bool = True) -> None:
         epoch = self.epochs[number]
-        failed = lanes.release(self.connection, epoch, 0.0)
+        failed = lanes.release(self.connection, epoch, died, 0.0)
         expected = []
         for (lane, seq), future in self.expected.items():
             if future.state == "granted" and future.epoch == epoch:
-                future.attempts += 1
+                future.attempts += died
                 future.state = "failed" if future.attempts == 3 else "queued"
                 expected += [future_id(lane, seq)] if future.state == "failed" else []
         assert sorted(failed) == sorted(expected)
         with pytest.raises(StaleEpoch):
-            lanes.grant(self.connection, epoch, 1)
+            lanes.grant(self.connection, epoch, 1, ("step",))
         self.epochs[number] = transitions.open_epoch(self.connection)
 
     @precondition(lambda self: self.expected)
@@ -178,7 +178,7 @@ def test_what_comes_back_goes_before_what_came_meanwhile() -> None:
     turns.grant(0, 10)
     turns.restart()
     turns.accept("a", 3, "x")
-    assert [row.seq for row in lanes.grant(turns.connection, turns.epochs[0], 10)] == [1, 2, 3]
+    assert [row.seq for row in lanes.grant(turns.connection, turns.epochs[0], 10, ("step",))] == [1, 2, 3]
     turns.teardown()
 
 
@@ -188,6 +188,6 @@ def test_nothing_joins_a_suspect() -> None:
     turns.grant(0, 10)
     turns.release(0)
     turns.accept("b", 1, "x")
-    suspect_first = [lanes.grant(turns.connection, turns.epochs[0], 10) for _ in range(2)]
+    suspect_first = [lanes.grant(turns.connection, turns.epochs[0], 10, ("step",)) for _ in range(2)]
     assert [[row.lane for row in rows] for rows in suspect_first] == [["a"], []]
     turns.teardown()

@@ -38,7 +38,7 @@ async def work(ledger: Ledger) -> None:
     epoch = await ledger.open_epoch()
     num_done = 0
     while num_done < NUM_LANES * NUM_SEQS:
-        for granted in await ledger.next_grants(epoch, 8):
+        for granted in await ledger.next_grants(epoch, 8, ("step",)):
             await ledger.finish(granted.id, epoch, granted.request[::-1])
             say("finished", granted.id)
             num_done += 1
@@ -55,7 +55,7 @@ async def one_at_a_time(ledger: Ledger) -> None:
         say("asking")
         await ledger.accept(submission(0, seq))
         say("answered")
-        [granted] = await ledger.next_grants(epoch, 1)
+        [granted] = await ledger.next_grants(epoch, 1, ("step",))
         say("granted")
         await ledger.finish(granted.id, epoch, b"result")
         say("kept")

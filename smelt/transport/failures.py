@@ -1,0 +1,26 @@
+"""Errors as they travel: a class of `smelt.errors` by its name, and a message; knows no HTTP and no ledger."""
+
+from smelt import errors
+from smelt.errors import AlreadyExists, Forbidden, InvalidInput, NotFound, SmeltError, Unauthorized
+from smelt.transport.messages import Failure
+
+OF_THE_USER = (InvalidInput, NotFound, AlreadyExists, Unauthorized, Forbidden)
+
+
+def failure_of(error: Exception) -> Failure:
+    """What to tell the other side. Of a bug only its kind: the rest is for the log of the process that has it."""
+    if isinstance(error, SmeltError):
+        return Failure(type(error).__name__, str(error))
+    return Failure(SmeltError.__name__, f"something went wrong inside ({type(error).__name__}); the log says more")
+
+
+def error_of(failure: Failure) -> SmeltError:
+    """The error to raise. A class that this version does not know is a SmeltError."""
+    kind = getattr(errors, failure.error, SmeltError)
+    known = isinstance(kind, type) and issubclass(kind, SmeltError)
+    return kind(failure.message) if known else SmeltError(failure.message)
+
+
+def is_of_the_user(failure: Failure) -> bool:
+    """Whether who asked has to ask for something else; otherwise it was our fault, or that of the moment."""
+    return isinstance(error_of(failure), OF_THE_USER)

@@ -1,0 +1,457 @@
+"""Live answers and work of the ledger over real sockets, with workers that do as the test says."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+
+from smelt.control import answers, links
+from smelt.control.workers import Workers
+from smelt.errors import AlreadyExists, ConnectionClosed, InvalidInput, NotFound, OutOfSpace, Unavailable, WorkerLost
+from smelt.storage.futures import Future, Ledger
+from smelt.storage.transitions import Submission
+from smelt.transport.failures import failure_of
+from smelt.transport.handshake import Role
+from smelt.transport.messages import (
+    Cancel,
+    Failure,
+    Finish,
+    Generate,
+    Grant,
+    Message,
+    Ping,
+    Pong,
+    Result,
+    TextChunk,
+    WorkerStatus,
+)
+from smelt.transport.streams import Connection, connect, listen
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
+
+M = TypeVar("M", bound=Message)
+Pieces = list[TextChunk | Finish]
+
+
+@pytest.fixture
+def workers(ledger: Ledger) -> Workers:
+    return Workers(ledger, patience_s=0.3)
+
+
+@pytest.fixture(autouse=True)
+def waits_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "RETRY_SECONDS", 0.02)
+
+
+@asynccontextmanager
+async def serving(workers: Workers, ledger: Ledger, address: Path) -> AsyncIterator[None]:
+    async with listen(address, workers.serve, next_epoch=ledger.open_epoch):
+        yield
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - nobody is told of it
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def peer(
+    workers: Workers, address: Path, name: str = "w", role: Role = "worker", models: tuple[str, ...] = ()
+) -> AsyncIterator[Connection]:
+    """One that has dialled in, and is known with its models."""
+    async with await connect(address, role, name) as connection:
+        await connection.send(WorkerStatus("cpu", models))
+        while role == "worker" and (name, models) not in [(known.name, known.models) for known in workers.workers]:
+            await asyncio.sleep(0)
+        yield connection
+
+
+async def hear(connection: Connection, kind: type[M]) -> M:
+    """The next message of that kind, past pings."""
+    while not isinstance(message := await asyncio.wait_for(connection.receive(), 5), kind):
+        assert isinstance(message, Ping), message
+    return message
+
+
+def ask(name: str = "r", model: str = "gpt") -> Generate:
+    return Generate(name, "ann", model, "To be")
+
+
+async def collect(answer: AsyncGenerator[TextChunk | Finish, None]) -> Pieces:
+    return [piece async for piece in answer]
+
+
+def text_of(pieces: Pieces) -> str:
+    return "".join(piece.text for piece in pieces if isinstance(piece, TextChunk))
+
+
+async def gone(workers: Workers, num_left: int = 0) -> None:
+    while len(workers.workers) > num_left:
+        await asyncio.sleep(0)
+
+
+async def test_an_answer_arrives_piece_by_piece(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file, models=("gpt",)) as worker:
+        answer = workers.generate(ask())
+        first = asyncio.ensure_future(anext(answer))
+        assert await hear(worker, Generate) == ask()
+        await worker.send(TextChunk("r", " or", (1,)))
+        assert await first == TextChunk("r", " or", (1,))
+        second = asyncio.ensure_future(anext(answer))
+        await worker.send(TextChunk("r", " not", (2,)))
+        assert await second == TextChunk("r", " not", (2,))
+        await worker.send(Finish("r", "stop", 5, 2))
+        assert await collect(answer) == [Finish("r", "stop", 5, 2)]
+        [known] = workers.workers
+        assert (known.name, known.device, known.models) == ("w", "cpu", ("gpt",))
+
+
+async def test_what_a_reader_has_not_taken_comes_as_one_piece(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        answer = workers.generate(ask())
+        first = asyncio.ensure_future(anext(answer))
+        await hear(worker, Generate)
+        for text in "abcd":
+            await worker.send(TextChunk("r", text, (ord(text),)))
+        await worker.send(Finish("r", "length", 5, 4))
+        pieces = [await first, *await collect(answer)]
+        assert text_of(pieces) == "abcd"
+        assert pieces[-1] == Finish("r", "length", 5, 4)
+
+
+async def test_closing_the_generator_cancels_the_work(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        answer = workers.generate(ask())
+        first = asyncio.ensure_future(anext(answer))
+        await hear(worker, Generate)
+        await worker.send(TextChunk("r", "a"))
+        await first
+        await answer.aclose()
+        assert await hear(worker, Cancel) == Cancel("r")
+        waiting = asyncio.ensure_future(anext(workers.generate(ask("r2"))))
+        await hear(worker, Generate)
+        waiting.cancel()
+        assert await hear(worker, Cancel) == Cancel("r2")
+        await worker.send(TextChunk("r", "late"))  # is passed over
+        await worker.send(Finish("r", "aborted", 5, 2))
+        other = asyncio.ensure_future(collect(workers.generate(ask("r3"))))
+        await hear(worker, Generate)
+        await worker.send(Finish("r3", "stop", 5, 0))
+        assert await other == [Finish("r3", "stop", 5, 0)]
+
+
+async def test_a_worker_that_dies_ends_its_answers_and_no_others(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file, "b", models=("b",)) as alive:
+        async with peer(workers, socket_file, "a", models=("a",)) as dead:
+            lost = workers.generate(ask("r1", "a"))
+            kept = asyncio.ensure_future(collect(workers.generate(ask("r2", "b"))))
+            first = asyncio.ensure_future(anext(lost))
+            await hear(dead, Generate)
+            await hear(alive, Generate)
+            await dead.send(TextChunk("r1", "half"))
+            assert text_of([await first]) == "half"
+        with pytest.raises(WorkerLost, match="ask again"):
+            await anext(lost)
+        await alive.send(Finish("r2", "stop", 5, 0))
+        assert await kept == [Finish("r2", "stop", 5, 0)]
+
+
+async def test_without_a_worker_it_waits_for_one_but_not_for_ever(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    with pytest.raises(Unavailable, match="no worker is connected") as caught:
+        await collect(workers.generate(ask()))
+    assert caught.value.retry_after_s == 5
+    async with serving(workers, ledger, socket_file):
+        early = asyncio.ensure_future(collect(workers.generate(ask())))
+        async with peer(workers, socket_file) as worker:
+            await hear(worker, Generate)
+            await worker.send(Finish("r", "stop", 5, 0))
+            assert await early == [Finish("r", "stop", 5, 0)]
+
+
+async def test_a_request_goes_to_who_has_the_model_and_then_to_who_has_time(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    async with (
+        serving(workers, ledger, socket_file),
+        peer(workers, socket_file, "a", models=("x",)) as a,
+        peer(workers, socket_file, "b", models=("y",)) as b,
+    ):
+        tasks = []
+        for name, model, goes_to in [("1", "y", b), ("2", "y", b), ("3", "z", a), ("4", "z", a), ("5", "x", a)]:
+            tasks.append(asyncio.ensure_future(collect(workers.generate(ask(name, model)))))
+            assert (await hear(goes_to, Generate)).request_id == name
+        # The model that "a" was asked for is forgotten when nobody wants it any more.
+        for name in "34":
+            await a.send(Finish(name, "stop", 0, 0))
+        await asyncio.gather(*tasks[2:4])
+        tasks.append(asyncio.ensure_future(collect(workers.generate(ask("6", "w")))))
+        assert (await hear(a, Generate)).request_id == "6"
+        for worker in (a, b):
+            await worker.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [WorkerLost, WorkerLost, list, list, WorkerLost, WorkerLost]
+
+
+async def test_a_worker_that_leaves_gets_nothing_new(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file, "a", models=("gpt",)) as leaving:
+        old = asyncio.ensure_future(collect(workers.generate(ask("old"))))
+        await hear(leaving, Generate)
+        await leaving.send(WorkerStatus("cpu", ("gpt",), leaving=True))
+        await leaving.send(TextChunk("old", "a"))
+        async with peer(workers, socket_file, "b") as other:
+            new = asyncio.ensure_future(collect(workers.generate(ask("new"))))
+            await hear(other, Generate)
+            await leaving.send(Finish("old", "stop", 5, 1))
+            assert text_of(await old) == "a"
+            await other.send(Finish("new", "stop", 5, 0))
+            await new
+
+
+async def test_a_reader_that_is_too_slow_loses_its_answer_alone(
+    workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "MAX_HELD_CHARS", 1000)
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        slow, quick = workers.generate(ask("slow")), workers.generate(ask("quick"))
+        first = asyncio.ensure_future(anext(slow))
+        reading = asyncio.ensure_future(collect(quick))
+        await hear(worker, Generate)
+        await hear(worker, Generate)
+        await worker.send(TextChunk("slow", "begin"))
+        assert text_of([await first]) == "begin"
+        for _ in range(12):
+            await worker.send(TextChunk("slow", "x" * 100))
+        assert await hear(worker, Cancel) == Cancel("slow")
+        await worker.send(TextChunk("quick", "here"))
+        await worker.send(Finish("quick", "stop", 1, 1))
+        assert text_of(await reading) == "here"
+        assert text_of([await anext(slow)]) == "x" * 1100
+        with pytest.raises(Unavailable, match="more slowly than it is written"):
+            await anext(slow)
+
+
+async def test_too_many_that_wait_are_told_so(
+    workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smelt.control.workers.MAX_WAITING", 2)
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        tasks = [asyncio.ensure_future(collect(workers.generate(ask(name)))) for name in "ab"]
+        for _ in tasks:
+            await hear(worker, Generate)
+        with pytest.raises(Unavailable, match="2 requests wait"):
+            await collect(workers.generate(ask("c")))
+        with pytest.raises(AlreadyExists, match="'a' is being answered"):
+            await collect(workers.generate(ask("a")))
+        for name in "ab":
+            await worker.send(Finish(name, "stop", 0, 0))
+        await asyncio.gather(*tasks)
+        third = asyncio.ensure_future(collect(workers.generate(ask("c"))))
+        await hear(worker, Generate)
+        third.cancel()
+
+
+async def test_drain_waits_for_answers_and_takes_nothing_new(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        answer = asyncio.ensure_future(collect(workers.generate(ask())))
+        await hear(worker, Generate)
+        drained = asyncio.ensure_future(workers.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="going down"):
+            await collect(workers.generate(ask("late")))
+        accepted = await ledger.accept(Submission("ann", "generate", "f", b"", None, None))
+        await worker.send(TextChunk("r", "end"))
+        assert not drained.done()
+        await worker.send(Finish("r", "stop", 5, 1))
+        assert text_of(await answer) == "end"
+        await drained
+        assert (await ledger.read("ann", accepted)).state == "queued"
+
+
+async def do(ledger: Ledger, kind: str = "generate", body: bytes = b"do") -> str:
+    return await ledger.accept(Submission("ann", kind, "f", body, None, None))
+
+
+async def outcome(ledger: Ledger, future_id: str) -> Future:
+    return await ledger.wait("ann", future_id, 5)
+
+
+async def test_work_of_the_ledger_goes_out_and_its_result_comes_in(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    async with (
+        serving(workers, ledger, socket_file),
+        peer(workers, socket_file) as worker,
+        peer(workers, socket_file, "l", "launcher") as launcher,
+    ):
+        text, run, refused, broken = [await do(ledger, kind) for kind in ("generate", "train", "generate", "generate")]
+        granted = await hear(launcher, Grant)
+        assert (granted.future_id, granted.kind, granted.owner, granted.attempt) == (run, "train", "ann", 1)
+        assert [(await hear(worker, Grant)).future_id for _ in range(3)] == [text, refused, broken]
+        await launcher.send(Result(run, launcher.epoch, b"trained"))
+        await worker.send(Result(text, worker.epoch, b"written"))
+        await worker.send(Result(refused, worker.epoch, failure=failure_of(InvalidInput("no"))))
+        await worker.send(Result(broken, worker.epoch, failure=failure_of(RuntimeError("a bug"))))
+        assert (await outcome(ledger, run)).result == b"trained"
+        assert (await outcome(ledger, text)).result == b"written"
+        failed = await outcome(ledger, refused)
+        assert (failed.state, failed.category) == ("failed", "user")
+        assert msgspec.msgpack.decode(failed.result or b"", type=Failure) == Failure("InvalidInput", "no")
+        assert (await outcome(ledger, broken)).category == "server"
+
+
+async def test_a_launcher_has_one_run_at_a_time(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file, "l", "launcher") as launcher:
+        first, second = await do(ledger, "train"), await do(ledger, "train")
+        assert (await hear(launcher, Grant)).future_id == first
+        assert (await ledger.read("ann", second)).state == "queued"
+        await launcher.send(Result(first, launcher.epoch, b""))
+        assert (await hear(launcher, Grant)).future_id == second
+
+
+async def test_what_a_dead_worker_held_goes_to_the_next_with_its_attempts(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    async with serving(workers, ledger, socket_file):
+        work = await do(ledger)
+        for attempt in (1, 2, 3):
+            async with peer(workers, socket_file) as worker:
+                granted = await hear(worker, Grant)
+                assert (granted.future_id, granted.attempt) == (work, attempt)
+            await gone(workers)
+        assert (await outcome(ledger, work)).state == "failed"
+
+
+async def test_goodbyes_and_launchers_are_no_attempts(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with serving(workers, ledger, socket_file):
+        await do(ledger)
+        await do(ledger, "train")
+        for _ in range(4):
+            async with (
+                peer(workers, socket_file) as worker,
+                peer(workers, socket_file, "l", "launcher") as launcher,
+            ):
+                assert (await hear(worker, Grant)).attempt == 1
+                assert (await hear(launcher, Grant)).attempt == 1
+                await worker.send(WorkerStatus("cpu", leaving=True))
+            await gone(workers)
+
+
+async def test_results_that_nobody_waits_for_are_refused_and_the_link_stays(
+    workers: Workers, ledger: Ledger, socket_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "smelt.control.links")
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        await worker.send(Result("nobody's", worker.epoch, b""))
+        work = await do(ledger)
+        await hear(worker, Grant)
+        await worker.send(Result(work, worker.epoch - 1, b"of an older epoch"))
+        again = await do(ledger)
+        assert (await hear(worker, Grant)).future_id == again
+        await worker.send(Result(again, worker.epoch, b"fine"))
+        assert (await outcome(ledger, again)).result == b"fine"
+        assert (await ledger.read("ann", work)).state == "granted"
+    assert "which it does not hold" in caplog.text
+    assert "is not in the hands of epoch" in caplog.text
+
+
+async def test_a_result_that_came_before_the_end_is_kept(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with serving(workers, ledger, socket_file):
+        async with peer(workers, socket_file) as worker:
+            work = await do(ledger)
+            await hear(worker, Grant)
+            await worker.send(Result(work, worker.epoch, b"just in time"))
+        assert (await outcome(ledger, work)).result == b"just in time"
+
+
+async def test_cancelled_work_is_told_to_who_does_it(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        work = await do(ledger)
+        await hear(worker, Grant)
+        assert await workers.cancel("ann", work)
+        assert await hear(worker, Cancel) == Cancel(work)
+        await worker.send(Result(work, worker.epoch, b"too late"))
+        assert (await outcome(ledger, work)).state == "cancelled"
+        assert not await workers.cancel("ann", work)
+        with pytest.raises(NotFound):
+            await workers.cancel("bob", work)
+
+
+async def test_work_that_fits_into_no_frame_fails_alone(
+    workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smelt.transport.streams.encode_frame", limited_to(2000))
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        large = await do(ledger, body=bytes(5000))
+        failed = await outcome(ledger, large)
+        assert (failed.state, failed.category) == ("failed", "user")
+        with pytest.raises(InvalidInput, match="over the limit of 2,000"):
+            await collect(workers.generate(Generate("r", "ann", "gpt", "x" * 5000)))
+        work = await do(ledger)
+        assert (await hear(worker, Grant)).future_id == work
+
+
+def limited_to(max_bytes: int) -> Any:
+    from smelt.transport.frames import encode_frame
+
+    return lambda message: encode_frame(message, max_bytes)
+
+
+async def test_a_full_disk_delays_results_and_spares_live_answers(
+    workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, num_refused = ledger.finish, 0
+
+    async def refuse_thrice(*arguments: Any) -> None:
+        nonlocal num_refused
+        num_refused += 1
+        if num_refused <= 3:
+            raise OutOfSpace("the disk is full")
+        await finish(*arguments)
+
+    monkeypatch.setattr(ledger, "finish", refuse_thrice)
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        answer = asyncio.ensure_future(collect(workers.generate(ask())))
+        await hear(worker, Generate)
+        work = await do(ledger)
+        await hear(worker, Grant)
+        await worker.send(Result(work, worker.epoch, b"kept"))
+        assert (await outcome(ledger, work)).result == b"kept"
+        assert num_refused == 4
+        await worker.send(Finish("r", "stop", 1, 0))
+        assert await answer == [Finish("r", "stop", 1, 0)]
+
+
+async def test_one_that_does_not_answer_pings_is_hung_up_on(
+    workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "PING_SECONDS", 0.03)
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        for _ in range(links.MAX_UNANSWERED * 2):
+            await worker.send(Pong((await hear(worker, Ping)).sent_at))
+        assert len(workers.workers) == 1
+        await gone(workers)  # it answers no more
+        for _ in range(links.MAX_UNANSWERED):
+            await hear(worker, Ping)
+        with pytest.raises(ConnectionClosed):
+            await worker.receive()
+
+
+async def test_a_peer_that_says_what_it_should_not_is_hung_up_on(
+    workers: Workers, ledger: Ledger, socket_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        await worker.send(ask())
+        await gone(workers)
+    assert "a worker does not send Generate" in caplog.text
