@@ -6,8 +6,8 @@ each state is looked at every second as well.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -104,61 +104,61 @@ Reader = TypeVar("Reader", "RunReader", "ListReader")
 
 
 class Tail(Generic[Reader]):
-    """Reads what is new, once, and tells everybody who follows."""
+    """Reads what is new, once, and tells everybody who follows.
+
+    One task does all the reading. It is never cancelled, for a read that is half done would be lost to the others;
+    it ends by itself when nobody is left.
+    """
 
     def __init__(self, reader: Reader, watch: FolderWatch, folder: Path) -> None:
         self.reader: Reader = reader
         self._watch = watch
         self._folder = folder
-        self._lock = asyncio.Lock()  # held from reading to telling, and by whoever joins
+        self._joining: dict[asyncio.Queue[RunEvent], str | None] = {}
         self._queues: set[asyncio.Queue[RunEvent]] = set()
+        self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    @asynccontextmanager
-    async def joined(self, cursor: str | None = None) -> AsyncIterator[asyncio.Queue[RunEvent]]:
+    @contextmanager
+    def joined(self, cursor: str | None = None) -> Iterator[asyncio.Queue[RunEvent]]:
         """A queue that begins with how things stand and goes on with what is new, without a gap or a repetition."""
         queue: asyncio.Queue[RunEvent] = asyncio.Queue(MAX_WAITING)
-        async with self._lock:
-            await self._advance()
-            for event in await asyncio.to_thread(self.reader.first, cursor):
-                queue.put_nowait(event)
-            self._queues.add(queue)
-            if self._task is None:
-                self._task = asyncio.create_task(self._run())
-                self._task.add_done_callback(self._end)
+        self._joining[queue] = cursor
+        self._changed.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+            self._task.add_done_callback(self._end)
         try:
             yield queue
         finally:
+            self._joining.pop(queue, None)
             self._queues.discard(queue)
-            if not self._queues and self._task is not None:
-                self._task.cancel()
-                self._task = None
 
     async def _run(self) -> None:
-        with self._watch.on(self._folder) as changed:
-            while True:
+        with self._watch.on(self._folder) as self._changed:
+            while self._queues or self._joining:
+                self._changed.clear()
+                for event in await self.reader.read():
+                    for queue in self._queues:
+                        _put(queue, event)
+                for queue, cursor in list(self._joining.items()):
+                    await self._begin(queue, cursor)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), TICK_S)
-                changed.clear()
-                async with self._lock:
-                    await self._advance()
+                    await asyncio.wait_for(self._changed.wait(), TICK_S)
+
+    async def _begin(self, queue: asyncio.Queue[RunEvent], cursor: str | None) -> None:
+        for event in await asyncio.to_thread(self.reader.first, cursor):
+            _put(queue, event)
+        if queue in self._joining:  # it may have left meanwhile
+            del self._joining[queue]
+            self._queues.add(queue)
 
     def _end(self, task: asyncio.Task[None]) -> None:
         """Where reading failed nobody must wait for more: they come back, and are told why it fails."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("following runs in %s failed", self._folder, exc_info=error)
-            self._task = None
-            self.close()
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        for queue in self._queues:
-            _put(queue, RunEvent("end", {}))
-
-    async def _advance(self) -> None:
-        for event in await self.reader.read():
-            for queue in self._queues:
-                _put(queue, event)
+            for queue in (*self._queues, *self._joining):
+                _put(queue, RunEvent("end", {}))
 
 
 def _put(queue: asyncio.Queue[RunEvent], event: RunEvent) -> None:
@@ -206,6 +206,8 @@ class RunReader:
 
     def first(self, cursor: str | None) -> list[RunEvent]:
         """How the run stands, and what lies between a reader's cursor and here, for one who comes back."""
+        if self.status is None:  # its folder was removed just now
+            return [RunEvent("removed", None)]
         state = RunEvent("state", self.status, self.cursor)
         return [state, *self._since(cursor)] if cursor else [state]
 
@@ -257,12 +259,6 @@ class RunFollowers:
         self._list_tail: Tail[ListReader] = Tail(ListReader(requests), self._watch, requests.runs.folder / REGISTRY)
         self._tails: WeakValueDictionary[str, Tail[RunReader]] = WeakValueDictionary()
 
-    def close(self) -> None:
-        """End every stream, for the server is about to."""
-        self._list_tail.close()
-        for tail in self._tails.values():
-            tail.close()
-
     async def follow(
         self, run_id: str, owner: str | None = None, cursor: str | None = None
     ) -> AsyncGenerator[RunEvent | None, None]:
@@ -275,7 +271,7 @@ class RunFollowers:
         if tail is None:
             tail = Tail(RunReader(self._requests, run_id, out_dir), self._watch, out_dir)
             self._tails[run_id] = tail
-        async with tail.joined(cursor) as queue:
+        with tail.joined(cursor) as queue:
             while True:
                 event = await _next(queue)
                 if event is not None and event.kind == "end":
@@ -286,7 +282,8 @@ class RunFollowers:
 
     async def follow_all(self, owner: str | None = None) -> AsyncGenerator[RunEvent | None, None]:
         """All runs of an owner, then those that are new, changed or removed. None after each long silence."""
-        async with self._list_tail.joined() as queue:
+        with self._list_tail.joined() as queue:
+            is_first = True
             while True:
                 event = await _next(queue)
                 if event is not None and event.kind == "reset":  # the list as it is now says it all
@@ -295,10 +292,12 @@ class RunFollowers:
                     yield None
                 elif event.kind == "end":
                     return
-                elif event.kind == "runs":
-                    yield RunEvent("runs", [status for status in event.data if owner in (None, status.owner)])
-                elif owner in (None, event.data.owner):
-                    yield event
+                elif event.kind == "removed":
+                    if owner in (None, event.data.owner):
+                        yield event
+                elif (visible := [status for status in event.data if owner in (None, status.owner)]) or is_first:
+                    yield RunEvent("runs", visible)
+                    is_first = False
 
 
 async def _next(queue: asyncio.Queue[RunEvent]) -> RunEvent | None:

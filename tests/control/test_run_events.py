@@ -1,0 +1,364 @@
+"""Following runs: what is new comes once, to everybody, from the right place; the ledger's part of a run's state."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig
+from smelt.control import run_events
+from smelt.control.run_events import FolderWatch, RunEvent, RunFollowers
+from smelt.control.run_folders import Entry, register, write_entry
+from smelt.control.run_requests import RunRequests
+from smelt.errors import ConfigError, InvalidInput, NotFound, StorageError
+from smelt.settings import Settings, load_settings
+from smelt.storage.database import open_database, sqlite_url
+from smelt.storage.files import Files
+from smelt.storage.futures import Ledger
+from smelt.storage.writer import Writer
+from smelt.transport.messages import Failure, TrainRequest
+
+pytestmark = pytest.mark.anyio
+PYDOC = {"data_path": "builtin:pydoc", "max_iters": 100}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(home=tmp_path / "home")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    engine = open_database(sqlite_url(tmp_path / "smelt.db"))
+    writer = Writer(engine)
+    yield Ledger(engine, writer, Files(tmp_path / "bodies"))
+    writer.close()
+    engine.dispose()
+
+
+@pytest.fixture
+def requests(settings: Settings, ledger: Ledger) -> RunRequests:
+    return RunRequests(settings, ledger)
+
+
+@pytest.fixture
+def followers(requests: RunRequests) -> RunFollowers:
+    return RunFollowers(requests)
+
+
+@pytest.fixture
+def run(settings: Settings, tmp_path: Path) -> tuple[str, Path]:
+    """A run of a terminal: its id and folder."""
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    return register(TrainConfig(out_dir=str(out_dir)), settings.runs).id, out_dir
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def step(number: int) -> str:
+    return json.dumps({"kind": "step", "step": number, "loss": 1.0 / number}) + "\n"
+
+
+async def next_event(events: AsyncIterator[RunEvent | None], kind: str) -> RunEvent:
+    """The next event of a kind, past those of the other kinds."""
+    async with asyncio.timeout(10):
+        async for event in events:
+            if event is not None and event.kind == kind:
+                return event
+    raise AssertionError(f"the stream ended without {kind}")
+
+
+def steps_of(event: RunEvent) -> list[int]:
+    return [values["step"] for values in event.data]
+
+
+async def test_new_lines_come_whole_and_once_and_the_state_with_them(
+    followers: RunFollowers, run: tuple[str, Path]
+) -> None:
+    run_id, out_dir = run
+    append(out_dir / RUN_METRICS, step(1))
+    async with aclosing(followers.follow(run_id)) as events:
+        assert (await next_event(events, "state")).data.step == 1
+        append(out_dir / RUN_METRICS, step(2) + step(3)[:10])
+        assert steps_of(await next_event(events, "metrics")) == [2]
+        assert (await next_event(events, "state")).data.step == 2
+        append(out_dir / RUN_METRICS, step(3)[10:])
+        assert steps_of(await next_event(events, "metrics")) == [3]
+        append(out_dir / RUN_LOG, "step 3\n")
+        assert (await next_event(events, "log")).data == ["step 3"]
+        append(out_dir / RUN_METRICS, '{"kind": "failure", "message": "no power"}\n')
+        state = (await next_event(events, "state")).data
+        assert (state.state, state.reason) == ("failed", "no power")
+
+
+async def test_who_comes_back_with_a_cursor_gets_what_was_missed_and_nothing_twice(
+    followers: RunFollowers, run: tuple[str, Path]
+) -> None:
+    run_id, out_dir = run
+    async with aclosing(followers.follow(run_id)) as events:
+        await next_event(events, "state")
+        append(out_dir / RUN_METRICS, step(1))
+        cursor = (await next_event(events, "metrics")).cursor
+    append(out_dir / RUN_METRICS, step(2) + step(3))
+    append(out_dir / RUN_LOG, "two lines\nof log\n")
+    async with aclosing(followers.follow(run_id, cursor=cursor)) as events:
+        assert steps_of(await next_event(events, "metrics")) == [2, 3]
+        assert (await next_event(events, "log")).data == ["two lines", "of log"]
+        append(out_dir / RUN_METRICS, step(4))
+        assert steps_of(await next_event(events, "metrics")) == [4]
+
+
+async def test_the_cursors_of_curves_and_log_continue_as_a_stream(
+    followers: RunFollowers, requests: RunRequests, run: tuple[str, Path]
+) -> None:
+    run_id, out_dir = run
+    append(out_dir / RUN_METRICS, step(1))
+    append(out_dir / RUN_LOG, "one\n")
+    cursor = f"{requests.runs.curves(run_id).cursor}/{requests.runs.log(run_id, 10).cursor}"
+    append(out_dir / RUN_METRICS, step(2))
+    async with aclosing(followers.follow(run_id, cursor=cursor)) as events:
+        assert steps_of(await next_event(events, "metrics")) == [2]
+
+
+@pytest.mark.parametrize("cursor", ["nonsense", "0.0.0", "5.5.1/0.0.0", "0.0.0/0.0.0/0.0.0"])
+async def test_a_cursor_of_something_else_voids_what_was_sent(
+    followers: RunFollowers, run: tuple[str, Path], cursor: str
+) -> None:
+    append(run[1] / RUN_METRICS, step(1))
+    async with aclosing(followers.follow(run[0], cursor=cursor)) as events:
+        await next_event(events, "reset")
+
+
+async def test_a_run_that_is_resumed_from_a_checkpoint_voids_what_was_sent(
+    followers: RunFollowers, run: tuple[str, Path]
+) -> None:
+    run_id, out_dir = run
+    append(out_dir / RUN_METRICS, step(1) + step(2))
+    async with aclosing(followers.follow(run_id)) as events:
+        await next_event(events, "state")
+        (out_dir / RUN_METRICS).write_text(step(1))
+        await next_event(events, "reset")
+        append(out_dir / RUN_METRICS, step(2))
+        assert steps_of(await next_event(events, "metrics")) == [2]
+
+
+async def test_many_who_follow_one_run_share_one_tail(
+    followers: RunFollowers, run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, out_dir = run
+    tails = []
+    original = run_events.RunReader.__init__
+    monkeypatch.setattr(
+        run_events.RunReader, "__init__", lambda self, *given: (tails.append(self), original(self, *given))[1]
+    )
+    streams = [followers.follow(run_id) for _ in range(20)]
+    for stream in streams:
+        await next_event(stream, "state")
+    append(out_dir / RUN_METRICS, step(1))
+    assert [steps_of(await next_event(stream, "metrics")) for stream in streams] == [[1]] * 20
+    assert len(tails) == 1
+    for stream in streams:
+        await stream.aclose()
+    assert followers._watch._task is not None
+    async with asyncio.timeout(10):
+        await followers._watch._task  # nobody is left, so nothing is watched
+
+
+async def test_a_reader_that_falls_behind_is_told_to_begin_anew(
+    followers: RunFollowers, run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_events, "MAX_WAITING", 4)
+    run_id, out_dir = run
+    slow, quick = followers.follow(run_id), followers.follow(run_id)
+    for stream in (slow, quick):
+        await next_event(stream, "state")
+    for number in range(1, 6):
+        append(out_dir / RUN_METRICS, step(number))
+        assert steps_of(await next_event(quick, "metrics")) == [number]
+        await next_event(quick, "state")
+    await next_event(slow, "reset")
+    for stream in (slow, quick):
+        await stream.aclose()
+
+
+async def test_a_removed_folder_ends_the_stream(followers: RunFollowers, run: tuple[str, Path]) -> None:
+    run_id, out_dir = run
+    async with aclosing(followers.follow(run_id)) as events:
+        await next_event(events, "state")
+        shutil.rmtree(out_dir)
+        assert (await next_event(events, "removed")).data.id == run_id
+        assert [event async for event in events] == []
+
+
+async def test_where_reading_fails_the_streams_end_so_that_nobody_waits_in_vain(
+    followers: RunFollowers, requests: RunRequests, run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_given: Any) -> None:
+        raise StorageError("the disk is gone")
+
+    one, all_runs = followers.follow(run[0]), followers.follow_all()
+    await next_event(one, "state")
+    await next_event(all_runs, "runs")
+    monkeypatch.setattr(requests, "status", fail)
+    monkeypatch.setattr(requests, "all", fail)
+    async with asyncio.timeout(10):
+        assert [event async for event in one] == []
+        assert [event async for event in all_runs] == []
+    monkeypatch.undo()
+    async with aclosing(followers.follow(run[0])) as events:
+        await next_event(events, "state")
+
+
+async def test_silence_is_told_too(
+    followers: RunFollowers, run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_events, "SILENCE_S", 0.05)
+    async with aclosing(followers.follow(run[0])) as events:
+        await next_event(events, "state")
+        assert await anext(events) is None
+
+
+async def test_the_list_tells_of_new_changed_and_removed_runs_of_the_owner(
+    followers: RunFollowers, settings: Settings, run: tuple[str, Path], tmp_path: Path
+) -> None:
+    run_id, out_dir = run
+    async with aclosing(followers.follow_all("local")) as events, aclosing(followers.follow_all("eve")) as others:
+        assert [status.id for status in (await next_event(events, "runs")).data] == [run_id]
+        assert (await next_event(others, "runs")).data == []
+        append(out_dir / RUN_METRICS, step(7))
+        assert [(status.id, status.step) for status in (await next_event(events, "runs")).data] == [(run_id, 7)]
+        second = register(TrainConfig(out_dir=str(tmp_path / "second")), settings.runs)
+        assert [status.id for status in (await next_event(events, "runs")).data] == [second.id]
+        shutil.rmtree(out_dir)
+        assert (await next_event(events, "removed")).data.id == run_id
+        (tmp_path / "evil").mkdir()
+        entry = Entry(id="run-00000000000e", owner="eve", recipe="pretrain", config={}, created=1.0, started=1.0)
+        write_entry(entry, tmp_path / "evil", settings.runs)
+        assert [status.id for status in (await next_event(others, "runs")).data] == [entry.id]
+
+
+async def test_the_watch_ends_with_those_who_wait_and_goes_on_without_a_missing_folder(tmp_path: Path) -> None:
+    watch = FolderWatch()
+    with watch.on(tmp_path) as changed, watch.on(tmp_path / "missing"):
+        task = watch._task
+        async with asyncio.timeout(10):
+            for name in ("first", "second"):
+                await changed.wait()
+                changed.clear()
+                (tmp_path / name).write_text("x")
+            await changed.wait()
+    assert task is not None
+    async with asyncio.timeout(10):
+        await task
+
+
+async def test_where_nobody_may_watch_more_folders_they_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, polls = run_events.awatch, []
+
+    def refuse_notifications(*folders: Path, force_polling: bool | None, **options: Any) -> Any:
+        polls.append(force_polling)
+        if not force_polling:
+            raise OSError(28, "OS file watch limit reached")
+        return real(*folders, force_polling=force_polling, **options)
+
+    monkeypatch.setattr(run_events, "awatch", refuse_notifications)
+    with FolderWatch().on(tmp_path) as changed:
+        async with asyncio.timeout(10):
+            await changed.wait()
+            changed.clear()
+            while len(polls) < 2:
+                await changed.wait()
+                changed.clear()
+            (tmp_path / "new").write_text("x")
+            await changed.wait()
+    assert polls[:2] == [None, True]
+
+
+async def test_a_run_that_is_asked_for_waits_in_the_ledger_for_a_launcher(
+    requests: RunRequests, ledger: Ledger, settings: Settings
+) -> None:
+    created = await requests.create(PYDOC, "ada")
+    assert (created.state, created.owner) == ("queued", "ada")
+    (granted,) = await ledger.next_grants(await ledger.open_epoch(), 10, ("train",))
+    asked = msgspec.msgpack.decode(granted.request, type=TrainRequest)
+    assert (granted.kind, granted.owner, asked.run_id) == ("train", "ada", created.id)
+    assert TrainConfig(**asked.config).out_dir == str(settings.runs / created.id)
+    assert (await requests.status(created.id)).state == "queued"
+
+
+async def test_what_the_ledger_knows_of_a_run_is_part_of_its_state(
+    requests: RunRequests, ledger: Ledger, settings: Settings
+) -> None:
+    created = await requests.create(PYDOC, "ada")
+    epoch = await ledger.open_epoch()
+    (granted,) = await ledger.next_grants(epoch, 1, ("train",))
+    register(TrainConfig(**created.config), settings.runs)
+    waiting = await requests.status(created.id)
+    assert waiting.state == "queued"
+    assert "checkpoint" in waiting.reason
+    await ledger.finish(granted.id, epoch, msgspec.msgpack.encode(Failure("DataError", "no text in it")), "user")
+    failed = await requests.show(created.id)
+    assert (failed.state, failed.reason) == ("failed", "no text in it")
+
+
+async def test_a_queued_run_is_cancelled_and_one_of_a_terminal_is_left_alone(
+    requests: RunRequests, run: tuple[str, Path]
+) -> None:
+    created = await requests.create(PYDOC, "ada")
+    with pytest.raises(NotFound):
+        await requests.cancel(created.id, "eve")
+    assert (await requests.cancel(created.id, "ada")).state == "cancelled"
+    assert (await requests.cancel(created.id)).state == "cancelled"
+    with pytest.raises(InvalidInput, match="Ctrl-C"):
+        await requests.cancel(run[0])
+
+
+async def test_a_run_whose_server_died_before_it_was_accepted_is_lost(
+    requests: RunRequests, settings: Settings
+) -> None:
+    entry = Entry(id="run-00000000000a", owner="ada", recipe="pretrain", config={}, created=1.0, future_id="unknown")
+    write_entry(entry, settings.runs / entry.id, settings.runs)
+    status = await requests.status(entry.id)
+    assert (status.state, "before it accepted" in status.reason) == ("lost", True)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "word"),
+    [
+        ({"data_path": "/etc/passwd"}, InvalidInput, "built in"),
+        ({"data_path": "https://example.org/text"}, InvalidInput, "built in"),
+        ({"data_path": "hf:org/name"}, InvalidInput, "built in"),
+        ({"dataset": "../../etc"}, InvalidInput, "not a name"),
+        ({"dataset": "unknown"}, NotFound, "unknown"),
+        ({}, InvalidInput, "no data"),
+        ({**PYDOC, "tokenizer": "/tmp"}, InvalidInput, "tokenizer"),
+        ({**PYDOC, "init_from": "/tmp"}, NotFound, "init_from"),
+        ({**PYDOC, "init_from": "resume"}, NotFound, "init_from"),
+        ({**PYDOC, "out_dir": "/tmp/x"}, InvalidInput, "out_dir"),
+        ({**PYDOC, "wandb": True}, InvalidInput, "wandb"),
+        ({**PYDOC, "max_itres": 3}, ConfigError, "max_itres"),
+    ],
+)
+async def test_a_request_names_only_what_the_server_has_and_a_refused_one_leaves_nothing(
+    requests: RunRequests, values: dict[str, Any], error: type[Exception], word: str
+) -> None:
+    with pytest.raises(error, match=word):
+        await requests.create(values, "ada")
+    assert await requests.all() == []
