@@ -7,18 +7,16 @@ Reading what was written gives the same bits, so checkpoints are kept in this la
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from smelt.configs import DecoderConfig, validated
-from smelt.disk import FULL, is_full, sync
+from smelt.disk import is_full
 from smelt.errors import NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import (
     CONFIG_FILE,
@@ -32,6 +30,7 @@ from smelt.models.architectures import (
 )
 from smelt.models.decoder import Decoder
 from smelt.models.folders import INDEX_FILE, WEIGHTS_FILE, check_weights, read_config, weight_files
+from smelt.models.tensor_file import Pause, no_pause, write_tensors
 
 SHARD_BYTES = 5 * 10**9  # what hubs and readers expect at most in one file
 
@@ -39,12 +38,12 @@ SHARD_BYTES = 5 * 10**9  # what hubs and readers expect at most in one file
 
 
 def to_hf_tensors(config: DecoderConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters under Hugging Face's names and shapes; contiguous, each in its own dtype."""
+    """Our parameters under Hugging Face's names and shapes: views of ours, each in its own dtype."""
     tensors: dict[str, Tensor] = {}
     for name, stored in layout_of(config).items():
         pieces = torch.split(state[name], [shape[0] for shape in stored.shapes])
         for theirs, piece in zip(stored.names, pieces, strict=True):
-            tensors[theirs] = (piece.t() if stored.transposed else piece).contiguous()
+            tensors[theirs] = piece.t() if stored.transposed else piece
     dtype = state["embedding.weight"].dtype
     return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in zero_biases_of(config).items()}
 
@@ -111,10 +110,14 @@ def read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
 
 
 def write_model(
-    config: DecoderConfig, state: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES
+    config: DecoderConfig,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    pause: Pause = no_pause,
 ) -> None:
     """Write `config.json` and safetensors that transformers reads; files are fsynced. OutOfSpace on a full disk."""
-    tensors = {name: tensor.cpu() for name, tensor in to_hf_tensors(config, state).items()}
+    tensors = to_hf_tensors(config, state)
     dtype = str(state["embedding.weight"].dtype).removeprefix("torch.")
     hf = {**to_hf_config(config), "dtype": dtype, "torch_dtype": dtype}
     shards = _into_shards(tensors, shard_bytes)
@@ -122,20 +125,13 @@ def write_model(
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(hf, folder / CONFIG_FILE)
         if len(shards) == 1:
-            write_tensors(tensors, folder / WEIGHTS_FILE)
+            write_tensors(tensors, folder / WEIGHTS_FILE, pause)
         else:
-            _write_shards(shards, folder)
-    except (SafetensorError, OSError) as error:
-        if is_full_disk(error):
+            _write_shards(shards, folder, pause)
+    except OSError as error:
+        if is_full(error):
             raise OutOfSpace(f"no space left for the model in {folder}; free some and try again") from error
         raise
-
-
-def is_full_disk(error: Exception) -> bool:
-    """The safetensors library puts the system's number only into its message."""
-    if isinstance(error, OSError):
-        return is_full(error)
-    return any(f"os error {number}" in str(error) for number in FULL)
 
 
 def _into_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
@@ -151,21 +147,14 @@ def _into_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[s
     return shards
 
 
-def _write_shards(shards: list[dict[str, Tensor]], folder: Path) -> None:
+def _write_shards(shards: list[dict[str, Tensor]], folder: Path, pause: Pause) -> None:
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(shard, folder / file_name)
+        write_tensors(shard, folder / file_name, pause)
         weight_map |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     _write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / INDEX_FILE)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """One safetensors file beside a `config.json`, fsynced."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner may read
-    sync(path)
 
 
 def _write_json(value: Any, path: Path) -> None:

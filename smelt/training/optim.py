@@ -76,7 +76,7 @@ class Optimizer:
                 {"params": [self.groups[1].masters], "weight_decay": 0.0},
             ],
             betas=betas,
-            fused=self.groups[0].masters.device.type in ("cpu", "cuda"),
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self._prime()
 
@@ -91,6 +91,11 @@ class Optimizer:
     def _step_device(self, group: ParameterGroup) -> torch.device:
         fused = bool(self.adamw.defaults["fused"])
         return group.masters.device if fused else torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where masters and moments lie."""
+        return self.groups[0].masters.device
 
     def gradients(self) -> list[Tensor]:
         """The flat fp32 gradients, for an all-reduce."""

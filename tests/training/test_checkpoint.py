@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from smelt.errors import CheckpointError, NotFound, OutOfSpace, UnsupportedModel
 from smelt.models.decoder import Decoder
 from smelt.training import checkpoint as checkpoint_module
-from smelt.training.checkpoint import Checkpoints, TrainState, check_manifest, latest, restore
+from smelt.training.checkpoint import Checkpoints, TrainState, check_manifest, latest, read_state, restore
 from smelt.training.optim import Optimizer
 from smelt.training.step import step
 from tests.training.test_step_and_optim import LOSS, SHAPE, make_batch, make_model
@@ -98,6 +98,22 @@ def test_training_may_go_on_while_the_files_are_written(tmp_path: Path) -> None:
     restore(latest(tmp_path), other, Optimizer(other, torch.float32, (0.9, 0.95), 0.1, 1.0))
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter.detach(), at_save[name]), name
+
+
+def test_the_writer_rests_beside_training_until_somebody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "WRITER_SHARE", 1e-9)
+    model, optimizer = trained(1)
+    checkpoints = Checkpoints(tmp_path, 2, no_extra_files)
+    checkpoints.save(model, optimizer, replace(STATE, step=1, num_updates=1), is_best=False)
+    checkpoints.wait_until_copied()  # the copy does not rest: the next update stands behind it
+    with pytest.raises(NotFound):
+        latest(tmp_path)
+    assert checkpoints.writer is not None
+    assert checkpoints.writer.is_alive()
+    checkpoints.save(model, optimizer, replace(STATE, step=2, num_updates=1), is_best=False)  # waits for the first
+    assert read_state(latest(tmp_path)).step == 1
+    checkpoints.wait()
+    assert read_state(latest(tmp_path)).step == 2
 
 
 def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
