@@ -66,7 +66,7 @@ class Engine:
             return []
         hidden_BC = torch.cat([*self._decode(sequences[:num_before]), *self._prefill(sequences, num_before)])
         logits_BV = self.model.logits(hidden_BC).float()[:, : self.vocab_size]
-        tokens, logprobs = sample(logits_BV, [s.params for s in sequences], [s.random.random() for s in sequences])
+        tokens, logprobs = sample(logits_BV, [s.params for s in sequences], [s.uniform() for s in sequences])
         produced = list(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True))
         for sequence, token, logprob in produced:
             sequence.append(token, logprob, self.max_length)

@@ -1,6 +1,6 @@
 """Sequence: one prompt and the tokens drawn after it; knows no text, no model and no batch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
 
@@ -31,6 +31,7 @@ class Sequence:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     random: Random = field(init=False)
+    _uniform: float | None = None  # drawn, and not used yet
 
     def __post_init__(self) -> None:
         self.random = Random(self.params.seed)
@@ -40,8 +41,21 @@ class Sequence:
         """Prompt and output together."""
         return len(self.prompt_ids) + len(self.output_ids)
 
+    def uniform(self) -> float:
+        """The number that decides the next token: the same one until it is appended, so that a step can be redone."""
+        if self._uniform is None:
+            self._uniform = self.random.random()
+        return self._uniform
+
+    def resumed(self, context: list[int], num_left: int) -> "Sequence":
+        """What goes on from this context where this sequence stopped, with its luck."""
+        sequence = Sequence(context, replace(self.params, max_tokens=num_left))
+        sequence.random, sequence._uniform = self.random, self._uniform
+        return sequence
+
     def append(self, token: int, logprob: float, max_length: int) -> None:
         """Take a drawn token, and finish where it, the asked-for number or the context's end says so."""
+        self._uniform = None
         self.output_ids.append(token)
         self.logprobs.append(logprob)
         if token in self.params.stop_token_ids:

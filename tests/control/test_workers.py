@@ -65,8 +65,8 @@ async def peer(
     """One that has dialled in, and is known with its models."""
     async with await connect(address, role, name) as connection:
         await connection.send(WorkerStatus("cpu", models))
-        while role == "worker" and (name, models) not in [(known.name, known.models) for known in workers.workers]:
-            await asyncio.sleep(0)
+        if role == "worker":
+            await until(lambda: (name, models) in [(known.name, known.models) for known in workers.workers])
         yield connection
 
 
@@ -89,9 +89,8 @@ def text_of(pieces: Pieces) -> str:
     return "".join(piece.text for piece in pieces if isinstance(piece, TextChunk))
 
 
-async def gone(workers: Workers, num_left: int = 0) -> None:
-    while len(workers.workers) > num_left:
-        await asyncio.sleep(0)
+async def gone(workers: Workers) -> None:
+    await until(lambda: not workers.workers)
 
 
 async def test_an_answer_arrives_piece_by_piece(workers: Workers, ledger: Ledger, socket_file: Path) -> None:

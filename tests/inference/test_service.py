@@ -7,9 +7,10 @@ import torch
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer, CharTokenizer
 from smelt.errors import DataError, InvalidInput
+from smelt.inference.answer import Answer
 from smelt.inference.service import TextModel
 from smelt.models.decoder import Decoder
-from smelt.types import ChatMessage
+from smelt.types import ChatMessage, SamplingParams
 
 
 def make_model(vocab_size: int, block_size: int = 48) -> Decoder:
@@ -176,3 +177,64 @@ def test_unknown_settings_and_numbers_out_of_range_are_refused(text_model: TextM
         text_model.generate("x", num_samples=0)
     with pytest.raises(InvalidInput, match="temperature"):
         text_model.generate("x", temperature=-1.0)
+
+
+def finished(model: TextModel, *answers: Answer) -> list[str]:
+    texts = dict.fromkeys(answers, "")
+    while any(answer.finish_reason is None for answer in answers):
+        for answer in model.step():
+            texts[answer] += answer.news()[0]
+    return list(texts.values())
+
+
+@pytest.mark.parametrize("num_steps", [0, 3, 60])
+def test_answers_resume_after_a_restart_to_the_same_text(num_steps: int) -> None:
+    def begun(seed: int) -> Answer:
+        answer = model.answer_to("Hello", SamplingParams(max_tokens=100, temperature=1.0, seed=seed))
+        model.begin(answer)
+        return answer
+
+    model = TextModel(make_model(257), ByteTokenizer())
+    expected = finished(model, begun(1), begun(2))
+    answers = [begun(1), begun(2)]
+    for _ in range(num_steps):
+        model.step()
+    model.restart()
+    assert (model.answers, model.num_free) == ([], 8)
+    for answer in answers:
+        model.resume(answer)
+    assert finished(model, *answers) == expected
+    assert [answer.num_tokens for answer in answers] == [100, 100]
+
+
+def test_a_step_that_failed_half_way_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TextModel(make_model(257), ByteTokenizer())
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=4)
+    expected = model.generate("x", max_tokens=20, temperature=1.0, seed=4)
+    answer = model.answer_to("x", params)
+    model.begin(answer)
+    model.step()
+    with monkeypatch.context() as broken:
+        broken.setattr("smelt.inference.engine.sample", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.step()
+    model.restart()
+    model.resume(answer)
+    assert finished(model, answer) == [expected]
+
+
+def test_all_that_was_drawn_is_counted(text_model: TextModel) -> None:
+    model = scripted("one two END three")
+    answer = model.answer_to([120, 121], SamplingParams(max_tokens=50, temperature=0, stop=("END",)))
+    model.begin(answer)
+    assert finished(model, answer) == ["one two "]
+    assert (answer.finish_reason, answer.num_prompt_tokens, answer.num_tokens) == ("stop", 2, 11)
+    assert model.num_free == 8
+
+
+def test_a_conversation_streams_what_chat_answers() -> None:
+    model = scripted(" \n Fine,  thanks. \n\nUser: And you?")
+    turns = [ChatMessage("user", "How are you?")]
+    answer = model.answer_to_chat(turns, SamplingParams(max_tokens=60, temperature=0))
+    model.begin(answer)
+    assert finished(model, answer) == ["Fine,  thanks."] == [model.chat(turns, max_tokens=60, temperature=0)]
