@@ -1,0 +1,311 @@
+"""One thread writes for all: requests join, leave, fail and wait for models without touching each other."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from smelt.configs import DecoderConfig
+from smelt.data.characters import ByteTokenizer
+from smelt.errors import InvalidInput, NotFound, Unavailable
+from smelt.inference.server import End, Event, InferenceServer, Load, Piece
+from smelt.inference.service import TextModel
+from smelt.models.decoder import Decoder
+from smelt.types import ChatMessage, SamplingParams
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@dataclass(frozen=True)
+class Ask:
+    prompt: str | tuple[int, ...] = "Hello"
+    model: str = "gpt"
+    owner: str = "ann"
+    messages: tuple[ChatMessage, ...] = ()
+    params: SamplingParams = SamplingParams(max_tokens=30, temperature=1.0, seed=1)
+
+
+def asked(prompt: str, seed: int = 1, max_tokens: int = 30, **changes: Any) -> Ask:
+    return Ask(prompt, params=SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed), **changes)
+
+
+class CountingModel(Decoder):
+    """Counts forward passes and rows; fails where told to."""
+
+    num_passes = 0
+    max_rows = 0
+    poison: int | None = None
+    error: BaseException = RuntimeError("a kernel broke")
+
+    def forward(self, batch: Any, attend: Any = None) -> torch.Tensor:
+        self.num_passes += 1
+        self.max_rows = max(self.max_rows, batch.tokens.shape[0])
+        if self.poison is not None and (batch.tokens == self.poison).any():
+            raise self.error
+        return super().forward(batch, attend)
+
+
+def make_model(num_slots: int = 4, block_size: int = 64) -> TextModel:
+    config = DecoderConfig(vocab_size=257, block_size=block_size, n_layer=2, n_head=2, n_embd=16)
+    decoder = CountingModel(config)
+    decoder.initialize(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model = TextModel(decoder, ByteTokenizer(), num_slots)
+    model.engine.vocab_size = 128  # characters of one byte, and no end of text
+    return model
+
+
+def alone(ask: Ask) -> str:
+    text = make_model().generate(
+        str(ask.prompt), max_tokens=ask.params.max_tokens, temperature=ask.params.temperature, seed=ask.params.seed
+    )
+    assert isinstance(text, str)
+    return text
+
+
+class Client:
+    """A server, and what it delivered so far."""
+
+    def __init__(self, **models: Any) -> None:
+        self.models = models or {"gpt": make_model()}
+        self.num_loads = 0
+        self.events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        self.pieces: dict[str, list[Piece]] = {}
+        self.ends: dict[str, End] = {}
+        self.load = Load()
+        self.server = InferenceServer(self.load_model, self.events.put)
+
+    def load_model(self, name: str) -> TextModel:
+        self.num_loads += 1
+        model = self.models.get(name, NotFound(f"no model {name!r}"))
+        if callable(model):
+            model = model()
+        if isinstance(model, BaseException):
+            raise model
+        return model  # type: ignore[no-any-return]
+
+    def take_round(self) -> None:
+        for event in self.events.get(timeout=30):
+            if isinstance(event, Piece):
+                self.pieces.setdefault(event.key, []).append(event)
+            elif isinstance(event, End):
+                assert event.key not in self.ends
+                self.ends[event.key] = event
+            else:
+                self.load = event
+
+    def end(self, key: str) -> End:
+        while key not in self.ends:
+            self.take_round()
+        return self.ends[key]
+
+    def begun(self, key: str, num_pieces: int = 1) -> None:
+        while len(self.pieces.get(key, ())) < num_pieces:
+            self.take_round()
+
+    def text(self, key: str) -> str:
+        self.end(key)
+        return "".join(piece.text for piece in self.pieces.get(key, ()))
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    client = Client()
+    yield client
+    client.server.close()
+
+
+def test_many_at_once_get_what_each_gets_alone(client: Client) -> None:
+    asks = {f"{seed}": asked("ab" * seed, seed, max_tokens=20 + 9 * seed) for seed in range(1, 8)}
+    for key, ask in asks.items():
+        client.server.submit(key, ask)
+    assert {key: client.text(key) for key in asks} == {key: alone(ask) for key, ask in asks.items()}
+    assert client.models["gpt"].model.max_rows > 1
+    for key, ask in asks.items():
+        assert client.ends[key] == End(key, "length", len(ask.prompt), ask.params.max_tokens)
+        assert sum(len(piece.token_ids) for piece in client.pieces[key]) == ask.params.max_tokens
+    assert client.num_loads == 1
+
+
+def test_a_request_joins_between_steps(client: Client) -> None:
+    client.server.submit("long", asked("x", max_tokens=4000))
+    client.begun("long", 3)
+    client.server.submit("short", asked("y", max_tokens=5))
+    assert client.text("short") == alone(asked("y", max_tokens=5))
+    assert "long" not in client.ends
+    client.server.cancel("long")
+    client.end("long")
+
+
+def test_conversations_and_token_ids(client: Client) -> None:
+    turns = (ChatMessage("user", "How are you?"),)
+    client.server.submit("chat", Ask(messages=turns))
+    client.server.submit("ids", Ask(prompt=(72, 101, 108, 108, 111)))
+    model = make_model()
+    assert client.text("chat") == model.chat(turns, max_tokens=30, temperature=1.0, seed=1)
+    assert client.text("ids") == alone(asked("Hello"))
+
+
+def test_cancel_frees_the_place_within_a_step(client: Client) -> None:
+    for key in "abcd":
+        client.server.submit(key, asked(key, max_tokens=100_000))
+    client.server.submit("waits", asked("w", max_tokens=3))
+    client.begun("d")
+    assert (client.load.num_running, client.load.num_waiting) == (4, 1)
+    client.server.cancel("b")
+    end = client.end("b")
+    assert (end.reason, end.error) == ("aborted", None)
+    assert end.num_output_tokens == len(client.pieces["b"])
+    client.end("waits")
+    for key in ("a", "c", "d", "a", "unknown"):
+        client.server.cancel(key)
+    for key in "acd":
+        client.end(key)
+    while client.load != Load(("gpt",)):
+        client.take_round()
+    assert not client.models["gpt"].engine.has_work
+
+
+def test_cancelled_before_it_ran_it_never_runs() -> None:
+    may_load = threading.Event()
+    client = Client(gpt=lambda: (may_load.wait(), make_model())[1])
+    client.server.submit("early", asked("x"))
+    client.server.submit("other", asked("y"))
+    client.server.cancel("early")
+    assert client.end("early") == End("early", "aborted")
+    may_load.set()
+    assert client.text("other") == alone(asked("y"))
+    assert "early" not in client.pieces
+    client.server.close()
+
+
+def test_owners_take_turns() -> None:
+    client = Client(gpt=make_model(num_slots=1))
+    client.server.submit("a1", asked("a1", max_tokens=500, owner="a"))
+    client.begun("a1")
+    for key in ("a2", "a3", "a4", "b1", "b2"):
+        client.server.submit(key, asked(key, max_tokens=2, owner=key[0]))
+    while client.load.num_waiting < 5:
+        client.take_round()
+    client.end("a4")
+    assert list(client.ends) == ["a1", "a2", "b1", "a3", "b2", "a4"]
+    client.server.close()
+
+
+def test_loading_a_model_holds_up_no_other() -> None:
+    may_load = threading.Event()
+    client = Client(gpt=make_model(), slow=lambda: (may_load.wait(), make_model())[1])
+    client.server.submit("now", asked("x"))
+    client.begun("now")
+    client.server.submit("1", asked("x", model="slow"))
+    client.server.submit("2", asked("y", model="slow"))
+    assert client.text("now") == alone(asked("x"))
+    client.server.submit("then", asked("y"))
+    assert client.text("then") == alone(asked("y"))
+    assert client.load.models == ("gpt",)
+    assert set(client.ends) == {"now", "then"}
+    may_load.set()
+    assert [client.text("1"), client.text("2")] == [alone(asked("x")), alone(asked("y"))]
+    assert client.num_loads == 2
+    assert client.load.models == ("gpt", "slow")
+    client.server.close()
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_requests_and_is_tried_again(client: Client) -> None:
+    client.models["sick"] = MemoryError()
+    client.server.submit("1", asked("x", model="nowhere"))
+    client.server.submit("2", asked("x", model="sick"))
+    missing, no_memory = client.end("1"), client.end("2")
+    assert isinstance(missing.error, NotFound)
+    assert isinstance(no_memory.error, Unavailable)
+    assert "not enough memory" in str(no_memory.error)
+    client.models["sick"] = make_model()
+    client.server.submit("3", asked("x", model="sick"))
+    assert client.text("3") == alone(asked("x"))
+
+
+def test_preloading_is_loading_once(client: Client) -> None:
+    client.server.preload("gpt")
+    while not client.load.models:
+        client.take_round()
+    client.server.submit("1", asked("x"))
+    client.end("1")
+    assert client.num_loads == 1
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (asked("x" * 80), "80 tokens, but the model's context is 64"),
+        (Ask((5, 900)), "token ids outside of"),
+        (Ask(params=SamplingParams(temperature=-1.0)), "temperature"),
+        (Ask(params=SamplingParams(max_tokens=0)), "max_tokens"),
+    ],
+)
+def test_what_the_model_cannot_do_fails_alone(client: Client, ask: Ask, message: str) -> None:
+    client.server.submit("good", asked("x"))
+    client.server.submit("bad", ask)
+    end = client.end("bad")
+    assert isinstance(end.error, InvalidInput)
+    assert message in str(end.error)
+    assert end.reason == "aborted"
+    assert client.text("good") == alone(asked("x"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("a kernel broke"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), Unavailable),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), Unavailable),
+    ],
+)
+def test_poison_fails_alone_and_the_others_go_on_as_if_nothing_had_been(
+    client: Client, error: Exception, kind: type[Exception]
+) -> None:
+    decoder = client.models["gpt"].model
+    decoder.poison, decoder.error = 200, error  # no answer draws it
+    client.server.submit("1", asked("first", 1, 60))
+    client.server.submit("2", asked("second", 2, 90))
+    client.begun("2", 5)
+    client.server.submit("bad", Ask((200, 5)))
+    client.server.submit("3", asked("third", 3, 20))
+    assert type(client.end("bad").error) is kind
+    for key, ask in {"1": asked("first", 1, 60), "2": asked("second", 2, 90), "3": asked("third", 3, 20)}.items():
+        assert client.text(key) == alone(ask)
+        assert client.ends[key].error is None
+
+
+def test_idle_costs_no_processor_time(client: Client) -> None:
+    client.server.submit("1", asked("x", max_tokens=2))
+    client.end("1")
+    time.sleep(0.1)  # the report after the end
+    passes, start = client.models["gpt"].model.num_passes, time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - start < 0.1
+    assert client.models["gpt"].model.num_passes == passes
+
+
+def test_close_ends_it_in_the_middle_of_an_answer(client: Client) -> None:
+    client.server.submit("1", asked("x", max_tokens=100_000))
+    client.begun("1")
+    client.server.close()
+    assert client.server.ended.done()
+
+
+def test_a_bug_in_its_own_thread_is_not_silent() -> None:
+    def broken(events: list[Event]) -> None:
+        raise ZeroDivisionError
+
+    server = InferenceServer(lambda name: make_model(), broken)
+    server.submit("1", asked("x"))
+    assert isinstance(server.ended.exception(timeout=30), ZeroDivisionError)
+    server.close()
