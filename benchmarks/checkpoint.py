@@ -68,8 +68,9 @@ class Bench:
         }
 
     def save(self) -> None:
-        """Begin to save."""
+        """Begin to save as if the last save were 250 s ago, as it is in a run of such steps."""
         self.num_saves += 1
+        self.checkpoints.begun_at -= 250
         self.checkpoints.save(self.model, self.optimizer, replace(STATE, step=self.num_saves), is_best=False)
 
     def step(self) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -76,7 +77,8 @@ class Checkpoints:
         self.copied = threading.Event()
         self.copied.set()
         self.writer: threading.Thread | None = None
-        self.throttle = Throttle(1.0)
+        self.throttle = Throttle(1.0, 0.0)
+        self.begun_at = time.monotonic()  # when the last save began
         self.failure: Exception | None = None
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover)
@@ -91,11 +93,16 @@ class Checkpoints:
         """Begin to save; returns at once. `wait_until_copied` must come before the next update."""
         self.wait()
         self.copied.clear()
-        self.throttle = Throttle(WRITER_SHARE if optimizer.device.type == "cpu" else 1.0)
+        self.throttle = self._throttle(optimizer)
         self.writer = threading.Thread(
             target=self._save, args=(model, optimizer, state, is_best), name="checkpoint-writer", daemon=True
         )
         self.writer.start()
+
+    def _throttle(self, optimizer: Optimizer) -> Throttle:
+        """A small share where training needs the cores; all is on the disk halfway to the next save, at this pace."""
+        before, self.begun_at = self.begun_at, time.monotonic()
+        return Throttle(WRITER_SHARE if optimizer.device.type == "cpu" else 1.0, (self.begun_at - before) / 2)
 
     def wait_until_copied(self) -> None:
         """Return when the tensors may change again."""

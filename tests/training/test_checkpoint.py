@@ -104,6 +104,7 @@ def test_the_writer_rests_beside_training_until_somebody_waits(tmp_path: Path, m
     monkeypatch.setattr(checkpoint_module, "WRITER_SHARE", 1e-9)
     model, optimizer = trained(1)
     checkpoints = Checkpoints(tmp_path, 2, no_extra_files)
+    checkpoints.begun_at -= 1e6  # saves are far apart
     checkpoints.save(model, optimizer, replace(STATE, step=1, num_updates=1), is_best=False)
     checkpoints.wait_until_copied()  # the copy does not rest: the next update stands behind it
     with pytest.raises(NotFound):
@@ -114,6 +115,16 @@ def test_the_writer_rests_beside_training_until_somebody_waits(tmp_path: Path, m
     assert read_state(latest(tmp_path)).step == 1
     checkpoints.wait()
     assert read_state(latest(tmp_path)).step == 2
+
+
+def test_the_writer_is_done_before_the_next_save_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "WRITER_SHARE", 1e-9)
+    model, optimizer = trained(1)
+    checkpoints = Checkpoints(tmp_path, 2, no_extra_files)
+    checkpoints.save(model, optimizer, replace(STATE, step=1, num_updates=1), is_best=False)
+    assert checkpoints.writer is not None
+    checkpoints.writer.join(30)  # nobody hurries it
+    assert read_state(latest(tmp_path)).step == 1
 
 
 def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

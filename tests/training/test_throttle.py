@@ -1,4 +1,4 @@
-"""A throttled thread rests in proportion to its work, and not at all once somebody waits."""
+"""A throttled thread rests in proportion to its work, for no longer than allowed, and not at all once waited for."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ def busy(seconds: float) -> None:
 
 
 def test_rests_are_in_proportion_to_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    throttle = Throttle(0.02)
+    throttle = Throttle(0.02, 100.0)
     rests: list[float] = []
     monkeypatch.setattr(throttle.hurried, "wait", rests.append)
     throttle.begin()
@@ -26,8 +26,21 @@ def test_rests_are_in_proportion_to_the_work(monkeypatch: pytest.MonkeyPatch) ->
     assert rests[1] == pytest.approx(0.03 * 49, rel=0.1)
 
 
+def test_rests_end_when_their_time_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    throttle = Throttle(1e-3, 15.0)
+    rests: list[float] = []
+    monkeypatch.setattr(throttle.hurried, "wait", rests.append)
+    throttle.begin()
+    for _ in range(3):
+        busy(0.01)
+        throttle.rest()
+    assert rests[0] == pytest.approx(10, rel=0.2)
+    assert sum(rests) == 15.0
+    assert rests[2] == 0.0
+
+
 def test_a_whole_core_means_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    throttle = Throttle(1.0)
+    throttle = Throttle(1.0, 100.0)
     rests: list[float] = []
     monkeypatch.setattr(throttle.hurried, "wait", rests.append)
     throttle.begin()
@@ -37,7 +50,7 @@ def test_a_whole_core_means_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_waits_ends_the_rest_at_once() -> None:
-    throttle = Throttle(1e-9)
+    throttle = Throttle(1e-9, 1e9)
 
     def work() -> None:
         throttle.begin()
