@@ -7,21 +7,32 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from smelt import __version__
-from smelt.api import failures, health
+from smelt.api import docs, failures, health, login, resources
 from smelt.api.gate import Gate
 from smelt.api.services import Services
+from smelt.api.sessions import Sessions
+from smelt.control.keyring import KeyRing
+from smelt.dashboard import pages
 
 
 def create_app(services: Services) -> ASGIApp:
-    """The application that a server runs."""
-    return Gate(create_routes(services), services)
+    """The application that a server runs. ConfigError for settings that cannot be meant."""
+    ring = KeyRing(services.database)
+    sessions = Sessions(services.settings.home)
+    return Gate(create_routes(services, ring, sessions), services.settings, ring, sessions)
 
 
-def create_routes(services: Services) -> FastAPI:
+def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> FastAPI:
     """The routes without the gate; nobody serves these."""
     # FastAPI's own pages load their scripts from somebody else's server.
     app = FastAPI(title="smelt", version=__version__, docs_url=None, redoc_url=None)
-    app.state.services = services
     failures.install(app)
-    app.include_router(health.router(services))
+    for routes in (
+        resources.router(services),
+        health.router(services),
+        pages.router(),
+        docs.router(app),
+        login.router(ring, sessions),
+    ):
+        app.include_router(routes)
     return app

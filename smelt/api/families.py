@@ -13,12 +13,13 @@ Shape = Literal["openai", "detail"]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Routes below one path. Any one of `scopes` opens them; "admin" does anyway, and `public` ones need no key."""
+    """Routes below one path. Any one of `scopes` opens them; `public` ones need no key."""
 
     scopes: frozenset[str] = frozenset()
     shape: Shape = "detail"
     public: bool = False
     page: bool = False  # for people: a browser that is not logged in is sent to the login page
+    always: bool = False  # answered however many requests there are
 
 
 ANY = frozenset(SCOPES)
@@ -33,8 +34,8 @@ FAMILIES: dict[str, Family] = {
     "/docs": PAGE,
     "/openapi.json": Family(ANY),
     "/health": Family(ANY),
-    "/healthz": PUBLIC,
-    "/metrics": Family(frozenset({"admin"})),
+    "/healthz": Family(public=True, always=True),
+    "/metrics": Family(frozenset({"admin"})),  # it tells of everybody's use
     "/login": Family(public=True, page=True),
     "/logout": Family(public=True, page=True),
     "/static": PUBLIC,
@@ -42,17 +43,18 @@ FAMILIES: dict[str, Family] = {
     "/v1/completions": OPENAI,
     "/v1/chat/completions": OPENAI,
     "/v1/runs": Family(frozenset({"training"})),
+    "/v1/workers": Family(ANY),
 }
 
 
 def family_of(path: str) -> Family | None:
     """The family that claims a path; None where none does."""
-    if path == "/":
-        return FAMILIES[path]
-    while path:
+    if (family := FAMILIES.get(path)) is not None:
+        return family
+    # What lies below "/" would be everything, so "/" claims itself alone.
+    while len(path := path.rpartition("/")[0]) > 1:
         if (family := FAMILIES.get(path)) is not None:
             return family
-        path = path.rpartition("/")[0]
     return None
 
 

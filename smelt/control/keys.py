@@ -1,4 +1,4 @@
-"""API keys: who a caller is, keys made and revoked, and the ring of those that open something now; knows no HTTP.
+"""API keys: who a caller is, and keys made, revoked and asked for before a server shows itself; knows no HTTP.
 
 The text of a key is 256 random bits behind a prefix, and is shown once; the database has its sha256. Nothing slower
 than a hash is needed where nobody could guess the text in the first place.
@@ -88,7 +88,7 @@ def check_exposed(settings: Settings) -> None:
     """ConfigError where other machines would reach a server that no key protects."""
     if is_loopback(settings.host):
         return
-    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = open_database(settings.database_url)
     with engine.connect() as connection:
         live = [key for key in records.all_keys(connection) if key.revoked is None]

@@ -84,7 +84,7 @@ def router() -> APIRouter:
     @routes.get("/dashboard/runs/{run_id}")
     async def run(request: Request, run_id: str) -> Response:
         """One run with its charts."""
-        return page(request, "run.html", CHART_POLICY, run_id=run_id)
+        return page(request, "run.html", CHART_POLICY, run_id=run_id, section="Runs")
 
     @routes.get("/dashboard/playground")
     async def playground(request: Request) -> Response:
@@ -102,7 +102,7 @@ def router() -> APIRouter:
     return routes
 
 
-def page(request: Request, template: str, policy: str = POLICY, **values: str) -> HTMLResponse:
+def page(request: Request, template: str, policy: str = POLICY, **values: object) -> HTMLResponse:
     """A page; one of a browser that has logged in knows the token that must come with its requests."""
     token = getattr(request.state, "csrf_token", "")
     return HTMLResponse(

@@ -1,0 +1,183 @@
+"""Request bodies on their way in: capped, unpacked and hurried; knows nothing of what is in them.
+
+A body that is wrong is refused while it comes, before it is whole: the cap holds for what is unpacked, so that a
+kilobyte cannot become a gigabyte.
+"""
+
+import asyncio
+import io
+import time
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+from starlette.types import Message, Receive
+
+from smelt.errors import InvalidInput, SlowBody, SmeltError, TooLarge, Unavailable, UnsupportedEncoding
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None  # type: ignore[assignment]
+
+PIECE_BYTES = 2**18
+# A body has this long, and a second more for each so many bytes of it that have come.
+PATIENCE_S = 20.0
+BYTES_PER_S = 2**13
+# What the bodies of all requests in hand may hold together.
+MAX_HELD_BYTES = 2**30
+
+Pieces = AsyncGenerator[bytes, None]
+
+
+async def inflated(packed: AsyncIterator[bytes]) -> Pieces:
+    """Unpack gzip or deflate, piece by piece. InvalidInput where it is broken or cut short."""
+    inflate = None
+    async for chunk in packed:
+        while chunk:
+            inflate = inflate or zlib.decompressobj(_window_bits(chunk))
+            while piece := _inflate(inflate, chunk):
+                chunk = inflate.unconsumed_tail
+                yield piece
+            # What follows the end of a gzip member is the next member.
+            chunk = inflate.unused_data
+            if inflate.eof and chunk:
+                inflate = None
+    if inflate is None or not inflate.eof:
+        raise InvalidInput("the body is cut short: its Content-Encoding has no end")
+
+
+def _window_bits(chunk: bytes) -> int:
+    """47 takes gzip and zlib; "deflate" is also sent without zlib's header."""
+    is_gzip, is_zlib = chunk[0] == 0x1F, chunk[0] & 0x0F == 8 and int.from_bytes(chunk[:2], "big") % 31 == 0
+    return 47 if is_gzip or is_zlib else -15
+
+
+def _inflate(inflate: "zlib._Decompress", chunk: bytes) -> bytes:
+    try:
+        return inflate.decompress(chunk, PIECE_BYTES)
+    except zlib.error as error:
+        raise InvalidInput(f"the body is not what its Content-Encoding says: {error}") from None
+
+
+async def unzstd(packed: AsyncIterator[bytes]) -> Pieces:
+    """Unpack zstd. It is gathered first, under the same cap: fed in pieces, the library bounds no piece it gives."""
+    whole = io.BytesIO(b"".join([chunk async for chunk in packed]))
+    reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(whole, read_across_frames=True)
+    while piece := _read(reader):
+        yield piece
+
+
+def _read(reader: "zstandard.ZstdDecompressionReader") -> bytes:
+    try:
+        return reader.read(PIECE_BYTES)
+    except zstandard.ZstdError as error:
+        raise InvalidInput(f"the body is not what its Content-Encoding says: {error}") from None
+
+
+UNPACKERS: dict[bytes, Callable[[AsyncIterator[bytes]], Pieces]] = {b"gzip": inflated, b"deflate": inflated}
+if zstandard is not None:
+    UNPACKERS[b"zstd"] = unzstd
+
+
+class Bodies:
+    """What the bodies of all requests in hand have in common: their cap, and the room that is left for them."""
+
+    def __init__(self, max_bytes: int, patience_s: float = PATIENCE_S, max_held_bytes: int = MAX_HELD_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.patience_s = patience_s
+        self.num_held_bytes = 0
+        self._max_held_bytes = max(max_held_bytes, max_bytes)
+
+    def hold(self, num_bytes: int) -> None:
+        """Take room. Unavailable where there is none."""
+        if self.num_held_bytes + num_bytes > self._max_held_bytes:
+            raise Unavailable("this server holds as many request bodies as it can; send it again in a moment")
+        self.num_held_bytes += num_bytes
+
+    def too_large(self) -> TooLarge:
+        """The refusal of a body beyond the cap."""
+        return TooLarge(f"the body is larger than {self.max_bytes:,} bytes (unpacked), the setting max_body_mb")
+
+
+class Body:
+    """The `receive` of a request with a body. `failure` is why it was refused, for handlers may hide the error."""
+
+    __slots__ = ("_arriving", "_bodies", "_deadline", "_num_arrived", "_num_given", "_pieces", "_receive", "failure")
+
+    def __init__(self, receive: Receive, bodies: Bodies, length: bytes | None, encoding: bytes) -> None:
+        self.failure: SmeltError | None = None
+        self._receive = receive
+        self._bodies = bodies
+        self._arriving = True
+        self._num_arrived = 0
+        self._num_given = 0
+        self._deadline = time.monotonic() + bodies.patience_s
+        self._pieces: Pieces | None = None
+        if length is not None and int(length) > bodies.max_bytes:
+            raise bodies.too_large()
+        if encoding not in (b"", b"identity"):
+            self._pieces = _unpacker(encoding)(self._chunks())
+
+    async def __call__(self) -> Message:
+        """The next message of the request, as ASGI has it."""
+        if self._pieces is None and not self._arriving:
+            return await self._receive()
+        try:
+            return await (self._next() if self._pieces is None else self._next_unpacked())
+        except SmeltError as error:
+            self.failure = error
+            raise
+
+    def release(self) -> None:
+        """The request has ended, and with it what was held of its body."""
+        self._bodies.num_held_bytes -= self._num_given
+
+    async def _next(self) -> Message:
+        message = await self._arrival()
+        if message["type"] == "http.request":
+            self._give(message.get("body", b""))
+        return message
+
+    async def _next_unpacked(self) -> Message:
+        assert self._pieces is not None
+        piece = await anext(self._pieces, b"")
+        if not piece:
+            self._pieces = None
+            return {"type": "http.request", "body": b"", "more_body": False}
+        self._give(piece)
+        await asyncio.sleep(0)  # to unpack takes its time, and others shall not wait for all of it
+        return {"type": "http.request", "body": piece, "more_body": True}
+
+    async def _chunks(self) -> Pieces:
+        """The body as it comes, still packed, and no longer than it might be unpacked."""
+        while self._arriving:
+            message = await self._arrival()
+            if message["type"] != "http.request":
+                return
+            if self._num_arrived > self._bodies.max_bytes:
+                raise self._bodies.too_large()
+            yield message.get("body", b"")
+
+    async def _arrival(self) -> Message:
+        try:
+            async with asyncio.timeout(self._deadline + self._num_arrived / BYTES_PER_S - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise SlowBody(f"the body came too slowly: {self._num_arrived:,} bytes so far; send it again") from None
+        self._num_arrived += len(message.get("body", b""))
+        self._arriving = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    def _give(self, piece: bytes) -> None:
+        if self._num_given + len(piece) > self._bodies.max_bytes:
+            raise self._bodies.too_large()
+        self._bodies.hold(len(piece))
+        self._num_given += len(piece)
+
+
+def _unpacker(encoding: bytes) -> Callable[[AsyncIterator[bytes]], Pieces]:
+    unpacker = UNPACKERS.get(encoding.strip().lower())
+    if unpacker is None:
+        known = ", ".join(name.decode() for name in UNPACKERS)
+        raise UnsupportedEncoding(f"cannot unpack {encoding.decode('latin-1')!r}; use one of: {known}")
+    return unpacker

@@ -1,0 +1,142 @@
+"""What the server counts, for Prometheus, and what it writes to its log; knows no route and keeps no secret.
+
+A request is counted under its route's template, so that ids in paths make no new series. The log has a line per
+request: no query string, no body, and nothing that looks like a key.
+"""
+
+import logging
+import re
+import sys
+from functools import lru_cache
+from typing import Any, TextIO
+
+import msgspec
+import structlog
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from starlette.types import Scope
+from structlog.typing import EventDict, WrappedLogger
+
+from smelt.control.model_server import WorkerInfo
+
+REGISTRY = CollectorRegistry()
+for collector in (ProcessCollector, PlatformCollector, GCCollector):
+    collector(registry=REGISTRY)
+
+# Answers stream for minutes; a health check takes a millisecond.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+requests = Counter("smelt_http_requests", "Requests answered.", ["method", "route", "status"], registry=REGISTRY)
+request_seconds = Histogram(
+    "smelt_http_request_seconds",
+    "From a request to the end of its answer.",
+    ["route"],
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
+in_flight = Gauge("smelt_http_requests_in_flight", "Requests under way.", registry=REGISTRY)
+tokens = Counter("smelt_tokens", "Tokens of finished answers.", ["model", "kind"], registry=REGISTRY)
+answers = Counter("smelt_answers", "Answers by how they ended.", ["model", "reason"], registry=REGISTRY)
+first_token_seconds = Histogram(
+    "smelt_first_token_seconds", "From a request to its first token.", ["model"], buckets=SECONDS, registry=REGISTRY
+)
+gap_seconds = Histogram(
+    "smelt_inter_token_seconds", "Between two pieces of an answer.", ["model"], buckets=SECONDS, registry=REGISTRY
+)
+worker_sequences = Gauge("smelt_worker_sequences", "Sequences of each worker.", ["worker", "state"], registry=REGISTRY)
+workers_connected = Gauge("smelt_workers", "Workers that are connected.", registry=REGISTRY)
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SECRET = re.compile(r"(tml-|sk-|hf_|Bearer )[\w.~+/=-]+")
+SECRET_SIGNS = ("tml-", "sk-", "hf_", "Bearer ")
+
+
+def count_request(method: str, route: str, status: int, seconds: float) -> None:
+    """A request has ended. `route` is a template, or a word where no route was found."""
+    counter, histogram = _request_series(method if method in METHODS else "other", route, status)
+    counter.inc()
+    histogram.observe(seconds)
+
+
+@lru_cache(maxsize=4096)
+def _request_series(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+    return requests.labels(method, route, str(status)), request_seconds.labels(route)
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that answered, such as /v1/models/{id}; "none" where there was none."""
+    route = scope.get("route")
+    return getattr(route, "path_format", None) or getattr(route, "path", None) or "none"
+
+
+def count_answer(model: str, num_prompt_tokens: int, num_output_tokens: int, reason: str) -> None:
+    """An answer has ended. `model` must be the name of a served model, not whatever a client wrote."""
+    answers.labels(model, reason).inc()
+    tokens.labels(model, "prompt").inc(num_prompt_tokens)
+    tokens.labels(model, "output").inc(num_output_tokens)
+
+
+def observe_first_token(model: str, seconds: float) -> None:
+    """How long a client waited for the first token."""
+    first_token_seconds.labels(model).observe(seconds)
+
+
+def observe_gap(model: str, seconds: float) -> None:
+    """How long a client waited for the next piece."""
+    gap_seconds.labels(model).observe(seconds)
+
+
+def exposition(workers: list[WorkerInfo]) -> bytes:
+    """All of it in Prometheus's text format, with what the workers do at this moment."""
+    workers_connected.set(len(workers))
+    worker_sequences.clear()
+    for worker in workers:
+        worker_sequences.labels(worker.name, "running").set(worker.num_running)
+        worker_sequences.labels(worker.name, "waiting").set(worker.num_waiting)
+    return generate_latest(REGISTRY)
+
+
+def configure_logging(stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:
+    """Lines for people on a terminal, JSON elsewhere; the same for modules that use the standard `logging`."""
+    for_people = stream.isatty()
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        without_secrets,
+    ]
+    renderer = structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(_json)
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.root.handlers[:] = [handler]
+    logging.root.setLevel(level)
+
+
+def without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Cut out of a log line whatever looks like a key: they end up in paths, and errors quote what they were given."""
+    for name, value in event.items():
+        if isinstance(value, str) and any(sign in value for sign in SECRET_SIGNS):
+            event[name] = SECRET.sub(r"\1...", value)
+    return event
+
+
+def _json(value: Any, **_: Any) -> str:
+    return msgspec.json.encode(value, enc_hook=str).decode()
