@@ -103,9 +103,8 @@ def exposition(workers: list[WorkerInfo]) -> bytes:
     return generate_latest(REGISTRY)
 
 
-def configure_logging(stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:
-    """Lines for people on a terminal, JSON elsewhere; the same for modules that use the standard `logging`."""
-    for_people = stream.isatty()
+def configure_logging(stream: TextIO = sys.stderr, level: int = logging.INFO, *, for_people: bool = False) -> None:
+    """Lines for people, or JSON; the same for modules that use the standard `logging`."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

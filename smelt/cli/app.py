@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("smelt.cli.data", "Add, list, show and remove datasets."),
     "train": ("smelt.cli.train", "Train a model from scratch, continue a run, or fine-tune."),
     "generate": ("smelt.cli.generate", "Write text with a model."),
+    "serve": ("smelt.cli.serve", "Serve models to OpenAI clients, and pages to watch runs on."),
     "models": ("smelt.cli.models", "List, show, import, export and remove models."),
     "keys": ("smelt.cli.keys", "Make, list and revoke API keys."),
     "doctor": ("smelt.cli.doctor", "Say what this machine has, and what is wrong with it."),

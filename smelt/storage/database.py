@@ -48,6 +48,19 @@ def open_database(url: str) -> Engine:
     return engine
 
 
+def check_integrity(engine: Engine) -> None:
+    """StorageError where a SQLite file is damaged; PostgreSQL looks after itself."""
+    if engine.dialect.name != "sqlite":
+        return
+    try:
+        with engine.connect() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+    except DBAPIError as error:
+        raise explained(error, engine) from None
+    if found != "ok":
+        raise StorageError(f"{engine.url.database} is damaged ({found}); restore a copy, or move it out of the way")
+
+
 def explained(error: DBAPIError, engine: Engine) -> OutOfSpace | StorageError:
     """What went wrong in the database's own words, with its place (and no password) before them."""
     place = engine.url.render_as_string(hide_password=True)

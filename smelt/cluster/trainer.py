@@ -1,0 +1,80 @@
+"""One run in a process of its own, forked for it by the launcher; knows no server and no connection.
+
+It stops cleanly on SIGINT, with a checkpoint, and never outlives the launcher. What it would have shown on a terminal
+goes to `log.txt` in the run's folder.
+"""
+
+import logging
+import multiprocessing
+import os
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smelt.cluster.lifeline import die_at_end_of_file, die_with_parent
+from smelt.configs import RUN_LOG
+from smelt.control.run_folders import read_entry
+from smelt.errors import SmeltError, TrainingError
+from smelt.library import run, run_config
+from smelt.transport.failures import failure_of
+from smelt.transport.messages import Grant, Result, TrainRequest
+
+# What the launcher's forkserver imports, so that each run finds it ready.
+PRELOADED = ("smelt.cluster.trainer", "smelt.training.recipes")
+
+log = logging.getLogger(__name__)
+
+
+def main(grant: Grant, answer: Connection) -> None:
+    """Do what was granted, and send one encoded Result."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None, "the launcher starts this"
+    die_at_end_of_file(launcher.sentinel)
+    die_with_parent(os.getppid())  # the forkserver
+    answer.send_bytes(msgspec.msgpack.encode(result_of(grant)))
+
+
+def result_of(grant: Grant) -> Result:
+    """Train, and put into a Result what came of it."""
+    try:
+        request = msgspec.msgpack.decode(grant.body, type=TrainRequest)
+        log_to(Path(request.config["out_dir"]))
+        summary = run(run_config(values_of(request)))
+    except KeyboardInterrupt:
+        error: Exception = TrainingError("the run was stopped before its first step")
+    except SmeltError as mistake:
+        log.info("error: %s", mistake)
+        error = mistake
+    except Exception as bug:
+        log.exception("the run ends here, because of a bug")
+        error = bug
+    else:
+        return Result(grant.future_id, grant.epoch, body=msgspec.msgpack.encode(asdict(summary)))
+    return Result(grant.future_id, grant.epoch, failure=failure_of(error))
+
+
+def values_of(request: TrainRequest) -> dict[str, Any]:
+    """The config's values; where this run has been trained before, it goes on from its last checkpoint."""
+    out_dir = Path(request.config["out_dir"])
+    entry = read_entry(out_dir)
+    if entry is not None and entry.id == request.run_id and newest_checkpoint(out_dir) is not None:
+        return {**request.config, "init_from": "resume"}
+    return request.config
+
+
+def newest_checkpoint(out_dir: Path) -> str | None:
+    """The name of the last one, which tells how far a run has come."""
+    return max((path.name for path in out_dir.glob("checkpoints/step-*")), default=None)
+
+
+def log_to(out_dir: Path) -> None:
+    """From now on, what this process writes to its terminal goes to the run's log."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out_dir / RUN_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for terminal in (1, 2):
+        os.dup2(descriptor, terminal)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
