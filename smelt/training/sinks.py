@@ -76,13 +76,12 @@ def _is_before(values: dict[str, Any], last_step: int) -> bool:
 
 
 def log_sink(path: Path, log_interval: int) -> Sink:
-    """The lines of a run and when they were written; those of its earlier parts stay when it is resumed."""
+    """The lines of a run and when they were written, after whatever is in the log already."""
 
     def receive(event: Event) -> None:
         if not is_logged(event, log_interval):
             return
-        is_new = isinstance(event, RunInfo) and event.first_step == 0
-        with path.open("w" if is_new else "a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now(UTC).astimezone():%Y-%m-%d %H:%M:%S}  {describe(event)}\n")
 
     return receive

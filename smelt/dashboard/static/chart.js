@@ -11,7 +11,7 @@ function color(name) {
 
 function axis(title) {
   return {
-    title: { text: title, standoff: 8 },
+    title: { text: title, standoff: 10, font: { size: 13 } },
     gridcolor: color("--line"),
     linecolor: color("--line"),
     zeroline: false,
@@ -21,7 +21,7 @@ function axis(title) {
 
 function layout(chart) {
   return {
-    margin: { l: 48, r: 12, t: 8, b: 40 },
+    margin: { l: 52, r: 20, t: 16, b: 44 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 13, color: color("--faint") },
@@ -32,7 +32,12 @@ function layout(chart) {
     showlegend: chart.curves.length > 1,
     legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { color: color("--text") } },
     xaxis: { ...axis("step"), rangemode: "tozero", tickformat: ",d" },
-    yaxis: { ...axis(""), type: chart.log ? "log" : "linear", rangemode: chart.fromZero ? "tozero" : "normal" },
+    yaxis: {
+      ...axis(""),
+      tickformat: chart.whole ? ",d" : "",
+      type: chart.log ? "log" : "linear",
+      rangemode: chart.fromZero ? "tozero" : "normal",
+    },
   };
 }
 
@@ -68,12 +73,12 @@ export function chartIn(element) {
   return draw;
 }
 
-// A curve without its noise.
-export function smoothed(values, weight = 0.9) {
-  let average = null;
-  return values.map((value) => {
-    if (value == null) return average;
-    average = average == null ? value : weight * average + (1 - weight) * value;
-    return average;
+// A curve without its noise: each point is the mean of those around it, so that it does not lag behind.
+export function smoothed(values) {
+  const radius = Math.max(1, Math.round(values.length / 80));
+  return values.map((_, index) => {
+    const reach = Math.min(radius, index, values.length - 1 - index); // symmetric, at the ends too
+    const near = values.slice(index - reach, index + reach + 1).filter((value) => value != null);
+    return near.length ? near.reduce((sum, value) => sum + value, 0) / near.length : null;
   });
 }

@@ -48,6 +48,7 @@ function draw() {
   });
   drawPace({
     fromZero: true,
+    whole: true,
     curves: [{ name: "tokens/s", x: train.step, y: train.tokens_per_second, color: "--curve", hover: "%{y:,.0f}" }],
   });
   part("loss-summary").textContent = summary(train, validation);

@@ -1,0 +1,470 @@
+"""The pages as people use them, driven in Chromium: live curves, a streaming playground, phone, dark, keyboard."""
+
+import asyncio
+import fcntl
+import json
+import re
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from starlette.types import ASGIApp
+
+from live import serving, with_caller
+from smelt.api import failures, resources
+from smelt.api.services import Services
+from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS, TrainConfig
+from smelt.control.keys import LOCAL
+from smelt.control.model_server import WorkerInfo
+from smelt.control.run_folders import register
+from smelt.dashboard import pages
+from smelt.settings import Settings, load_settings
+from smelt.storage.database import open_database, sqlite_url
+from smelt.storage.files import Files
+from smelt.storage.futures import Ledger
+from smelt.storage.writer import Writer
+
+pytestmark = pytest.mark.slow
+# It shall do nothing of its own accord, least of all call home.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
+PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
+PATHS = ["/dashboard", "/dashboard/runs/{run}", "/dashboard/playground"]
+LIVE_MS = 2000  # what happens in a run is on the page within this time
+
+
+class Answers:
+    """OpenAI's routes with an author who writes numbered words, or fails when told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.num_words = 5
+        self.problem = ""
+        self.num_left_early = 0
+
+    def add_routes(self, app: FastAPI) -> None:
+        app.get("/v1/models")(self.models)
+        app.post("/v1/completions")(self.complete)
+        app.post("/v1/chat/completions")(self.complete)
+
+    async def models(self) -> dict[str, Any]:
+        return {"data": [{"id": "nano"}, {"id": "micro"}]}
+
+    async def complete(self, request: Request) -> Any:
+        body = await request.json()
+        self.asked.append(body)
+        if self.problem:
+            return JSONResponse({"error": {"message": self.problem, "type": "x", "param": None, "code": None}}, 400)
+        return StreamingResponse(self.words("messages" in body), media_type="text/event-stream")
+
+    async def words(self, is_chat: bool) -> AsyncIterator[str]:
+        try:
+            for number in range(self.num_words):
+                text = f" word{number}." if number % 2 else f" <b>word{number}</b>"
+                yield chunk({"delta": {"content": text}} if is_chat else {"text": text})
+                await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            self.num_left_early += 1
+            raise
+        yield chunk({"delta": {}, "text": "", "finish_reason": "stop"})
+        yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': self.num_words}})}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+def chunk(choice: dict[str, Any]) -> str:
+    return f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+
+class Site:
+    """The pages on a real port, with runs that a test moves on line by line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings: Settings = load_settings(home=folder / "home")
+        self.answers = Answers()
+        self.url = ""
+        self.locks: list[TextIO] = []
+        self.engine = open_database(sqlite_url(folder / "smelt.db"))
+        self.writer = Writer(self.engine)
+
+    def make_app(self) -> ASGIApp:
+        ledger = Ledger(self.engine, self.writer, Files(self.folder / "bodies"))
+        app = FastAPI()
+        failures.install(app)
+        app.include_router(resources.router(Services(self.settings, self.engine, self.writer, ledger, Workers())))
+        app.include_router(pages.router())
+        self.answers.add_routes(app)
+
+        return with_caller(app, LOCAL)
+
+    def start_run(self, name: str) -> "LiveRun":
+        out_dir = self.folder / name
+        out_dir.mkdir()
+        entry = register(TrainConfig(out_dir=str(out_dir), max_iters=200), self.settings.runs)
+        lock = (out_dir / RUN_LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        self.locks.append(lock)
+        return LiveRun(entry.id, out_dir, lock)
+
+    def close(self) -> None:
+        for lock in self.locks:
+            lock.close()
+        self.writer.close()
+        self.engine.dispose()
+
+
+class Workers:
+    """A ModelServer that has a worker; the answers come from elsewhere."""
+
+    workers = [WorkerInfo("here:1", 1, "cpu", ("nano",), 0, 0)]
+
+
+class LiveRun:
+    """A run that a test trains by hand."""
+
+    def __init__(self, run_id: str, out_dir: Path, lock: TextIO) -> None:
+        self.id = run_id
+        self.out_dir = out_dir
+        self.lock = lock
+        self.num_steps = 0
+
+    def train(self, num_steps: int = 1) -> None:
+        for _ in range(num_steps):
+            self.num_steps += 1
+            values = {"kind": "step", "step": self.num_steps, "loss": 4 / self.num_steps, "seconds": 0.5}
+            self.write({**values, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1234.0})
+            with (self.out_dir / RUN_LOG).open("a") as file:
+                file.write(f"step {self.num_steps} is done\n")
+
+    def evaluate(self, val_loss: float) -> None:
+        self.write({"kind": "evaluation", "step": self.num_steps, "val_loss": val_loss, "final": False})
+
+    def write(self, values: dict[str, Any]) -> None:
+        with (self.out_dir / RUN_METRICS).open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def end(self, values: dict[str, Any]) -> None:
+        self.write(values)
+        self.lock.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("Chromium is absent: install the system's package chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path)
+    with serving(site.make_app()) as site.url:
+        yield site
+    site.close()
+
+
+class Visit:
+    """A page under watch: it must not complain, and must not ask any other host."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.complaints: list[str] = []
+        self.hosts: set[str] = set()
+        page.on(
+            "console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text)
+        )
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.on("requestfailed", self.note_failure)
+
+    def note_line(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def note_failure(self, request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":  # what the page itself gave up: a stream when it is left
+            self.complaints.append(f"{request.url}: {request.failure}")
+
+    def open(self, path: str) -> Page:
+        self.page.goto(self.url + path)
+        return self.page
+
+    def check(self) -> None:
+        assert self.complaints == []
+        assert self.hosts <= {urlsplit(self.url).netloc}
+
+
+@pytest.fixture
+def visit(browser: Browser, site: Site, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    context = browser.new_context(**getattr(request, "param", DESKTOP))
+    context.set_default_timeout(15_000)
+    visit = Visit(context.new_page(), site.url)
+    yield visit
+    context.close()
+    visit.check()
+
+
+def wait_until(page: Page, is_so: Callable[[], bool], limit_ms: int = 15_000) -> None:
+    """Wait for what the page's own functions for waiting cannot see, or may not: its policy forbids them to eval."""
+    end = time.monotonic() + limit_ms / 1000
+    while not is_so():
+        assert time.monotonic() < end
+        page.wait_for_timeout(20)
+
+
+def wait_for_chart(page: Page, condition: str, limit_ms: int = 15_000) -> None:
+    """Wait until something holds of the loss chart's curves: train, train smoothed, validation."""
+    expression = f"Boolean(document.getElementById('loss-chart').data?.{condition})"
+    wait_until(page, lambda: bool(page.evaluate(expression)), limit_ms)
+
+
+def test_the_list_shows_runs_as_they_start_move_and_end(site: Site, visit: Visit) -> None:
+    page = visit.open("/dashboard")
+    expect(page.get_by_text("Nothing has been trained yet")).to_be_visible()
+    run = site.start_run("first")
+    row = page.get_by_role("row").filter(has_text="first")
+    expect(row).to_contain_text("Running", timeout=LIVE_MS)
+    run.train(10)
+    expect(row).to_contain_text("10 / 200", timeout=LIVE_MS)
+    expect(row).to_contain_text("0.4000")
+    expect(row.locator("svg polyline")).to_have_count(1)
+    run.end({"kind": "failure", "message": "the loss became nan"})
+    expect(row).to_contain_text("Failed", timeout=LIVE_MS)
+    site.start_run("second")
+    names = page.locator("tbody th a")
+    expect(names).to_have_text(["second", "first"], timeout=LIVE_MS)
+    shutil.rmtree(run.out_dir)
+    expect(names).to_have_text(["second"], timeout=LIVE_MS)
+
+
+def test_the_curves_of_a_run_move_while_it_trains(site: Site, visit: Visit) -> None:
+    run = site.start_run("live")
+    run.train(3)
+    page = visit.open(f"/dashboard/runs/{run.id}")
+    wait_for_chart(page, "[1].x.length === 3")
+    run.train(2)
+    run.evaluate(0.75)
+    wait_for_chart(page, "[1].x.length === 5", LIVE_MS)
+    wait_for_chart(page, "[2].y[0] === 0.75", LIVE_MS)
+    expect(page.locator("#loss")).to_have_text("0.8000")
+    expect(page.locator("#val-loss")).to_have_text("0.7500")
+    expect(page.locator("#tokens-per-second")).to_have_text("1,234")
+    expect(page.locator("#seconds-left")).to_have_text("1 min 37 s")
+    expect(page.locator("#progress-label")).to_have_text("Step 5 of 200 (2%)")
+    expect(page.locator("#log")).to_contain_text("step 5 is done")
+    assert page.locator("#loss-chart .scatterlayer path.js-line").count() == 3
+    run.end({"kind": "summary", "stop_reason": "done"})
+    expect(page.locator("#state")).to_have_text("Finished", timeout=LIVE_MS)
+
+
+def test_a_run_shows_its_config_its_command_and_its_figures_as_a_table(site: Site, visit: Visit) -> None:
+    run = site.start_run("shown")
+    run.train(4)
+    run.evaluate(2.5)
+    page = visit.open(f"/dashboard/runs/{run.id}")
+    expect(page.locator("#config")).to_contain_text("max_iters: 200")
+    expect(page.locator("#command-line")).to_contain_text("smelt train --max-iters 200 --out-dir")
+    page.get_by_text("The figures of both charts as a table").click()
+    rows = page.locator("#figures-table tbody tr")
+    expect(rows).to_have_count(4)
+    expect(rows.last.locator("td")).to_have_text(["4", "1.0000", "2.5000", "0.001", "1", "1,234"])
+    run.train()
+    expect(rows).to_have_count(5, timeout=LIVE_MS)
+
+
+def test_a_run_that_goes_back_to_a_checkpoint_is_drawn_anew(site: Site, visit: Visit) -> None:
+    run = site.start_run("resumed")
+    run.train(10)
+    page = visit.open(f"/dashboard/runs/{run.id}")
+    wait_for_chart(page, "[1].x.length === 10")
+    lines = (run.out_dir / RUN_METRICS).read_text().splitlines(keepends=True)
+    (run.out_dir / RUN_METRICS).write_text("".join(lines[:4]))
+    wait_for_chart(page, "[1].x.length === 4")
+    run.num_steps = 4
+    run.train()
+    wait_for_chart(page, "[1].x.at(-1) === 5", LIVE_MS)
+
+
+def test_a_failure_and_a_removed_run_are_told(site: Site, visit: Visit) -> None:
+    run = site.start_run("doomed")
+    run.end({"kind": "failure", "message": "the loss became <b>nan</b>"})
+    page = visit.open(f"/dashboard/runs/{run.id}")
+    expect(page.locator("#reason")).to_have_text("the loss became <b>nan</b>")
+    shutil.rmtree(run.out_dir)
+    expect(page.get_by_role("alert")).to_have_text("This run's folder has been removed.")
+
+
+def test_an_unknown_run_says_so(visit: Visit) -> None:
+    page = visit.open("/dashboard/runs/run-000000000000")
+    expect(page.get_by_role("alert")).to_contain_text("there is no run 'run-000000000000'")
+    assert [text for text in visit.complaints if "404" not in text] == []
+    visit.complaints.clear()  # the browser's own lines about the 404
+
+
+def test_the_playground_continues_a_text(site: Site, visit: Visit) -> None:
+    page = visit.open("/dashboard/playground")
+    page.get_by_label("Model").select_option("micro")
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Stop at").fill("END")
+    page.get_by_label("Text to continue").fill("Once")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn p")).to_have_text("Once <b>word0</b> word1. <b>word2</b> word3. <b>word4</b>")
+    expect(page.locator("#summary")).to_contain_text("5 tokens in")
+    expect(page.locator("#spoken p")).to_have_count(4)
+    (asked,) = site.answers.asked
+    assert asked.pop("stream_options") == {"include_usage": True}
+    assert asked == {
+        "model": "micro", "prompt": "Once", "max_tokens": 200, "temperature": 0, "top_p": 1, "seed": 7,
+        "stop": ["END"], "stream": True,
+    }  # fmt: skip
+
+
+def test_a_conversation_remembers_what_was_said(site: Site, visit: Visit) -> None:
+    site.answers.num_words = 1
+    page = visit.open("/dashboard/playground")
+    page.get_by_label("Chat").check()
+    for text in ("Hello", "And then?"):
+        page.get_by_label("Your message").fill(text)
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".turn.user p").last).to_have_text(text)
+        expect(page.locator("#summary")).to_contain_text("1 tokens in")
+    roles = [(turn["role"], turn["content"]) for turn in site.answers.asked[-1]["messages"]]
+    assert roles == [("user", "Hello"), ("assistant", " <b>word0</b>"), ("user", "And then?")]
+
+
+def test_an_answer_streams_and_can_be_stopped(site: Site, visit: Visit) -> None:
+    site.answers.num_words = 10_000
+    page = visit.open("/dashboard/playground")
+    page.get_by_label("Text to continue").fill("Once")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn p")).to_contain_text("word3")
+    stop = page.get_by_role("button", name="Stop", exact=True)
+    expect(stop).to_be_enabled()
+    stop.click()
+    expect(page.locator("#summary")).to_contain_text("you stopped it")
+    expect(stop).to_be_disabled()
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    wait_until(page, lambda: site.answers.num_left_early == 1)
+
+
+def test_an_error_is_shown_and_the_message_is_kept(site: Site, visit: Visit) -> None:
+    site.answers.problem = "model 'nano' has no chat template"
+    page = visit.open("/dashboard/playground")
+    page.get_by_label("Chat").check()
+    page.get_by_label("Your message").fill("Hello")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert").filter(has_text="no chat template")).to_be_visible()
+    expect(page.get_by_label("Your message")).to_have_value("Hello")
+    assert all("400" in text for text in visit.complaints)
+    visit.complaints.clear()  # the browser's own line about the 400
+
+
+def test_the_keyboard_alone_reaches_and_works_the_playground(site: Site, visit: Visit) -> None:
+    page = visit.open("/dashboard")
+    focus = "document.activeElement.textContent.trim()"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focus) == "Skip to the content"
+    reached = []
+    for _ in range(4):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(focus))
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert reached[:3] == ["smelt", "Runs", "Playground"]
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/dashboard/playground")
+    expect(page.get_by_label("Text to continue")).to_be_focused()
+    expect(page.get_by_label("Model")).to_have_value("nano")
+    page.keyboard.type("Once")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("more")
+    page.keyboard.press("Enter")
+    expect(page.locator("#summary")).to_contain_text("5 tokens")
+    assert site.answers.asked[0]["prompt"] == "Once\nmore"
+    tabs = [page.keyboard.press("Tab") or page.evaluate("document.activeElement.id") for _ in range(4)]
+    assert tabs == ["send", "clear", "model", ""]  # the last is the group of radio buttons
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_label("Chat")).to_be_checked()
+
+
+@pytest.mark.parametrize("visit", [PHONE], indirect=True)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_phone_needs_no_scrolling_sideways(site: Site, visit: Visit, path: str) -> None:
+    run = site.start_run("a-run-with-a-name-that-is-much-longer-than-a-phone-is-wide-" + "x" * 60)
+    run.train(20)
+    page = visit.open(path.format(run=run.id))
+    expect(page.locator("#workers")).to_be_visible()
+    if "runs/" in path:
+        wait_for_chart(page, "[0].x.length === 20")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["viewport"]["width"]
+    small = "e => e.getBoundingClientRect().height < 24 && e.getBoundingClientRect().width < 24"
+    assert page.locator("button:visible").evaluate_all(f"all => all.filter({small}).length") == 0
+
+
+def luminance(color: tuple[float, ...]) -> float:
+    parts = [part / 255 for part in color[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(text: str, ground: str) -> float:
+    """The ratio that WCAG defines, of two CSS colours."""
+    colors = [tuple(float(part) for part in re.findall(r"[\d.]+", color)) for color in (text, ground)]
+    low, high = sorted(map(luminance, colors))
+    return (high + 0.05) / (low + 0.05)
+
+
+TEXTS_AND_GROUNDS = """() => {
+  const seen = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const element = node.parentElement;
+    if (!node.data.trim() || !element.checkVisibility() || element.closest(".unseen, .skip, button:disabled")) continue;
+    let ground = element;
+    const bare = (e) => getComputedStyle(e).backgroundColor === "rgba(0, 0, 0, 0)" && e !== document.documentElement;
+    while (bare(ground)) ground = ground.parentElement;
+    const style = getComputedStyle(element);
+    const color = element instanceof SVGElement ? style.fill : style.color;
+    seen.push([node.data.trim().slice(0, 40), color, getComputedStyle(ground).backgroundColor]);
+  }
+  return seen;
+}"""
+
+
+@pytest.mark.parametrize(
+    "visit", [DESKTOP, {**DESKTOP, "color_scheme": "dark"}], indirect=True, ids=["in the light", "in the dark"]
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_all_text_stands_out_from_its_ground(site: Site, visit: Visit, path: str) -> None:
+    run = site.start_run("coloured")
+    run.train(20)
+    site.start_run("broken").end({"kind": "failure", "message": "it broke"})
+    page = visit.open(path.format(run=run.id))
+    expect(page.locator("#workers")).to_be_visible()
+    if "runs/" in path:
+        wait_for_chart(page, "[0].x.length === 20")
+    if path == "/dashboard":
+        expect(page.locator(".state.failed")).to_be_visible()
+    seen = page.evaluate(TEXTS_AND_GROUNDS)
+    assert len(seen) > 10
+    assert [(text, color, ground) for text, color, ground in seen if contrast(color, ground) < 4.5] == []
