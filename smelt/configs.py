@@ -131,6 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
+    "nano-llama": {**LLAMA_STYLE, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 352},
     "smollm2-135m": {
         **LLAMA_STYLE,
         "n_layer": 30,

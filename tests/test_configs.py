@@ -134,8 +134,8 @@ def test_presets_have_the_sizes_they_are_known_for(preset: str) -> None:
         "gpt2-large": 774.0,
         "gpt2-xl": 1557.6,
     }
-    millions["smollm2-135m"] = 134.5
-    vocab_size = {"nano": 65, "micro": 65, "smollm2-135m": 49152}.get(preset, 50257)
+    millions |= {"nano-llama": 0.81, "smollm2-135m": 134.5}
+    vocab_size = {"nano": 65, "nano-llama": 65, "micro": 65, "smollm2-135m": 49152}.get(preset, 50257)
     config = TrainConfig(preset=preset).decoder_config(vocab_size)
     with torch.device("meta"):
         counted = sum(parameter.numel() for parameter in Decoder(config).parameters())
