@@ -23,6 +23,11 @@ from smelt.control.runs import MAX_LOG_LINES, Log, RunDetails, RunStatus
 # Proxies must hand events on as they come.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+# Checked by TrainConfig itself, whose messages are the command line's too.
+RunConfig = Annotated[
+    dict[str, Any], Body(json_schema_extra={"example": {"dataset": "shakespeare", "preset": "nano", "max_iters": 2000}})
+]
+
 
 @dataclass(frozen=True, slots=True)
 class RunList:
@@ -50,7 +55,7 @@ def router(services: Services) -> APIRouter:
         return RunList(await requests.all(visible_to(request)))
 
     @routes.post("/runs", status_code=status.HTTP_201_CREATED)
-    async def create_run(request: Request, config: Annotated[dict[str, Any], Body()]) -> RunDetails:
+    async def create_run(request: Request, config: RunConfig) -> RunDetails:
         """Train by a config: the keys of `smelt train --config`. It is queued, on the disk, when this answers."""
         return await requests.create(config, request.state.caller.owner)
 

@@ -3,10 +3,14 @@
 import asyncio
 import fcntl
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -19,14 +23,15 @@ from starlette.types import ASGIApp
 
 from live import serving, with_caller
 from smelt.api import failures, resources
+from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS, TrainConfig
-from smelt.control.keys import LOCAL
+from smelt.control.keys import LOCAL, create_key
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
 from smelt.dashboard import pages
 from smelt.settings import Settings, load_settings
-from smelt.storage.database import open_database, sqlite_url
+from smelt.storage.database import open_database
 from smelt.storage.files import Files
 from smelt.storage.futures import Ledger
 from smelt.storage.writer import Writer
@@ -98,18 +103,22 @@ class Site:
         self.answers = Answers()
         self.url = ""
         self.locks: list[TextIO] = []
-        self.engine = open_database(sqlite_url(folder / "smelt.db"))
+        self.settings.home.mkdir()
+        self.engine = open_database(self.settings.database_url)
         self.writer = Writer(self.engine)
 
     def make_app(self) -> ASGIApp:
-        ledger = Ledger(self.engine, self.writer, Files(self.folder / "bodies"))
         app = FastAPI()
         failures.install(app)
-        app.include_router(resources.router(Services(self.settings, self.engine, self.writer, ledger, Workers())))
+        app.include_router(resources.router(self.services()))
         app.include_router(pages.router())
         self.answers.add_routes(app)
 
         return with_caller(app, LOCAL)
+
+    def services(self) -> Services:
+        ledger = Ledger(self.engine, self.writer, Files(self.folder / "bodies"))
+        return Services(self.settings, self.engine, self.writer, ledger, Workers())
 
     def start_run(self, name: str) -> "LiveRun":
         out_dir = self.folder / name
@@ -468,3 +477,58 @@ def test_all_text_stands_out_from_its_ground(site: Site, visit: Visit, path: str
     seen = page.evaluate(TEXTS_AND_GROUNDS)
     assert len(seen) > 10
     assert [(text, color, ground) for text, color, ground in seen if contrast(color, ground) < 4.5] == []
+
+
+def test_with_keys_a_browser_logs_in_may_post_and_logs_out(site: Site, browser: Browser) -> None:
+    key = site.writer.write(partial(create_key, name="me", scopes=["training"])).result()
+    with serving(create_app(site.services())) as url:
+        visit = Visit(browser.new_page(), url)
+        page = visit.open("/dashboard")
+        page.wait_for_url("**/login?next=%2Fdashboard")
+        page.get_by_label("API key").fill(key)
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/dashboard")
+        expect(page.get_by_text("Nothing has been trained yet")).to_be_visible()
+        post = """async (body) => {
+          const { request } = await import("/static/api.js");
+          return (await request("/v1/runs", { method: "POST", body })).status;
+        }"""
+        assert page.evaluate(post, {"data_path": "builtin:pydoc"}) == 201
+        expect(page.locator("tbody .state")).to_have_text("Queued", timeout=LIVE_MS)
+        page.get_by_role("button", name="Log out").click()
+        page.wait_for_url("**/login")
+        visit.open("/dashboard")
+        page.wait_for_url("**/login?next=%2Fdashboard")
+        page.close()
+        visit.check()
+
+
+def test_a_training_of_a_terminal_is_seen_live(site: Site, visit: Visit) -> None:
+    text = site.folder / "input.txt"
+    text.write_text("".join(f"{number} is the number before {number + 1}.\n" for number in range(2000)))
+    shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32", "--batch-size", "4"]
+    pace = [
+        "--max-time",
+        "20",
+        "--log-interval",
+        "1",
+        "--eval-interval",
+        "20",
+        "--eval-iters",
+        "1",
+        "--compile",
+        "false",
+    ]
+    command = [sys.executable, "-m", "smelt", "train", "--data-path", str(text), "--tokenizer", "bytes"]
+    page = visit.open("/dashboard")
+    with subprocess.Popen(
+        [*command, *shape, *pace, "--max-iters", "1000000", "--out-dir", str(site.folder / "seen")],
+        env={**os.environ, "SMELT_HOME": str(site.settings.home)},
+        stderr=subprocess.DEVNULL,
+    ) as trainer:
+        page.get_by_role("link", name="seen").click(timeout=60_000)
+        wait_for_chart(page, "[2].x.length > 1", 60_000)
+        before = page.evaluate("document.getElementById('loss-chart').data[1].x.at(-1)")
+        wait_for_chart(page, f"[1].x.at(-1) > {before}", LIVE_MS)
+        trainer.kill()
+    expect(page.locator("#state")).to_have_text("Lost", timeout=LIVE_MS)
