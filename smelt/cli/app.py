@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("smelt.cli.generate", "Write text with a model."),
     "serve": ("smelt.cli.serve", "Serve models to OpenAI clients, and pages to watch runs on."),
     "models": ("smelt.cli.models", "List, show, import, export and remove models."),
+    "worker": ("smelt.cli.worker", "Compute answers for a server, from this machine or another."),
     "keys": ("smelt.cli.keys", "Make, list and revoke API keys."),
     "doctor": ("smelt.cli.doctor", "Say what this machine has, and what is wrong with it."),
 }

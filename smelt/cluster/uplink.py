@@ -4,13 +4,13 @@ Knows no models. When the connection ends, so does all that it asked for: nobody
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
 
 from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TransportError, Unavailable
-from smelt.inference.server import End, InferenceServer, Load, Piece
+from smelt.inference.server import End, InferenceServer, Piece
 from smelt.transport.failures import failure_of
 from smelt.transport.messages import (
     Cancel,
@@ -27,7 +27,7 @@ from smelt.transport.messages import (
 )
 from smelt.transport.streams import Connection
 
-MAX_UNSENT = 100_000  # messages; a server that leaves so many unread has gone without saying so
+STALLED_SECONDS = 15.0  # a server that reads nothing for so long is gone, and answers must not pile up for it
 
 
 @dataclass(eq=False, slots=True)
@@ -40,14 +40,14 @@ class Work:
 
 
 class Uplink:
-    """`serve` it until the connection ends; `take` what the inference server gives meanwhile, on the same event loop."""
+    """`serve` it until the connection ends, and let it `take` what the inference server gives meanwhile."""
 
     def __init__(self, connection: Connection, server: InferenceServer, status: WorkerStatus) -> None:
         self._connection = connection
         self._server = server
         self._status = status
         self._work: dict[str, Work] = {}  # by the key that the inference server knows it by
-        self._unsent: list[Message] = [status]
+        self._unsent: deque[Message] = deque([status])
         self._has_unsent = asyncio.Event()
         self._has_unsent.set()
         self._is_idle = asyncio.Event()
@@ -61,30 +61,33 @@ class Uplink:
         finally:
             for key in self._work:
                 self._server.cancel(key)
+            self._work.clear()
+            self._unsent.clear()
+            self._is_idle.set()
 
     async def leave(self) -> None:
         """Say goodbye, and return when what was begun has ended and been sent."""
-        self._tell_status(msgspec.structs.replace(self._status, leaving=True))
+        self._status = msgspec.structs.replace(self._status, leaving=True)
+        self._tell(self._status)
         while self._work or self._unsent:
             self._is_idle.clear()
             await self._is_idle.wait()
 
-    def take(self, events: Iterable[Piece | End]) -> None:
+    def take(self, event: Piece | End) -> None:
         """Pass on what came of this connection's requests; what is of an earlier one finds nobody."""
-        for event in events:
-            if work := self._work.get(event.key):
-                if isinstance(event, Piece):
-                    self._take_piece(work, event)
-                else:
-                    del self._work[event.key]
-                    self._tell(_ended(work, event))
+        work = self._work.get(event.key)
+        if work is None:
+            return
+        if isinstance(event, Piece):
+            self._take_piece(work, event)
+        else:
+            del self._work[event.key]
+            self._tell(_ended(work, event))
 
-    def take_load(self, load: Load) -> None:
+    def take_status(self, status: WorkerStatus) -> None:
         """Tell what the worker is doing now."""
-        running, waiting = load.num_running, load.num_waiting
-        self._tell_status(
-            msgspec.structs.replace(self._status, models=load.models, num_running=running, num_waiting=waiting)
-        )
+        self._status = msgspec.structs.replace(status, leaving=self._status.leaving)
+        self._tell(self._status)
 
     def _take_piece(self, work: Work, piece: Piece) -> None:
         if work.grant is None:
@@ -132,11 +135,6 @@ class Uplink:
         """Work of the ledger may come again over a later connection, before its first try has ended here."""
         return f"{self._connection.epoch}/{request_id}"
 
-    def _tell_status(self, status: WorkerStatus) -> None:
-        if status != self._status:
-            self._status = status
-            self._tell(status)
-
     def _tell(self, message: Message) -> None:
         self._unsent.append(message)
         self._has_unsent.set()
@@ -145,12 +143,14 @@ class Uplink:
         while True:
             await self._has_unsent.wait()
             self._has_unsent.clear()
-            messages, self._unsent = self._unsent, []
-            if len(messages) > MAX_UNSENT:
-                raise ConnectionClosed(f"the server has left {len(messages):,} messages unread")
-            for message in messages:
-                await self._connection.send(message)
-            if not (self._work or self._unsent):
+            while self._unsent:
+                try:
+                    async with asyncio.timeout(STALLED_SECONDS):
+                        await self._connection.send(self._unsent[0])
+                except TimeoutError:
+                    raise ConnectionClosed(f"the server has read nothing for {STALLED_SECONDS:g} s") from None
+                self._unsent.popleft()
+            if not self._work:
                 self._is_idle.set()
 
 

@@ -1,7 +1,7 @@
 """Live answers and work of the ledger over real sockets, with workers that do as the test says."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,8 @@ from smelt.transport.messages import (
     TextChunk,
     WorkerStatus,
 )
-from smelt.transport.streams import Connection, connect, listen
+from smelt.transport.streams import Connection, connect
+from spine import letting_in, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 
@@ -45,17 +46,6 @@ def workers(ledger: Ledger) -> Workers:
 @pytest.fixture(autouse=True)
 def waits_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "RETRY_SECONDS", 0.02)
-
-
-@asynccontextmanager
-async def serving(workers: Workers, ledger: Ledger, address: Path) -> AsyncIterator[None]:
-    async with listen(address, workers.serve, next_epoch=ledger.open_epoch):
-        yield
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - nobody is told of it
-        await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -94,7 +84,7 @@ async def gone(workers: Workers) -> None:
 
 
 async def test_an_answer_arrives_piece_by_piece(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file, models=("gpt",)) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file, models=("gpt",)) as worker:
         answer = workers.generate(ask())
         first = asyncio.ensure_future(anext(answer))
         assert await hear(worker, Generate) == ask()
@@ -112,7 +102,7 @@ async def test_an_answer_arrives_piece_by_piece(workers: Workers, ledger: Ledger
 async def test_what_a_reader_has_not_taken_comes_as_one_piece(
     workers: Workers, ledger: Ledger, socket_file: Path
 ) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         answer = workers.generate(ask())
         first = asyncio.ensure_future(anext(answer))
         await hear(worker, Generate)
@@ -125,7 +115,7 @@ async def test_what_a_reader_has_not_taken_comes_as_one_piece(
 
 
 async def test_closing_the_generator_cancels_the_work(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         answer = workers.generate(ask())
         first = asyncio.ensure_future(anext(answer))
         await hear(worker, Generate)
@@ -148,7 +138,7 @@ async def test_closing_the_generator_cancels_the_work(workers: Workers, ledger: 
 async def test_a_worker_that_dies_ends_its_answers_and_no_others(
     workers: Workers, ledger: Ledger, socket_file: Path
 ) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file, "b", models=("b",)) as alive:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file, "b", models=("b",)) as alive:
         async with peer(workers, socket_file, "a", models=("a",)) as dead:
             lost = workers.generate(ask("r1", "a"))
             kept = asyncio.ensure_future(collect(workers.generate(ask("r2", "b"))))
@@ -169,7 +159,7 @@ async def test_without_a_worker_it_waits_for_one_but_not_for_ever(
     with pytest.raises(Unavailable, match="no worker is connected") as caught:
         await collect(workers.generate(ask()))
     assert caught.value.retry_after_s == 5
-    async with serving(workers, ledger, socket_file):
+    async with letting_in(workers, ledger, socket_file):
         early = asyncio.ensure_future(collect(workers.generate(ask())))
         async with peer(workers, socket_file) as worker:
             await hear(worker, Generate)
@@ -181,7 +171,7 @@ async def test_a_request_goes_to_who_has_the_model_and_then_to_who_has_time(
     workers: Workers, ledger: Ledger, socket_file: Path
 ) -> None:
     async with (
-        serving(workers, ledger, socket_file),
+        letting_in(workers, ledger, socket_file),
         peer(workers, socket_file, "a", models=("x",)) as a,
         peer(workers, socket_file, "b", models=("y",)) as b,
     ):
@@ -202,7 +192,7 @@ async def test_a_request_goes_to_who_has_the_model_and_then_to_who_has_time(
 
 
 async def test_a_worker_that_leaves_gets_nothing_new(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file, "a", models=("gpt",)) as leaving:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file, "a", models=("gpt",)) as leaving:
         old = asyncio.ensure_future(collect(workers.generate(ask("old"))))
         await hear(leaving, Generate)
         await leaving.send(WorkerStatus("cpu", ("gpt",), leaving=True))
@@ -220,7 +210,7 @@ async def test_a_reader_that_is_too_slow_loses_its_answer_alone(
     workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "MAX_HELD_CHARS", 1000)
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         slow, quick = workers.generate(ask("slow")), workers.generate(ask("quick"))
         first = asyncio.ensure_future(anext(slow))
         reading = asyncio.ensure_future(collect(quick))
@@ -243,7 +233,7 @@ async def test_too_many_that_wait_are_told_so(
     workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smelt.control.workers.MAX_WAITING", 2)
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         tasks = [asyncio.ensure_future(collect(workers.generate(ask(name)))) for name in "ab"]
         for _ in tasks:
             await hear(worker, Generate)
@@ -262,7 +252,7 @@ async def test_too_many_that_wait_are_told_so(
 async def test_drain_waits_for_answers_and_takes_nothing_new(
     workers: Workers, ledger: Ledger, socket_file: Path
 ) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         answer = asyncio.ensure_future(collect(workers.generate(ask())))
         await hear(worker, Generate)
         drained = asyncio.ensure_future(workers.drain())
@@ -290,7 +280,7 @@ async def test_work_of_the_ledger_goes_out_and_its_result_comes_in(
     workers: Workers, ledger: Ledger, socket_file: Path
 ) -> None:
     async with (
-        serving(workers, ledger, socket_file),
+        letting_in(workers, ledger, socket_file),
         peer(workers, socket_file) as worker,
         peer(workers, socket_file, "l", "launcher") as launcher,
     ):
@@ -311,7 +301,7 @@ async def test_work_of_the_ledger_goes_out_and_its_result_comes_in(
 
 
 async def test_a_launcher_has_one_run_at_a_time(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file, "l", "launcher") as launcher:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file, "l", "launcher") as launcher:
         first, second = await do(ledger, "train"), await do(ledger, "train")
         assert (await hear(launcher, Grant)).future_id == first
         assert (await ledger.read("ann", second)).state == "queued"
@@ -322,7 +312,7 @@ async def test_a_launcher_has_one_run_at_a_time(workers: Workers, ledger: Ledger
 async def test_what_a_dead_worker_held_goes_to_the_next_with_its_attempts(
     workers: Workers, ledger: Ledger, socket_file: Path
 ) -> None:
-    async with serving(workers, ledger, socket_file):
+    async with letting_in(workers, ledger, socket_file):
         work = await do(ledger)
         for attempt in (1, 2, 3):
             async with peer(workers, socket_file) as worker:
@@ -333,7 +323,7 @@ async def test_what_a_dead_worker_held_goes_to_the_next_with_its_attempts(
 
 
 async def test_goodbyes_and_launchers_are_no_attempts(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
-    async with serving(workers, ledger, socket_file):
+    async with letting_in(workers, ledger, socket_file):
         await do(ledger)
         await do(ledger, "train")
         for _ in range(4):
@@ -351,7 +341,7 @@ async def test_results_that_nobody_waits_for_are_refused_and_the_link_stays(
     workers: Workers, ledger: Ledger, socket_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "smelt.control.links")
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         await worker.send(Result("nobody's", worker.epoch, b""))
         work = await do(ledger)
         await hear(worker, Grant)
@@ -366,7 +356,7 @@ async def test_results_that_nobody_waits_for_are_refused_and_the_link_stays(
 
 
 async def test_a_result_that_came_before_the_end_is_kept(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
-    async with serving(workers, ledger, socket_file):
+    async with letting_in(workers, ledger, socket_file):
         async with peer(workers, socket_file) as worker:
             work = await do(ledger)
             await hear(worker, Grant)
@@ -375,7 +365,7 @@ async def test_a_result_that_came_before_the_end_is_kept(workers: Workers, ledge
 
 
 async def test_cancelled_work_is_told_to_who_does_it(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         work = await do(ledger)
         await hear(worker, Grant)
         assert await workers.cancel("ann", work)
@@ -391,7 +381,7 @@ async def test_work_that_fits_into_no_frame_fails_alone(
     workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smelt.transport.streams.encode_frame", limited_to(2000))
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         large = await do(ledger, body=bytes(5000))
         failed = await outcome(ledger, large)
         assert (failed.state, failed.category) == ("failed", "user")
@@ -420,7 +410,7 @@ async def test_a_full_disk_delays_results_and_spares_live_answers(
         await finish(*arguments)
 
     monkeypatch.setattr(ledger, "finish", refuse_thrice)
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         answer = asyncio.ensure_future(collect(workers.generate(ask())))
         await hear(worker, Generate)
         work = await do(ledger)
@@ -436,7 +426,7 @@ async def test_one_that_does_not_answer_pings_is_hung_up_on(
     workers: Workers, ledger: Ledger, socket_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(links, "PING_SECONDS", 0.03)
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         for _ in range(links.MAX_UNANSWERED * 2):
             await worker.send(Pong((await hear(worker, Ping)).sent_at))
         assert len(workers.workers) == 1
@@ -450,7 +440,7 @@ async def test_one_that_does_not_answer_pings_is_hung_up_on(
 async def test_a_peer_that_says_what_it_should_not_is_hung_up_on(
     workers: Workers, ledger: Ledger, socket_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serving(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
         await worker.send(ask())
         await gone(workers)
     assert "a worker does not send Generate" in caplog.text
