@@ -14,6 +14,7 @@ SmeltError
 │   ├── SlowBody          the rest of a body did not come in time
 │   └── UnsupportedEncoding  a body is packed in a way that we do not unpack
 ├── NotFound              a name that does not exist
+│   └── UnknownModel      no model of that name is served
 ├── AlreadyExists         a name that is taken
 ├── Unauthorized          no API key, or one that is unknown or revoked
 ├── Forbidden             a key that may not do this, or an origin that may not ask
@@ -91,6 +92,12 @@ class UnsupportedEncoding(InvalidInput):
 
 class NotFound(SmeltError, LookupError):
     """A dataset, model, run or file of that name does not exist."""
+
+
+class UnknownModel(NotFound):
+    """No model of that name is served; the message names those that are."""
+
+    param = "model"
 
 
 class AlreadyExists(SmeltError):

@@ -30,6 +30,10 @@ class ModelServer(Protocol):
         """
         ...
 
+    async def cancel(self, owner: str, future_id: str) -> bool:
+        """Whether a request of the ledger was unfinished and is cancelled now; who works on it stops. NotFound."""
+        ...
+
     @property
     def workers(self) -> list[WorkerInfo]:
         """Who is connected, oldest first."""

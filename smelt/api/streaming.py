@@ -1,0 +1,157 @@
+"""Answers whose client may leave before they are whole, and streams of events; knows no route and no API's shapes.
+
+Whoever leaves is noticed at once, also while the request waits for its turn, and what was done for them is cancelled.
+A stream sends nothing until its first event is there: until then it can still become an error with a status.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from types import TracebackType
+from typing import Self, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from smelt.errors import SmeltError, TooLarge, UnsupportedEncoding
+
+KEEP_ALIVE_SECONDS = 15.0  # of silence, after which a comment shows proxies that we are here
+SEND_SECONDS = 60.0  # for a client to take what it was sent, before it counts as gone
+COMMENT = b": still here\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies must hand events on as they come
+]
+
+T = TypeVar("T")
+
+
+class ClientLeft(Exception):
+    """Nobody is there to be answered."""
+
+
+class Presence:
+    """A block that is cancelled when the client leaves, and then raises ClientLeft.
+
+    `on_silence` is called whenever the client has been silent, as clients are, for KEEP_ALIVE_SECONDS.
+    """
+
+    __slots__ = ("_has_left", "_on_silence", "_receive", "_task", "_watching")
+
+    def __init__(self, receive: Receive, on_silence: Callable[[], Awaitable[None]] | None = None) -> None:
+        self._receive = receive
+        self._on_silence = on_silence
+        self._has_left = False
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._task = task
+        self._watching = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watching.cancel()
+        if self._has_left and kind is asyncio.CancelledError and self._task.uncancel() == 0:
+            raise ClientLeft from None
+
+    async def _watch(self) -> None:
+        while not await self._leaves():
+            pass
+        self._has_left = True
+        self._task.cancel()
+
+    async def _leaves(self) -> bool:
+        if self._on_silence is None:
+            return bool((await self._receive())["type"] == "http.disconnect")
+        try:
+            async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                return bool((await self._receive())["type"] == "http.disconnect")
+        except TimeoutError:
+            await self._on_silence()
+            return False
+
+
+class NoAnswer(Response):
+    """For a client that has left: nothing is sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send nothing."""
+
+
+class EventStream(Response):
+    """Server-sent events as they come. An error after the first of them becomes `last_words`, and ends the stream."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], last_words: Callable[[Exception], bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._last_words = last_words
+        self._has_begun = False
+        self._num_sent = 0
+        self._num_seen = 0  # of those sent, at the last look for silence
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all events, until the client leaves. What goes wrong before the first is raised."""
+        self._send = send
+        try:
+            async with aclosing(self._events) as events, Presence(receive, self._break_silence):
+                async for event in events:
+                    await self._write(event)
+        except ClientLeft:
+            return
+        except Exception as error:
+            if not self._has_begun:
+                raise
+            await self._finish(self._last_words(error))
+            if not isinstance(error, SmeltError):
+                raise  # a bug, for the log
+            return
+        await self._finish(b"")
+
+    async def _write(self, event: bytes) -> None:
+        self._num_sent += 1
+        await self._put(event)
+
+    async def _finish(self, words: bytes) -> None:
+        with suppress(ClientLeft):
+            await self._put(words, more=False)
+
+    async def _break_silence(self) -> None:
+        if self._num_sent == self._num_seen:
+            await self._put(COMMENT)
+        self._num_seen = self._num_sent
+
+    async def _put(self, words: bytes, more: bool = True) -> None:
+        """ClientLeft where the client does not take what it is sent."""
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                if not self._has_begun:
+                    self._has_begun = True
+                    await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                await self._send({"type": "http.response.body", "body": words, "more_body": more})
+        except TimeoutError:
+            raise ClientLeft from None
+
+
+async def json_body(receive: Receive, content_type: bytes, max_bytes: int) -> bytes:
+    """The whole body of a request. UnsupportedEncoding where it is no JSON, TooLarge, ClientLeft."""
+    kind = content_type.partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        # A page of another site can send any other type without being asked who it is.
+        raise UnsupportedEncoding("send the body with the header `Content-Type: application/json`")
+    pieces: list[bytes] = []
+    num_bytes, arriving = 0, True
+    while arriving:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        pieces.append(message.get("body", b""))
+        arriving = message.get("more_body", False)
+        num_bytes += len(pieces[-1])
+        if num_bytes > max_bytes:
+            raise TooLarge(f"the body has more than {max_bytes:,} bytes; ask for less at once")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -1,0 +1,396 @@
+"""OpenAI's API by raw HTTP: shapes of answers and streams, what is refused and how, and who is told of it."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from gated import client_of
+from scripted import CONTEXT, Script, Scripted, app_of, scripted
+from smelt.api import failures, openai, telemetry
+from smelt.api.openai_types import CHAT_TOKENS, MAX_PROMPT_CHARS, MAX_TOKENS, chat_tokens, parse
+from smelt.api.openai_types import ChatBody as Chat
+from smelt.api.services import Services
+from smelt.errors import InvalidInput, Unavailable, WorkerLost
+from smelt.transport.messages import Failure, Finish, Generate
+from smelt.types import ChatMessage, SamplingParams
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = {"model": "tiny", "prompt": "Hello"}
+HI = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
+    with scripted(tmp_path / "home") as served:
+        yield served
+
+
+@pytest.fixture
+def model_server(served: tuple[Services, Scripted]) -> Scripted:
+    return served[1]
+
+
+@pytest.fixture
+async def client(served: tuple[Services, Scripted]) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app_of(served[0])) as client:
+        yield client
+
+
+async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
+    answer = await client.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def refused(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
+    error = (await ask(client, path, body, status))["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def events_of(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Any]:
+    answer = await client.post(path, json={**body, "stream": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, rest = answer.text.split("\n\n")
+    assert rest == ""
+    assert all(event.startswith("data: ") for event in events)
+    return [event[6:] if event == "data: [DONE]" else json.loads(event[6:]) for event in events]
+
+
+async def test_a_completion_has_openais_shape_and_defaults(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    answer = await ask(client, TEXT, HELLO)
+    assert answer["id"].startswith("cmpl-")
+    assert (answer["object"], answer["model"]) == ("text_completion", "tiny")
+    choice = {"index": 0, "text": "<Hello> two three", "finish_reason": "stop", "logprobs": None}
+    assert answer["choices"] == [choice]
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    (request,) = model_server.asked
+    assert request.params == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0)
+    assert (request.owner, request.model) == ("local", "tiny")
+
+
+async def test_a_turn_of_a_chat_has_openais_shape_and_defaults(
+    client: httpx.AsyncClient, model_server: Scripted
+) -> None:
+    answer = await ask(client, CHAT, HI)
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["object"] == "chat.completion"
+    message = {"role": "assistant", "content": "<Hi> two three", "refusal": None}
+    assert answer["choices"] == [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}]
+    assert model_server.asked[0].params.max_tokens == CONTEXT
+
+
+async def test_parameters_reach_the_model(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    drawing = {"temperature": 0, "top_p": 0.5, "seed": -7, "stop": ["a", "b"], "user": "ann"}
+    answer = await ask(client, TEXT, {**HELLO, **drawing, "max_tokens": 2})
+    assert answer["choices"][0]["finish_reason"] == "length"
+    await ask(client, CHAT, {**HI, **drawing, "stop": "a", "max_completion_tokens": 2})
+    first, second = (request.params for request in model_server.asked)
+    assert first == SamplingParams(max_tokens=2, temperature=0.0, top_p=0.5, seed=-7, stop=("a", "b"))
+    assert second == SamplingParams(max_tokens=2, temperature=0.0, top_p=0.5, seed=-7, stop=("a",))
+
+
+async def test_a_prompt_is_text_or_tokens_or_several(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    prompts: list[tuple[Any, list[Any]]] = [
+        ("", [""]),
+        ([1, 2], [(1, 2)]),
+        (["a", "b"], ["a", "b"]),
+        ([[1], [2, 3]], [(1,), (2, 3)]),
+    ]
+    for prompt, asked in prompts:
+        model_server.asked.clear()
+        answer = await ask(client, TEXT, {**HELLO, "prompt": prompt})
+        assert [request.prompt for request in model_server.asked] == asked
+        assert len({request.request_id for request in model_server.asked}) == len(asked)
+        assert [choice["text"] for choice in answer["choices"]] == [f"<{each}> two three" for each in asked]
+        assert [choice["index"] for choice in answer["choices"]] == list(range(len(asked)))
+        assert answer["usage"]["total_tokens"] == 6 * len(asked)
+
+
+async def test_messages_may_be_parts_and_the_developer_is_the_system(
+    client: httpx.AsyncClient, model_server: Scripted
+) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    turns = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "assistant", "content": "Yes?", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": parts},
+    ]
+    await ask(client, CHAT, {**HI, "messages": turns})
+    expected = ChatMessage("system", "Be kind."), ChatMessage("assistant", "Yes?"), ChatMessage("user", "Hello")
+    assert model_server.asked[0].messages == expected
+
+
+async def test_a_stream_of_a_completion(client: httpx.AsyncClient) -> None:
+    *chunks, done = await events_of(client, TEXT, HELLO)
+    assert done == "[DONE]"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert not any("usage" in chunk for chunk in chunks)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice["text"] for choice in choices] == ["<Hello>", " two", " three", ""]
+    assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
+
+
+async def test_a_stream_of_a_chat_begins_with_the_role_and_ends_with_usage(client: httpx.AsyncClient) -> None:
+    *chunks, last, done = await events_of(client, CHAT, {**HI, "stream_options": {"include_usage": True}})
+    assert done == "[DONE]"
+    assert {chunk["object"] for chunk in (*chunks, last)} == {"chat.completion.chunk"}
+    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 6)
+    assert all(chunk["usage"] is None for chunk in chunks)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert [choice["delta"] for choice in choices[1:-1]] == [{"content": text} for text in ("<Hi>", " two", " three")]
+    assert choices[-1] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+
+
+async def test_a_stream_of_several_prompts_says_of_which_each_piece_is(client: httpx.AsyncClient) -> None:
+    *chunks, done = await events_of(client, TEXT, {**HELLO, "prompt": ["a", "b"]})
+    assert done == "[DONE]"
+    for index, prompt in enumerate("ab"):
+        own = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert "".join(choice["text"] for choice in own) == f"<{prompt}> two three"
+        assert own[-1]["finish_reason"] == "stop"
+
+
+async def test_a_token_without_text_is_no_event(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    async def stuttering(request: Generate) -> AsyncGenerator[str | Finish, None]:
+        for text in ("", "a", "", "b"):
+            yield text
+
+    model_server.script = stuttering
+    *chunks, _ = await events_of(client, TEXT, HELLO)
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", "b", ""]
+
+
+INVALID: list[tuple[str, dict[str, Any], str]] = [
+    *((path, {**body, "max_tokens": value}, "max_tokens") for path, body in ((TEXT, HELLO), (CHAT, HI))
+      for value in (0, -1, MAX_TOKENS + 1, 2**63, 2**64, "5", True, 1.5, [])),
+    *((TEXT, {**HELLO, "temperature": value}, "temperature") for value in (-0.1, 2.1, "1", True)),
+    *((TEXT, {**HELLO, "top_p": value}, "top_p") for value in (0, 1.1, -1)),
+    *((TEXT, {**HELLO, "seed": value}, "seed") for value in (2**63, -(2**63) - 1, 1.5, "x")),
+    *((TEXT, {**HELLO, "stop": value}, "stop") for value in ("", [""], ["a"] * 5, 5, "s" * 257, [1])),
+    *((TEXT, {**HELLO, "prompt": value}, "prompt") for value in (
+        None, 5, True, [], [[]], [-1], [2**31], [True], [1, "a"], ["a"] * 17, [["a"]], {}, "x" * (MAX_PROMPT_CHARS + 1),
+        ["x" * (MAX_PROMPT_CHARS // 2 + 1)] * 2)),
+    *((CHAT, {**HI, "messages": value}, "messages") for value in (None, [], "Hi", {}, [HI["messages"][0]] * 1025)),
+    (CHAT, {**HI, "messages": [{"role": "user", "content": "x" * (MAX_PROMPT_CHARS // 2 + 1)}] * 2}, "messages"),
+    (CHAT, {**HI, "messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    (CHAT, {**HI, "messages": [{"role": "user"}]}, "messages.0.content"),
+    (CHAT, {**HI, "messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    (CHAT, {**HI, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    (CHAT, {**HI, "messages": [{"role": "user", "content": "x", "name": "ann"}]}, "messages.0.name"),
+    (CHAT, {**HI, "messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages.0.colour"),
+    (CHAT, {**HI, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+    (TEXT, {"prompt": "x"}, "model"),
+    (TEXT, {**HELLO, "model": None}, "model"),
+    (TEXT, {**HELLO, "stream": "yes"}, "stream"),
+    (TEXT, {**HELLO, "stream_options": {"include_usage": True}}, "stream_options"),
+    (TEXT, {**HELLO, "stream": True, "stream_options": {"colour": 1}}, "stream_options.colour"),
+    (TEXT, {**HELLO, "stream": True, "background": True}, "background"),
+    (TEXT, {**HELLO, "prompt": ["a", "b"], "background": True}, "prompt"),
+]  # fmt: skip
+
+
+async def test_what_is_out_of_bounds_is_refused_by_name(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    for path, body, param in INVALID:
+        error = await refused(client, path, body)
+        assert (error["param"], error["type"]) == (param, "invalid_request_error"), (error, param)
+        assert param in error["message"]
+    assert not model_server.asked
+
+
+UNSUPPORTED = {
+    "n": 2, "best_of": 3, "echo": True, "logprobs": 1, "suffix": "end", "logit_bias": {"1": 2}, "presence_penalty": 0.1,
+    "frequency_penalty": -1, "tools": [{}], "tool_choice": "required", "functions": [{}], "top_logprobs": 2,
+    "response_format": {"type": "json_object"}, "modalities": ["audio"], "store": True, "top_k": 5, "colour": "blue",
+    "reasoning_effort": "low", "metadata": {"a": "b"}, "service_tier": "flex", "__class__": 1,
+}  # fmt: skip
+HARMLESS = {
+    "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None, "logit_bias": {}, "presence_penalty": 0,
+    "frequency_penalty": 0.0, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False,
+    "top_logprobs": None, "metadata": None, "parallel_tool_calls": True, "max_tokens": None, "temperature": None,
+    "top_p": None, "seed": None, "stop": None, "stream": None, "stream_options": None, "background": False,
+}  # fmt: skip
+
+
+async def test_what_is_not_supported_is_refused_by_name(client: httpx.AsyncClient) -> None:
+    for path, body in ((TEXT, HELLO), (CHAT, HI)):
+        for name, value in UNSUPPORTED.items():
+            error = await refused(client, path, {**body, name: value})
+            assert error["param"] == name
+            assert name in error["message"]
+
+
+async def test_values_that_ask_for_what_happens_anyway_are_taken(client: httpx.AsyncClient) -> None:
+    await ask(client, TEXT, {**HELLO, **HARMLESS})
+    await ask(client, CHAT, {**HI, **HARMLESS})
+
+
+NO_JSON = [
+    b"", b"{", b"[]", b"5", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"a":' * 100_000,
+    b'{"model": "tiny", "prompt": "\\ud800"}',
+    b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+    b'{"model": "tiny", "prompt": "x", "temperature": Infinity}',
+    b'{"model": "tiny", "prompt": "x", "top_p": 1e999}',
+    b'{"model": "tiny", "prompt": "x", "presence_penalty": NaN}',
+]  # fmt: skip
+
+
+async def test_a_body_that_is_no_json_of_ours_is_refused(client: httpx.AsyncClient) -> None:
+    for raw in NO_JSON:
+        answer = await client.post(TEXT, content=raw, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, raw[:60]
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_form_and_a_huge_body_are_refused(client: httpx.AsyncClient) -> None:
+    answer = await client.post(TEXT, content=json.dumps(HELLO), headers={"content-type": "text/plain"})
+    assert (answer.status_code, "application/json" in answer.text) == (415, True)
+    answer = await client.post(TEXT, json={**HELLO, "prompt": "x" * (2**23 + 1)})
+    assert answer.status_code == 413
+
+
+async def test_an_unknown_model_is_not_found_and_the_message_lists_what_there_is(client: httpx.AsyncClient) -> None:
+    for name in ("gpt-9", "../elsewhere/tiny", "/etc/passwd", "hf:a/b"):
+        error = await refused(client, TEXT, {**HELLO, "model": name}, 404)
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert "tiny" in error["message"]
+
+
+async def test_the_models_are_listed_shown_and_have_an_alias(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    listed = (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    (card,) = listed["data"]
+    assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "smelt")
+    assert (await client.get("/v1/models/tiny")).json() == card == (await client.get("/v1/models/default")).json()
+    missing = await client.get("/v1/models/gpt-9")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+    assert (await ask(client, TEXT, {**HELLO, "model": "default"}))["model"] == "tiny"
+    assert model_server.asked[0].model == "tiny"
+
+
+def failing(error: Exception | Finish, *before: str) -> Script:
+    async def script(request: Generate) -> AsyncGenerator[str | Finish, None]:
+        for text in before:
+            yield text
+        if isinstance(error, Finish):
+            yield error
+        else:
+            raise error
+
+    return script
+
+
+REFUSED_BY_MODEL = Finish("r", "aborted", 0, 0, Failure("InvalidInput", "the prompt has 99 tokens"))
+
+
+FAILURES: list[tuple[Exception | Finish, int, str]] = [
+    (Unavailable("no worker is connected", 5), 503, "no worker is connected"),
+    (WorkerLost("the worker is gone"), 503, "the worker is gone"),
+    (REFUSED_BY_MODEL, 400, "the prompt has 99 tokens"),
+    (Finish("r", "aborted", 0, 0), 503, "broken off"),
+    (RuntimeError("a secret path"), 500, "something went wrong"),
+]
+
+
+async def test_what_fails_before_the_first_byte_has_a_status(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    for error, status, message in FAILURES:
+        for stream in (False, True):
+            model_server.script = failing(error)
+            answer = await client.post(CHAT, json={**HI, "stream": stream})
+            assert answer.status_code == status
+            assert message in answer.json()["error"]["message"]
+            assert "secret" not in answer.text
+            assert (status == 503) == ("retry-after" in answer.headers)
+
+
+async def test_a_stream_that_breaks_off_says_so_and_is_never_done(
+    client: httpx.AsyncClient, model_server: Scripted
+) -> None:
+    for error in (WorkerLost("the worker is gone"), REFUSED_BY_MODEL, RuntimeError("a secret path")):
+        model_server.script = failing(error, "a", "b")
+        *chunks, last = await events_of(client, TEXT, HELLO)
+        assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", "b"]
+        assert set(last) == {"error"}
+        assert last["error"]["message"]
+        assert "secret" not in last["error"]["message"]
+
+
+async def test_an_answer_without_an_end_is_no_success(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    class Mute(Scripted):
+        async def generate(self, request: Generate) -> AsyncGenerator[Any, None]:
+            async for piece in super().generate(request):
+                if not isinstance(piece, Finish):
+                    yield piece
+
+    model_server.__class__ = Mute
+    await refused(client, TEXT, HELLO, 503)
+    assert "error" in (await events_of(client, TEXT, HELLO))[-1]
+
+
+async def test_one_failure_among_several_prompts_fails_them_all(
+    client: httpx.AsyncClient, model_server: Scripted
+) -> None:
+    async def picky(request: Generate) -> AsyncGenerator[str | Finish, None]:
+        if request.prompt == "bad":
+            raise InvalidInput("that one")
+        await asyncio.Event().wait()
+        yield ""
+
+    model_server.script = picky
+    assert (await refused(client, TEXT, {**HELLO, "prompt": ["a", "bad", "c"]}))["message"] == "that one"
+    assert model_server.num_running == 0
+
+
+async def test_answers_are_counted(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    def count(metric: Any, *labels: str) -> float:
+        return metric.labels(*labels)._value.get()
+
+    before = count(telemetry.tokens, "tiny", "output"), count(telemetry.answers, "tiny", "stop")
+    failed = count(telemetry.answers, "tiny", "failed")
+    await ask(client, TEXT, HELLO)
+    await events_of(client, CHAT, HI)
+    assert count(telemetry.tokens, "tiny", "output") - before[0] == 6
+    assert count(telemetry.answers, "tiny", "stop") - before[1] == 2
+    model_server.script = failing(WorkerLost("gone"), "a")
+    await events_of(client, CHAT, HI)
+    assert count(telemetry.answers, "tiny", "failed") - failed == 1
+
+
+def test_the_longest_turn_is_the_context_where_it_is_known() -> None:
+    def tokens(context: int | None, **given: int) -> int:
+        return chat_tokens(parse(Chat, json.dumps({**HI, **given}).encode()), context)
+
+    assert tokens(2048) == 2048
+    assert tokens(10**6) == MAX_TOKENS
+    assert tokens(None) == CHAT_TOKENS
+    assert tokens(2048, max_tokens=5) == tokens(2048, max_completion_tokens=5) == 5
+
+
+def test_the_document_describes_bodies_and_answers(served: tuple[Services, Scripted]) -> None:
+    app = FastAPI()
+    failures.install(app)
+    app.include_router(openai.router(served[0]))
+    paths = app.openapi()["paths"]
+    assert set(paths) == {
+        "/v1/models",
+        "/v1/models/{model}",
+        TEXT,
+        CHAT,
+        f"{TEXT}/{{answer_id}}",
+        f"{CHAT}/{{answer_id}}",
+    }
+    schema = paths[CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"model", "messages"} == set(schema["required"])
+    assert "$ref" not in json.dumps(schema)
+    assert {"200", "202"} <= set(paths[TEXT]["post"]["responses"])
