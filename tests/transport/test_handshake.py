@@ -3,17 +3,12 @@
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from certificates import write_certificate
 from smelt.errors import ConfigError, ConnectionClosed, TransportError
 from smelt.transport.addresses import client_tls, server_tls
 from smelt.transport.frames import FrameStream, decode_body, encode_frame
@@ -30,26 +25,6 @@ async def say_hello(connection: Connection) -> None:
     """A handler that shows that the connection works, and stays until the peer has gone."""
     await connection.send(Ping(1.5))
     await connection.receive()
-
-
-def write_certificate(folder: Path, host: str) -> tuple[Path, Path]:
-    """(certificate, private key) files of a self-signed certificate for `host`."""
-    private_key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "smelt test")])
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, private_key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(host))]), critical=False)
-    folder.mkdir()
-    (folder / "cert.pem").write_bytes(
-        builder.sign(private_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    )
-    (folder / "key.pem").write_bytes(
-        private_key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return folder / "cert.pem", folder / "key.pem"
 
 
 async def test_who_has_the_key_gets_in(socket_file: Path) -> None:
