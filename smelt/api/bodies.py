@@ -94,6 +94,15 @@ class Bodies:
             raise Unavailable("this server holds as many request bodies as it can; send it again in a moment")
         self.num_held_bytes += num_bytes
 
+    def check_length(self, announced: bytes | None) -> None:
+        """Refuse a body by its Content-Length, before any of it has come."""
+        if announced is None:
+            return
+        if not announced.isdigit():
+            raise InvalidInput(f"{announced.decode('latin-1')!r} is no Content-Length")
+        if int(announced) > self.max_bytes:
+            raise self.too_large()
+
     def too_large(self) -> TooLarge:
         """The refusal of a body beyond the cap."""
         return TooLarge(f"the body is larger than {self.max_bytes:,} bytes (unpacked), the setting max_body_mb")
@@ -113,8 +122,7 @@ class Body:
         self._num_given = 0
         self._deadline = time.monotonic() + bodies.patience_s
         self._pieces: Pieces | None = None
-        if length is not None and int(length) > bodies.max_bytes:
-            raise bodies.too_large()
+        bodies.check_length(length)
         if encoding not in (b"", b"identity"):
             self._pieces = _unpacker(encoding)(self._chunks())
 

@@ -3,8 +3,8 @@
 Knows no rule of who may pass.
 """
 
+import os
 import time
-import uuid
 
 from starlette.responses import Response
 from starlette.types import Message, Scope, Send
@@ -108,4 +108,4 @@ def request_id(offered: bytes | None) -> str:
     """The client's own id where it is one, else a new one: it goes into headers and logs."""
     if offered and len(offered) <= MAX_ID_BYTES and not offered.translate(None, ID_BYTES):
         return offered.decode()
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()

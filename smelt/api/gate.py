@@ -19,6 +19,7 @@ from smelt.api.families import Family
 from smelt.api.hosts import PREFLIGHT_HEADERS, Hosts
 from smelt.api.limits import Limits
 from smelt.api.sessions import Sessions, cookie_in
+from smelt.api.telemetry import RequestLine
 from smelt.control.keyring import KeyRing
 from smelt.control.keys import LOCAL, Caller
 from smelt.errors import Forbidden, InvalidInput, NotFound, SmeltError, Unauthorized
@@ -30,8 +31,6 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # HTTP itself says whether there is a body: one of these headers announces it.
 LENGTH, CHUNKED = b"content-length", b"transfer-encoding"
 
-log = structlog.get_logger("smelt.api")
-
 
 class Gate:
     """Lets through what may pass, with `caller`, `request_id` and `csrf_token` in the request's state."""
@@ -41,9 +40,11 @@ class Gate:
         self._ring = ring
         self._sessions = sessions
         self._hosts = Hosts(settings)
+        self._log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
         self._is_exposed = not is_loopback(settings.host)
         self.limits = Limits()
         self.bodies = Bodies(settings.max_body_mb * 2**20)
+        telemetry.in_flight.set_function(lambda: self.limits.num_in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the application's start and end."""
@@ -56,7 +57,6 @@ class Gate:
 
     async def _serve(self, exchange: Exchange, receive: Receive) -> None:
         """See a request through to its end, whatever that is, and write it down."""
-        telemetry.in_flight.inc()
         try:
             await self._pass(exchange, receive)
         except SmeltError as error:
@@ -64,7 +64,6 @@ class Gate:
         except Exception as error:  # noqa: BLE001 - the application's bug; the server must live, and the log has it
             await self._report(exchange, error)
         finally:
-            telemetry.in_flight.dec()
             _leave(self.limits, exchange)
             _write_down(exchange)
 
@@ -166,7 +165,8 @@ class Gate:
 
     async def _report(self, exchange: Exchange, error: Exception) -> None:
         """A bug: the log has it whole, the client its number. An answer that has begun breaks off."""
-        log.error("failed", method=exchange.method, path=exchange.path, request_id=exchange.request_id, exc_info=error)
+        place = {"method": exchange.method, "path": exchange.path, "request_id": exchange.request_id}
+        self._log.error("failed", **place, exc_info=error)
         if not exchange.status:
             await exchange.refuse(error)
 
@@ -206,13 +206,7 @@ def _write_down(exchange: Exchange) -> None:
     status = exchange.status or CLIENT_LEFT
     telemetry.count_request(exchange.method, telemetry.route_of(exchange.scope), status, seconds)
     if exchange.family is not None and exchange.family.public and status < 400:
-        return
-    log.info(
-        "request",
-        method=exchange.method,
-        path=exchange.path,
-        status=status,
-        ms=round(seconds * 1000, 2),
-        key=exchange.caller.key_id,
-        request_id=exchange.request_id,
-    )
+        return  # a health check each second is no news
+    milliseconds, key = round(seconds * 1000, 2), exchange.caller.key_id
+    line = RequestLine(exchange.method, exchange.path, status, milliseconds, key, exchange.request_id)
+    telemetry.request_log.write(line)
