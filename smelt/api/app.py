@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from smelt import __version__
-from smelt.api import docs, failures, health, login, resources
+from smelt.api import docs, failures, health, login, openai, resources
 from smelt.api.gate import Gate
 from smelt.api.services import Services
 from smelt.api.sessions import Sessions
@@ -28,6 +28,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     app = FastAPI(title="smelt", version=__version__, docs_url=None, redoc_url=None)
     failures.install(app)
     for routes in (
+        openai.router(services),
         resources.router(services),
         health.router(services),
         pages.router(),

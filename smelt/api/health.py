@@ -20,7 +20,7 @@ class Alive(BaseModel):
 class Health(BaseModel):
     """What the server is doing."""
 
-    status: str = "ok"
+    status: str = "healthy"  # the word that earlier servers of this kind had
     model_loaded: bool
     training_active: bool
 
