@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 
 from smelt.api.services import Services
 from smelt.control.model_server import WorkerInfo
-from smelt.control.run_events import RunEvent, RunFollowers
+from smelt.control.run_changes import RunChange, RunFollowers
 from smelt.control.run_metrics import Curves
 from smelt.control.run_requests import RunRequests
 from smelt.control.runs import MAX_LOG_LINES, Log, RunDetails, RunStatus
@@ -112,12 +112,12 @@ def visible_to(request: Request) -> str | None:
     return None if "admin" in caller.scopes else str(caller.owner)
 
 
-def event_stream(events: AsyncGenerator[RunEvent | None, None]) -> StreamingResponse:
+def event_stream(events: AsyncGenerator[RunChange | None, None]) -> StreamingResponse:
     """The events as an answer that ends when the client leaves."""
     return StreamingResponse(frames(events), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
-async def frames(events: AsyncGenerator[RunEvent | None, None]) -> AsyncIterator[bytes]:
+async def frames(events: AsyncGenerator[RunChange | None, None]) -> AsyncIterator[bytes]:
     """Events as they go over the wire; a comment in a long silence, so that proxies and we notice who has left."""
     async with aclosing(events):
         async for event in events:

@@ -10,38 +10,25 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from gated import services_in
 from live import serving, with_caller
 from smelt.api import failures, resources
 from smelt.api.services import Services
 from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig
-from smelt.control import run_events
+from smelt.control import run_changes
 from smelt.control.keys import LOCAL, Caller
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
-from smelt.settings import load_settings
-from smelt.storage.database import open_database, sqlite_url
-from smelt.storage.files import Files
-from smelt.storage.futures import Ledger
-from smelt.storage.writer import Writer
 
 EVE = Caller("eve", "key", frozenset({"training"}))
 WORKER = WorkerInfo("here:1", 1, "cpu", ("nano",), 0, 0)
 
 
-class OneWorker:
-    """A ModelServer that nobody asks for answers."""
-
-    workers = [WORKER]
-
-
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[Services]:
-    settings = load_settings(home=tmp_path / "home")
-    engine = open_database(sqlite_url(tmp_path / "smelt.db"))
-    writer = Writer(engine)
-    yield Services(settings, engine, writer, Ledger(engine, writer, Files(tmp_path / "bodies")), OneWorker())
-    writer.close()
-    engine.dispose()
+    with services_in(tmp_path / "home") as services:
+        services.model_server.workers.append(WORKER)
+        yield services
 
 
 @pytest.fixture
@@ -157,7 +144,7 @@ def test_a_stream_tells_what_is_new_and_goes_on_where_its_reader_was(app: FastAP
 def test_the_list_streams_too_and_silence_is_a_comment(
     app: FastAPI, run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_events, "SILENCE_S", 0.05)
+    monkeypatch.setattr(run_changes, "SILENCE_S", 0.05)
     with (
         serving(with_caller(app, LOCAL)) as url,
         httpx.stream("GET", f"{url}/v1/runs/events", timeout=10) as response,

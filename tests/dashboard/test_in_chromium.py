@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -21,20 +20,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from starlette.types import ASGIApp
 
+from gated import make_key, services_in
 from live import serving, with_caller
 from smelt.api import failures, resources
 from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS, TrainConfig
-from smelt.control.keys import LOCAL, create_key
+from smelt.control.keys import LOCAL
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
 from smelt.dashboard import pages
-from smelt.settings import Settings, load_settings
-from smelt.storage.database import open_database
-from smelt.storage.files import Files
-from smelt.storage.futures import Ledger
-from smelt.storage.writer import Writer
 
 pytestmark = pytest.mark.slow
 # It shall do nothing of its own accord, least of all call home.
@@ -97,49 +92,30 @@ def chunk(choice: dict[str, Any]) -> str:
 class Site:
     """The pages on a real port, with runs that a test moves on line by line."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, services: Services) -> None:
         self.folder = folder
-        self.settings: Settings = load_settings(home=folder / "home")
+        self.services = services
         self.answers = Answers()
         self.url = ""
         self.locks: list[TextIO] = []
-        self.settings.home.mkdir()
-        self.engine = open_database(self.settings.database_url)
-        self.writer = Writer(self.engine)
 
     def make_app(self) -> ASGIApp:
         app = FastAPI()
         failures.install(app)
-        app.include_router(resources.router(self.services()))
+        app.include_router(resources.router(self.services))
         app.include_router(pages.router())
         self.answers.add_routes(app)
-
         return with_caller(app, LOCAL)
-
-    def services(self) -> Services:
-        ledger = Ledger(self.engine, self.writer, Files(self.folder / "bodies"))
-        return Services(self.settings, self.engine, self.writer, ledger, Workers())
 
     def start_run(self, name: str) -> "LiveRun":
         out_dir = self.folder / name
         out_dir.mkdir()
-        entry = register(TrainConfig(out_dir=str(out_dir), max_iters=200), self.settings.runs)
+        config = TrainConfig(out_dir=str(out_dir), max_iters=200)
+        entry = register(config, self.services.settings.runs)
         lock = (out_dir / RUN_LOCK).open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
         self.locks.append(lock)
         return LiveRun(entry.id, out_dir, lock)
-
-    def close(self) -> None:
-        for lock in self.locks:
-            lock.close()
-        self.writer.close()
-        self.engine.dispose()
-
-
-class Workers:
-    """A ModelServer that has a worker; the answers come from elsewhere."""
-
-    workers = [WorkerInfo("here:1", 1, "cpu", ("nano",), 0, 0)]
 
 
 class LiveRun:
@@ -184,10 +160,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    with serving(site.make_app()) as site.url:
-        yield site
-    site.close()
+    with services_in(tmp_path / "home") as services:
+        services.model_server.workers.append(WorkerInfo("here:1", 1, "cpu", ("nano",), 0, 0))
+        site = Site(tmp_path, services)
+        with serving(site.make_app()) as site.url:
+            yield site
+        for lock in site.locks:
+            lock.close()
 
 
 class Visit:
@@ -480,8 +459,8 @@ def test_all_text_stands_out_from_its_ground(site: Site, visit: Visit, path: str
 
 
 def test_with_keys_a_browser_logs_in_may_post_and_logs_out(site: Site, browser: Browser) -> None:
-    key = site.writer.write(partial(create_key, name="me", scopes=["training"])).result()
-    with serving(create_app(site.services())) as url:
+    key = make_key(site.services, scopes=["training"])
+    with serving(create_app(site.services)) as url:
         visit = Visit(browser.new_page(), url)
         page = visit.open("/dashboard")
         page.wait_for_url("**/login?next=%2Fdashboard")
@@ -523,7 +502,7 @@ def test_a_training_of_a_terminal_is_seen_live(site: Site, visit: Visit) -> None
     page = visit.open("/dashboard")
     with subprocess.Popen(
         [*command, *shape, *pace, "--max-iters", "1000000", "--out-dir", str(site.folder / "seen")],
-        env={**os.environ, "SMELT_HOME": str(site.settings.home)},
+        env={**os.environ, "SMELT_HOME": str(site.services.settings.home)},
         stderr=subprocess.DEVNULL,
     ) as trainer:
         page.get_by_role("link", name="seen").click(timeout=60_000)

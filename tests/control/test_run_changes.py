@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,13 @@ import msgspec
 import pytest
 
 from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig
-from smelt.control import run_events
-from smelt.control.run_events import FolderWatch, RunEvent, RunFollowers
+from smelt.control import run_changes
+from smelt.control.run_changes import RunChange, RunFollowers
 from smelt.control.run_folders import Entry, register, write_entry
 from smelt.control.run_requests import RunRequests
 from smelt.errors import ConfigError, InvalidInput, NotFound, StorageError
 from smelt.settings import Settings, load_settings
-from smelt.storage.database import open_database, sqlite_url
-from smelt.storage.files import Files
 from smelt.storage.futures import Ledger
-from smelt.storage.writer import Writer
 from smelt.transport.messages import Failure, TrainRequest
 
 pytestmark = pytest.mark.anyio
@@ -29,22 +26,8 @@ PYDOC = {"data_path": "builtin:pydoc", "max_iters": 100}
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return load_settings(home=tmp_path / "home")
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    engine = open_database(sqlite_url(tmp_path / "smelt.db"))
-    writer = Writer(engine)
-    yield Ledger(engine, writer, Files(tmp_path / "bodies"))
-    writer.close()
-    engine.dispose()
 
 
 @pytest.fixture
@@ -74,7 +57,7 @@ def step(number: int) -> str:
     return json.dumps({"kind": "step", "step": number, "loss": 1.0 / number}) + "\n"
 
 
-async def next_event(events: AsyncIterator[RunEvent | None], kind: str) -> RunEvent:
+async def next_event(events: AsyncIterator[RunChange | None], kind: str) -> RunChange:
     """The next event of a kind, past those of the other kinds."""
     async with asyncio.timeout(10):
         async for event in events:
@@ -83,7 +66,7 @@ async def next_event(events: AsyncIterator[RunEvent | None], kind: str) -> RunEv
     raise AssertionError(f"the stream ended without {kind}")
 
 
-def steps_of(event: RunEvent) -> list[int]:
+def steps_of(event: RunChange) -> list[int]:
     return [values["step"] for values in event.data]
 
 
@@ -162,9 +145,9 @@ async def test_many_who_follow_one_run_share_one_tail(
 ) -> None:
     run_id, out_dir = run
     tails = []
-    original = run_events.RunReader.__init__
+    original = run_changes.RunReader.__init__
     monkeypatch.setattr(
-        run_events.RunReader, "__init__", lambda self, *given: (tails.append(self), original(self, *given))[1]
+        run_changes.RunReader, "__init__", lambda self, *given: (tails.append(self), original(self, *given))[1]
     )
     streams = [followers.follow(run_id) for _ in range(20)]
     for stream in streams:
@@ -182,7 +165,7 @@ async def test_many_who_follow_one_run_share_one_tail(
 async def test_a_reader_that_falls_behind_is_told_to_begin_anew(
     followers: RunFollowers, run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_events, "MAX_WAITING", 4)
+    monkeypatch.setattr(run_changes, "MAX_WAITING", 4)
     run_id, out_dir = run
     slow, quick = followers.follow(run_id), followers.follow(run_id)
     for stream in (slow, quick):
@@ -227,7 +210,7 @@ async def test_where_reading_fails_the_streams_end_so_that_nobody_waits_in_vain(
 async def test_silence_is_told_too(
     followers: RunFollowers, run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_events, "SILENCE_S", 0.05)
+    monkeypatch.setattr(run_changes, "SILENCE_S", 0.05)
     async with aclosing(followers.follow(run[0])) as events:
         await next_event(events, "state")
         assert await anext(events) is None
@@ -250,45 +233,6 @@ async def test_the_list_tells_of_new_changed_and_removed_runs_of_the_owner(
         entry = Entry(id="run-00000000000e", owner="eve", recipe="pretrain", config={}, created=1.0, started=1.0)
         write_entry(entry, tmp_path / "evil", settings.runs)
         assert [status.id for status in (await next_event(others, "runs")).data] == [entry.id]
-
-
-async def test_the_watch_ends_with_those_who_wait_and_goes_on_without_a_missing_folder(tmp_path: Path) -> None:
-    watch = FolderWatch()
-    with watch.on(tmp_path) as changed, watch.on(tmp_path / "missing"):
-        task = watch._task
-        async with asyncio.timeout(10):
-            for name in ("first", "second"):
-                await changed.wait()
-                changed.clear()
-                (tmp_path / name).write_text("x")
-            await changed.wait()
-    assert task is not None
-    async with asyncio.timeout(10):
-        await task
-
-
-async def test_where_nobody_may_watch_more_folders_they_are_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, polls = run_events.awatch, []
-
-    def refuse_notifications(*folders: Path, force_polling: bool | None, **options: Any) -> Any:
-        polls.append(force_polling)
-        if not force_polling:
-            raise OSError(28, "OS file watch limit reached")
-        return real(*folders, force_polling=force_polling, **options)
-
-    monkeypatch.setattr(run_events, "awatch", refuse_notifications)
-    with FolderWatch().on(tmp_path) as changed:
-        async with asyncio.timeout(10):
-            await changed.wait()
-            changed.clear()
-            while len(polls) < 2:
-                await changed.wait()
-                changed.clear()
-            (tmp_path / "new").write_text("x")
-            await changed.wait()
-    assert polls[:2] == [None, True]
 
 
 async def test_a_run_that_is_asked_for_waits_in_the_ledger_for_a_launcher(

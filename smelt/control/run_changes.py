@@ -1,6 +1,6 @@
 """Runs as they go on: new metrics, log lines and states, told to many from one tail; knows no HTTP and no torch.
 
-The folders that somebody follows are watched by one thread. A lock that is let go leaves no trace in a folder, so
+A tail wakes when the run's folder changes. A lock that is let go leaves no trace in a folder, so
 each state is looked at every second as well.
 """
 
@@ -14,9 +14,9 @@ from typing import Any, Generic, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
-from watchfiles import awatch
 
 from smelt.configs import RUN_LOG, RUN_METRICS
+from smelt.control.folder_watch import FolderWatch
 from smelt.control.run_folders import REGISTRY
 from smelt.control.run_metrics import LineFile, parsed, text_of
 from smelt.control.run_requests import RunRequests
@@ -26,78 +26,23 @@ from smelt.errors import NotFound
 logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
-DEBOUNCE_MS = 100
 SILENCE_S = 15.0
 MAX_WAITING = 256  # events that a slow reader may be behind
-ALL = ""  # the key of the tail of the list, among the ids of runs
 
 
 @dataclass(frozen=True, slots=True)
-class RunEvent:
+class RunChange:
     """Something new.
 
     "metrics" has the new events of metrics.jsonl, "log" lines of text, "state" a RunStatus, "runs" those RunStatus
-    that have changed, "removed" the id of a run whose folder is gone. "reset": what was sent before is void, for
-    the run was resumed from a checkpoint, or the reader was too slow; read the curves again. "end" is the last one.
+    that have changed, "removed" the last RunStatus of a run whose folder is gone. "reset": what was sent before is
+    void, for the run was resumed from a checkpoint, or the reader was too slow; read the curves again. "end" is the
+    last one.
     """
 
     kind: Literal["metrics", "log", "state", "runs", "removed", "reset", "end"]
     data: Any
     cursor: str = ""  # with it one can go on after this event
-
-
-class FolderWatch:
-    """Wakes whoever waits for a folder when something in it changes."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[Path, set[asyncio.Event]] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._is_stale = asyncio.Event()
-        self._polls: bool | None = None  # None: only where this system has no notifications
-
-    @contextmanager
-    def on(self, folder: Path) -> Iterator[asyncio.Event]:
-        """An event that is set by each change while the block lasts; the reader clears it."""
-        changed = asyncio.Event()
-        if folder not in self._waiting:
-            self._is_stale.set()
-        self._waiting.setdefault(folder, set()).add(changed)
-        if self._task is None:
-            self._task = asyncio.create_task(self._watch())
-        try:
-            yield changed
-        finally:
-            self._waiting[folder].discard(changed)
-            if not self._waiting[folder]:
-                del self._waiting[folder]
-                self._is_stale.set()
-
-    async def _watch(self) -> None:
-        """Watch all folders by one thread, and begin anew when there are others."""
-        while self._waiting:
-            self._is_stale.clear()
-            folders = [folder for folder in self._waiting if folder.is_dir()]
-            self._wake(list(self._waiting))  # for what has changed meanwhile
-            try:
-                async for changes in awatch(
-                    *folders,
-                    stop_event=self._is_stale,
-                    recursive=False,
-                    debounce=DEBOUNCE_MS,
-                    watch_filter=None,
-                    force_polling=self._polls,
-                ):
-                    self._wake([Path(path).parent for _, path in changes])
-            except FileNotFoundError:  # one was removed just now
-                continue
-            except OSError:  # the system lets nobody watch any more folders
-                self._polls = True
-        self._task = None
-
-    def _wake(self, folders: list[Path]) -> None:
-        for folder in folders:
-            for changed in self._waiting.get(folder, ()):
-                changed.set()
 
 
 Reader = TypeVar("Reader", "RunReader", "ListReader")
@@ -114,15 +59,15 @@ class Tail(Generic[Reader]):
         self.reader: Reader = reader
         self._watch = watch
         self._folder = folder
-        self._joining: dict[asyncio.Queue[RunEvent], str | None] = {}
-        self._queues: set[asyncio.Queue[RunEvent]] = set()
+        self._joining: dict[asyncio.Queue[RunChange], str | None] = {}
+        self._queues: set[asyncio.Queue[RunChange]] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @contextmanager
-    def joined(self, cursor: str | None = None) -> Iterator[asyncio.Queue[RunEvent]]:
+    def joined(self, cursor: str | None = None) -> Iterator[asyncio.Queue[RunChange]]:
         """A queue that begins with how things stand and goes on with what is new, without a gap or a repetition."""
-        queue: asyncio.Queue[RunEvent] = asyncio.Queue(MAX_WAITING)
+        queue: asyncio.Queue[RunChange] = asyncio.Queue(MAX_WAITING)
         self._joining[queue] = cursor
         self._changed.set()
         if self._task is None or self._task.done():
@@ -146,7 +91,7 @@ class Tail(Generic[Reader]):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), TICK_S)
 
-    async def _begin(self, queue: asyncio.Queue[RunEvent], cursor: str | None) -> None:
+    async def _begin(self, queue: asyncio.Queue[RunChange], cursor: str | None) -> None:
         for event in await asyncio.to_thread(self.reader.first, cursor):
             _put(queue, event)
         if queue in self._joining:  # it may have left meanwhile
@@ -158,15 +103,15 @@ class Tail(Generic[Reader]):
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("following runs in %s failed", self._folder, exc_info=error)
             for queue in (*self._queues, *self._joining):
-                _put(queue, RunEvent("end", {}))
+                _put(queue, RunChange("end", {}))
 
 
-def _put(queue: asyncio.Queue[RunEvent], event: RunEvent) -> None:
+def _put(queue: asyncio.Queue[RunChange], event: RunChange) -> None:
     """Hand an event over; a reader that is too far behind loses what it has not read, and is told so."""
     if queue.full():
         while not queue.empty():
             queue.get_nowait()
-        queue.put_nowait(RunEvent("reset", {}, event.cursor))
+        queue.put_nowait(RunChange("reset", {}, event.cursor))
     queue.put_nowait(event)
 
 
@@ -184,49 +129,49 @@ class RunReader:
         """Where reading has come to: that of the curves, a slash, that of the log."""
         return "/".join(file.cursor for file in self._files)
 
-    async def read(self) -> list[RunEvent]:
+    async def read(self) -> list[RunChange]:
         """New metrics and lines, then the state if it is another."""
         try:
             status = await self._requests.status(self._run_id)
         except NotFound:
-            return [RunEvent("removed", self.status)]
+            return [RunChange("removed", self.status)]
         events = await asyncio.to_thread(self._read_files)
         if status != self.status:
             self.status = status
-            events.append(RunEvent("state", status, self.cursor))
+            events.append(RunChange("state", status, self.cursor))
         return events
 
-    def _read_files(self) -> list[RunEvent]:
+    def _read_files(self) -> list[RunChange]:
         added = [file.read() for file in self._files]
         if None in added:
             for file in self._files:
                 file.read()
-            return [RunEvent("reset", {}, self.cursor)]
+            return [RunChange("reset", {}, self.cursor)]
         return told(added[0] or [], added[1] or [], self.cursor)
 
-    def first(self, cursor: str | None) -> list[RunEvent]:
+    def first(self, cursor: str | None) -> list[RunChange]:
         """How the run stands, and what lies between a reader's cursor and here, for one who comes back."""
         if self.status is None:  # its folder was removed just now
-            return [RunEvent("removed", None)]
-        state = RunEvent("state", self.status, self.cursor)
+            return [RunChange("removed", None)]
+        state = RunChange("state", self.status, self.cursor)
         return [state, *self._since(cursor)] if cursor else [state]
 
-    def _since(self, cursor: str) -> list[RunEvent]:
+    def _since(self, cursor: str) -> list[RunChange]:
         try:
             files = [LineFile(file.path, part) for file, part in zip(self._files, cursor.split("/"), strict=True)]
         except ValueError:
-            return [RunEvent("reset", {}, self.cursor)]
+            return [RunChange("reset", {}, self.cursor)]
         added = [file.read(until=ours.offset) for file, ours in zip(files, self._files, strict=True)]
         if None in added:
-            return [RunEvent("reset", {}, self.cursor)]
+            return [RunChange("reset", {}, self.cursor)]
         return told(added[0] or [], added[1] or [], self.cursor)
 
 
-def told(metrics: list[bytes], log: list[bytes], cursor: str) -> list[RunEvent]:
+def told(metrics: list[bytes], log: list[bytes], cursor: str) -> list[RunChange]:
     """New lines as events."""
     values = [msgspec.json.decode(line) for line in metrics if parsed(line) is not None]
-    events = [RunEvent("metrics", values, cursor)] if values else []
-    return [*events, RunEvent("log", text_of(log), cursor)] if log else events
+    events = [RunChange("metrics", values, cursor)] if values else []
+    return [*events, RunChange("log", text_of(log), cursor)] if log else events
 
 
 class ListReader:
@@ -236,18 +181,18 @@ class ListReader:
         self.known: dict[str, RunStatus] = {}
         self._requests = requests
 
-    def first(self, _cursor: str | None) -> list[RunEvent]:
+    def first(self, _cursor: str | None) -> list[RunChange]:
         """All runs."""
-        return [RunEvent("runs", list(self.known.values()))]
+        return [RunChange("runs", list(self.known.values()))]
 
-    async def read(self) -> list[RunEvent]:
+    async def read(self) -> list[RunChange]:
         """The changed ones together, then each that is gone."""
         now = {status.id: status for status in await self._requests.all()}
         changed = [status for status in now.values() if self.known.get(status.id) != status]
         removed = [status for status in self.known.values() if status.id not in now]
         self.known = now
-        events = [RunEvent("runs", changed)] if changed else []
-        return [*events, *(RunEvent("removed", status) for status in removed)]
+        events = [RunChange("runs", changed)] if changed else []
+        return [*events, *(RunChange("removed", status) for status in removed)]
 
 
 class RunFollowers:
@@ -261,7 +206,7 @@ class RunFollowers:
 
     async def follow(
         self, run_id: str, owner: str | None = None, cursor: str | None = None
-    ) -> AsyncGenerator[RunEvent | None, None]:
+    ) -> AsyncGenerator[RunChange | None, None]:
         """A run's state, then what is new in it: after a cursor, else after now. None after each long silence.
 
         It ends when the run's folder is removed. NotFound where the owner has no run of that id.
@@ -280,7 +225,7 @@ class RunFollowers:
                 if event is not None and event.kind == "removed":
                     return
 
-    async def follow_all(self, owner: str | None = None) -> AsyncGenerator[RunEvent | None, None]:
+    async def follow_all(self, owner: str | None = None) -> AsyncGenerator[RunChange | None, None]:
         """All runs of an owner, then those that are new, changed or removed. None after each long silence."""
         with self._list_tail.joined() as queue:
             is_first = True
@@ -296,11 +241,11 @@ class RunFollowers:
                     if owner in (None, event.data.owner):
                         yield event
                 elif (visible := [status for status in event.data if owner in (None, status.owner)]) or is_first:
-                    yield RunEvent("runs", visible)
+                    yield RunChange("runs", visible)
                     is_first = False
 
 
-async def _next(queue: asyncio.Queue[RunEvent]) -> RunEvent | None:
+async def _next(queue: asyncio.Queue[RunChange]) -> RunChange | None:
     try:
         return await asyncio.wait_for(queue.get(), SILENCE_S)
     except TimeoutError:
