@@ -9,27 +9,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from starlette.types import ASGIApp
 
-from gated import make_key, services_in
-from live import serving, with_caller
-from smelt.api import failures, resources
+from gated import make_key
+from live import serving
+from scripted import Scripted, scripted
 from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS, TrainConfig
-from smelt.control.keys import LOCAL
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
-from smelt.dashboard import pages
+from smelt.errors import InvalidInput, SmeltError
+from smelt.transport.messages import Finish, Generate
+from smelt.types import SamplingParams
 
 pytestmark = pytest.mark.slow
 # It shall do nothing of its own accord, least of all call home.
@@ -47,65 +45,31 @@ PATHS = ["/dashboard", "/dashboard/runs/{run}", "/dashboard/playground"]
 LIVE_MS = 2000  # what happens in a run is on the page within this time
 
 
-class Answers:
-    """OpenAI's routes with an author who writes numbered words, or fails when told to."""
+class Author:
+    """Writes numbered words with marks that must stay text, or fails when told to."""
 
     def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
         self.num_words = 5
-        self.problem = ""
-        self.num_left_early = 0
+        self.problem: SmeltError | None = None
 
-    def add_routes(self, app: FastAPI) -> None:
-        app.get("/v1/models")(self.models)
-        app.post("/v1/completions")(self.complete)
-        app.post("/v1/chat/completions")(self.complete)
-
-    async def models(self) -> dict[str, Any]:
-        return {"data": [{"id": "nano"}, {"id": "micro"}]}
-
-    async def complete(self, request: Request) -> Any:
-        body = await request.json()
-        self.asked.append(body)
-        if self.problem:
-            return JSONResponse({"error": {"message": self.problem, "type": "x", "param": None, "code": None}}, 400)
-        return StreamingResponse(self.words("messages" in body), media_type="text/event-stream")
-
-    async def words(self, is_chat: bool) -> AsyncIterator[str]:
-        try:
-            for number in range(self.num_words):
-                text = f" word{number}." if number % 2 else f" <b>word{number}</b>"
-                yield chunk({"delta": {"content": text}} if is_chat else {"text": text})
-                await asyncio.sleep(0.02)
-        except asyncio.CancelledError:
-            self.num_left_early += 1
-            raise
-        yield chunk({"delta": {}, "text": "", "finish_reason": "stop"})
-        yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': self.num_words}})}\n\n"
-        yield "data: [DONE]\n\n"
-
-
-def chunk(choice: dict[str, Any]) -> str:
-    return f"data: {json.dumps({'choices': [choice]})}\n\n"
+    async def write(self, _request: Generate) -> AsyncGenerator[str | Finish, None]:
+        if self.problem is not None:
+            raise self.problem
+        for number in range(self.num_words):
+            yield f" word{number}." if number % 2 else f" <b>word{number}</b>"
+            await asyncio.sleep(0.02)
 
 
 class Site:
     """The pages on a real port, with runs that a test moves on line by line."""
 
-    def __init__(self, folder: Path, services: Services) -> None:
+    def __init__(self, folder: Path, services: Services, models: Scripted, author: Author) -> None:
         self.folder = folder
         self.services = services
-        self.answers = Answers()
+        self.models = models
+        self.author = author
         self.url = ""
         self.locks: list[TextIO] = []
-
-    def make_app(self) -> ASGIApp:
-        app = FastAPI()
-        failures.install(app)
-        app.include_router(resources.router(self.services))
-        app.include_router(pages.router())
-        self.answers.add_routes(app)
-        return with_caller(app, LOCAL)
 
     def start_run(self, name: str) -> "LiveRun":
         out_dir = self.folder / name
@@ -160,10 +124,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    with services_in(tmp_path / "home") as services:
-        services.model_server.workers.append(WorkerInfo("here:1", 1, "cpu", ("nano",), 0, 0))
-        site = Site(tmp_path, services)
-        with serving(site.make_app()) as site.url:
+    author = Author()
+    with scripted(tmp_path / "home", author.write) as (services, models):
+        models.workers = [WorkerInfo("here:1", 1, "cpu", ("tiny",), 0, 0)]
+        site = Site(tmp_path, services, models, author)
+        with serving(create_app(services)) as site.url:
             yield site
         for lock in site.locks:
             lock.close()
@@ -310,7 +275,7 @@ def test_an_unknown_run_says_so(visit: Visit) -> None:
 
 def test_the_playground_continues_a_text(site: Site, visit: Visit) -> None:
     page = visit.open("/dashboard/playground")
-    page.get_by_label("Model").select_option("micro")
+    page.get_by_label("Model").select_option("tiny")
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Stop at").fill("END")
@@ -319,16 +284,13 @@ def test_the_playground_continues_a_text(site: Site, visit: Visit) -> None:
     expect(page.locator(".turn p")).to_have_text("Once <b>word0</b> word1. <b>word2</b> word3. <b>word4</b>")
     expect(page.locator("#summary")).to_contain_text("5 tokens in")
     expect(page.locator("#spoken p")).to_have_count(4)
-    (asked,) = site.answers.asked
-    assert asked.pop("stream_options") == {"include_usage": True}
-    assert asked == {
-        "model": "micro", "prompt": "Once", "max_tokens": 200, "temperature": 0, "top_p": 1, "seed": 7,
-        "stop": ["END"], "stream": True,
-    }  # fmt: skip
+    (asked,) = site.models.asked
+    assert (asked.model, asked.prompt) == ("tiny", "Once")
+    assert asked.params == SamplingParams(max_tokens=200, temperature=0.0, top_p=1.0, seed=7, stop=("END",))
 
 
 def test_a_conversation_remembers_what_was_said(site: Site, visit: Visit) -> None:
-    site.answers.num_words = 1
+    site.author.num_words = 1
     page = visit.open("/dashboard/playground")
     page.get_by_label("Chat").check()
     for text in ("Hello", "And then?"):
@@ -336,12 +298,12 @@ def test_a_conversation_remembers_what_was_said(site: Site, visit: Visit) -> Non
         page.get_by_role("button", name="Send").click()
         expect(page.locator(".turn.user p").last).to_have_text(text)
         expect(page.locator("#summary")).to_contain_text("1 tokens in")
-    roles = [(turn["role"], turn["content"]) for turn in site.answers.asked[-1]["messages"]]
+    roles = [(turn.role, turn.content) for turn in site.models.asked[-1].messages]
     assert roles == [("user", "Hello"), ("assistant", " <b>word0</b>"), ("user", "And then?")]
 
 
 def test_an_answer_streams_and_can_be_stopped(site: Site, visit: Visit) -> None:
-    site.answers.num_words = 10_000
+    site.author.num_words = 10_000
     page = visit.open("/dashboard/playground")
     page.get_by_label("Text to continue").fill("Once")
     page.keyboard.press("Enter")
@@ -352,11 +314,11 @@ def test_an_answer_streams_and_can_be_stopped(site: Site, visit: Visit) -> None:
     expect(page.locator("#summary")).to_contain_text("you stopped it")
     expect(stop).to_be_disabled()
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
-    wait_until(page, lambda: site.answers.num_left_early == 1)
+    wait_until(page, lambda: site.models.num_running == 0)
 
 
 def test_an_error_is_shown_and_the_message_is_kept(site: Site, visit: Visit) -> None:
-    site.answers.problem = "model 'nano' has no chat template"
+    site.author.problem = InvalidInput("model 'tiny' has no chat template")
     page = visit.open("/dashboard/playground")
     page.get_by_label("Chat").check()
     page.get_by_label("Your message").fill("Hello")
@@ -382,13 +344,13 @@ def test_the_keyboard_alone_reaches_and_works_the_playground(site: Site, visit: 
     page.keyboard.press("Enter")
     page.wait_for_url("**/dashboard/playground")
     expect(page.get_by_label("Text to continue")).to_be_focused()
-    expect(page.get_by_label("Model")).to_have_value("nano")
+    expect(page.get_by_label("Model")).to_have_value("tiny")
     page.keyboard.type("Once")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("more")
     page.keyboard.press("Enter")
     expect(page.locator("#summary")).to_contain_text("5 tokens")
-    assert site.answers.asked[0]["prompt"] == "Once\nmore"
+    assert site.models.asked[0].prompt == "Once\nmore"
     tabs = [page.keyboard.press("Tab") or page.evaluate("document.activeElement.id") for _ in range(4)]
     assert tabs == ["send", "clear", "model", ""]  # the last is the group of radio buttons
     page.keyboard.press("ArrowDown")
@@ -460,26 +422,25 @@ def test_all_text_stands_out_from_its_ground(site: Site, visit: Visit, path: str
 
 def test_with_keys_a_browser_logs_in_may_post_and_logs_out(site: Site, browser: Browser) -> None:
     key = make_key(site.services, scopes=["training"])
-    with serving(create_app(site.services)) as url:
-        visit = Visit(browser.new_page(), url)
-        page = visit.open("/dashboard")
-        page.wait_for_url("**/login?next=%2Fdashboard")
-        page.get_by_label("API key").fill(key)
-        page.keyboard.press("Enter")
-        page.wait_for_url("**/dashboard")
-        expect(page.get_by_text("Nothing has been trained yet")).to_be_visible()
-        post = """async (body) => {
-          const { request } = await import("/static/api.js");
-          return (await request("/v1/runs", { method: "POST", body })).status;
-        }"""
-        assert page.evaluate(post, {"data_path": "builtin:pydoc"}) == 201
-        expect(page.locator("tbody .state")).to_have_text("Queued", timeout=LIVE_MS)
-        page.get_by_role("button", name="Log out").click()
-        page.wait_for_url("**/login")
-        visit.open("/dashboard")
-        page.wait_for_url("**/login?next=%2Fdashboard")
-        page.close()
-        visit.check()
+    visit = Visit(browser.new_page(), site.url)
+    page = visit.page
+    wait_until(page, lambda: "/login?next=%2Fdashboard" in visit.open("/dashboard").url)  # the key is seen in a second
+    page.get_by_label("API key").fill(key)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/dashboard")
+    expect(page.get_by_text("Nothing has been trained yet")).to_be_visible()
+    post = """async (body) => {
+      const { request } = await import("/static/api.js");
+      return (await request("/v1/runs", { method: "POST", body })).status;
+    }"""
+    assert page.evaluate(post, {"data_path": "builtin:pydoc"}) == 201
+    expect(page.locator("tbody .state")).to_have_text("Queued", timeout=LIVE_MS)
+    page.get_by_role("button", name="Log out").click()
+    page.wait_for_url("**/login")
+    visit.open("/dashboard")
+    page.wait_for_url("**/login?next=%2Fdashboard")
+    page.close()
+    visit.check()
 
 
 def test_a_training_of_a_terminal_is_seen_live(site: Site, visit: Visit) -> None:
