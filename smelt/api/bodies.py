@@ -5,7 +5,6 @@ kilobyte cannot become a gigabyte.
 """
 
 import asyncio
-import io
 import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -20,6 +19,8 @@ except ImportError:
     zstandard = None  # type: ignore[assignment]
 
 PIECE_BYTES = 2**18
+ZSTD_SLICE_BYTES = 256
+ZSTD_WINDOW_BYTES = 2**27
 # A body has this long, and a second more for each so many bytes of it that have come.
 PATIENCE_S = 20.0
 BYTES_PER_S = 2**13
@@ -34,44 +35,57 @@ async def inflated(packed: AsyncIterator[bytes]) -> Pieces:
     inflate = None
     async for chunk in packed:
         while chunk:
-            inflate = inflate or zlib.decompressobj(_window_bits(chunk))
-            while piece := _inflate(inflate, chunk):
-                chunk = inflate.unconsumed_tail
+            if inflate is None or inflate.eof:  # a gzip file may follow the end of another
+                inflate = zlib.decompressobj(_window_bits(chunk))
+            piece = _inflate(inflate, chunk)
+            while piece:
                 yield piece
-            # What follows the end of a gzip member is the next member.
+                piece = b"" if inflate.eof else _inflate(inflate, inflate.unconsumed_tail)
             chunk = inflate.unused_data
-            if inflate.eof and chunk:
-                inflate = None
-    if inflate is None or not inflate.eof:
-        raise InvalidInput("the body is cut short: its Content-Encoding has no end")
+    _check_whole(inflate is not None and inflate.eof)
 
 
 def _window_bits(chunk: bytes) -> int:
-    """47 takes gzip and zlib; "deflate" is also sent without zlib's header."""
-    is_gzip, is_zlib = chunk[0] == 0x1F, chunk[0] & 0x0F == 8 and int.from_bytes(chunk[:2], "big") % 31 == 0
-    return 47 if is_gzip or is_zlib else -15
+    """47 takes gzip and zlib. "Deflate" also comes without zlib's header, and then hardly ever begins with its 8."""
+    return 47 if chunk[0] == 0x1F or chunk[0] & 0x0F == 8 else -15
 
 
 def _inflate(inflate: "zlib._Decompress", chunk: bytes) -> bytes:
     try:
         return inflate.decompress(chunk, PIECE_BYTES)
     except zlib.error as error:
-        raise InvalidInput(f"the body is not what its Content-Encoding says: {error}") from None
+        raise _broken(error) from None
 
 
 async def unzstd(packed: AsyncIterator[bytes]) -> Pieces:
-    """Unpack zstd. It is gathered first, under the same cap: fed in pieces, the library bounds no piece it gives."""
-    whole = io.BytesIO(b"".join([chunk async for chunk in packed]))
-    reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(whole, read_across_frames=True)
-    while piece := _read(reader):
-        yield piece
+    """Unpack zstd, piece by piece. Only what goes in bounds what comes out: 128 KiB for each 4 bytes at most."""
+    unpack = None
+    async for chunk in packed:
+        for start in range(0, len(chunk), ZSTD_SLICE_BYTES):
+            part = chunk[start : start + ZSTD_SLICE_BYTES]
+            while part:
+                if unpack is None or unpack.eof:
+                    unpack = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
+                if piece := _unzstd(unpack, part):
+                    yield piece
+                part = unpack.unused_data
+    _check_whole(unpack is not None and unpack.eof)
 
 
-def _read(reader: "zstandard.ZstdDecompressionReader") -> bytes:
+def _unzstd(unpack: "zstandard.ZstdDecompressionObj", part: bytes) -> bytes:
     try:
-        return reader.read(PIECE_BYTES)
+        return unpack.decompress(part)
     except zstandard.ZstdError as error:
-        raise InvalidInput(f"the body is not what its Content-Encoding says: {error}") from None
+        raise _broken(error) from None
+
+
+def _broken(error: Exception) -> InvalidInput:
+    return InvalidInput(f"the body is not what its Content-Encoding says: {error}")
+
+
+def _check_whole(is_whole: bool) -> None:
+    if not is_whole:
+        raise InvalidInput("the body is cut short: its Content-Encoding has no end")
 
 
 UNPACKERS: dict[bytes, Callable[[AsyncIterator[bytes]], Pieces]] = {b"gzip": inflated, b"deflate": inflated}

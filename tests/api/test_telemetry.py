@@ -1,0 +1,111 @@
+"""What is counted and what is written down: routes by template, and nothing that looks like a key."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from gated import client_of, make_key, services_in
+from smelt.api import telemetry
+from smelt.api.app import create_app
+from smelt.api.services import Services
+from smelt.control.model_server import WorkerInfo
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def services(tmp_path: Path) -> Iterator[Services]:
+    with services_in(tmp_path / "home") as services:
+        yield services
+
+
+def lines_of(log_file: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in log_file.getvalue().splitlines()]
+
+
+def value(exposition: str, series: str) -> float:
+    return float(next((line.split()[-1] for line in exposition.splitlines() if line.startswith(series)), "0"))
+
+
+async def test_requests_are_counted_under_their_templates(services: Services) -> None:
+    async with client_of(create_app(services)) as client:
+        before = (await client.get("/metrics")).text
+        for path in ("/v1/runs/a", "/v1/runs/b", "/nowhere/1", "/nowhere/2"):
+            assert (await client.get(path)).status_code == 404
+        answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    runs = 'smelt_http_requests_total{method="GET",route="/v1/runs/{run_id}",status="404"}'
+    nowhere = 'smelt_http_requests_total{method="GET",route="none",status="404"}'
+    assert value(answer.text, runs) - value(before, runs) == 2
+    assert value(answer.text, nowhere) - value(before, nowhere) == 2
+    count = 'smelt_http_request_seconds_count{route="/v1/runs/{run_id}"}'
+    assert value(answer.text, count) - value(before, count) == 2
+    assert value(answer.text, "smelt_http_requests_in_flight") == 1
+    assert "nowhere" not in answer.text
+
+
+def test_a_made_up_method_makes_no_series() -> None:
+    telemetry.count_request("BREW", "none", 404, 0.1)
+    assert "BREW" not in telemetry.exposition([]).decode()
+
+
+def test_answers_and_workers_are_counted() -> None:
+    worker = WorkerInfo("box:1", 1, "cpu", ("gpt",), 3, 2)
+    before = telemetry.exposition([]).decode()
+    telemetry.count_answer("gpt", 10, 5, "stop")
+    telemetry.observe_first_token("gpt", 0.2)
+    telemetry.observe_gap("gpt", 0.01)
+    after = telemetry.exposition([worker]).decode()
+    for series, grows in (
+        ('smelt_tokens_total{kind="prompt",model="gpt"}', 10),
+        ('smelt_tokens_total{kind="output",model="gpt"}', 5),
+        ('smelt_answers_total{model="gpt",reason="stop"}', 1),
+        ('smelt_first_token_seconds_count{model="gpt"}', 1),
+        ('smelt_inter_token_seconds_count{model="gpt"}', 1),
+    ):
+        assert value(after, series) - value(before, series) == grows
+    assert value(after, 'smelt_worker_sequences{state="running",worker="box:1"}') == 3
+    assert value(after, "smelt_workers ") == 1
+    assert "box:1" not in telemetry.exposition([]).decode()
+
+
+async def test_a_request_is_a_line_without_secrets(services: Services, log_file: io.StringIO) -> None:
+    key = make_key(services)
+    async with client_of(create_app(services), key) as client:
+        await client.get(f"/v1/runs?api_key={key}&prompt=private", headers={"x-request-id": "r1"})
+        await client.get(f"/v1/models/{key}")
+        await client.post("/login", data={"key": key})
+        await client.get("/healthz")
+    lines = [line for line in lines_of(log_file) if line["event"] == "request"]
+    assert [line["path"] for line in lines] == ["/v1/runs", "/v1/models/tml-..."]
+    assert {"method": "GET", "status": 200, "request_id": "r1", "level": "info"}.items() <= lines[0].items()
+    assert isinstance(lines[0]["ms"], float)
+    assert lines[0]["key"]
+    # The test's own client logs its addresses; the server's lines are what counts.
+    ours = [line for line in log_file.getvalue().splitlines() if '"logger":"httpx"' not in line]
+    assert not [line for line in ours if key in line or "private" in line]
+
+
+def test_other_modules_log_in_the_same_way(log_file: io.StringIO) -> None:
+    logging.getLogger("smelt.transport").warning("hung up on %s", "a\n{stranger} with Bearer abc.def and sk-1234")
+    try:
+        raise ValueError("hf_secret")
+    except ValueError:
+        structlog.get_logger().exception("failed", path="/x")
+    first, second = lines_of(log_file)
+    assert first["event"] == "hung up on a\n{stranger} with Bearer ... and sk-..."
+    assert (first["logger"], first["level"]) == ("smelt.transport", "warning")
+    assert "ValueError: hf_..." in str(second["exception"])
+
+
+def test_people_get_plain_lines() -> None:
+    file = io.StringIO()
+    telemetry.configure_logging(file, for_people=True)
+    telemetry.request_log.write(telemetry.RequestLine("GET", "/v1/models/tml-abc", 200, 1.5, None, "r1"))
+    assert "/v1/models/tml-..." in file.getvalue()
+    assert not file.getvalue().startswith("{")
