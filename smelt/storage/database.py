@@ -1,5 +1,6 @@
 """Opens the database: SQLite in a file by default, PostgreSQL by URL; knows its manners, none of its rows."""
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,8 +13,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from smelt.errors import ConfigError, OutOfSpace, StorageError
 from smelt.storage.migrations import migrate
 
+log = logging.getLogger(__name__)
+
 # Execution options of a connection: `writes` takes SQLite's write lock at BEGIN instead of half-way through.
 WRITES = "writes"
+MAX_CHECKED_BYTES = 2**30  # two seconds of reading on a busy machine, with the file in memory
 # What `transaction` remembers of a SQLite connection.
 SYNCHRONOUS = "synchronous"
 
@@ -49,11 +53,21 @@ def open_database(url: str) -> Engine:
 
 
 def check_integrity(engine: Engine) -> None:
-    """StorageError where a SQLite file is damaged; PostgreSQL looks after itself."""
+    """StorageError where a SQLite file is damaged; PostgreSQL looks after itself.
+
+    A file beyond MAX_CHECKED_BYTES is only opened: the check reads all of it, and a server that restarts after a crash
+    has to be there within seconds. What is damaged there is noticed when it is read.
+    """
     if engine.dialect.name != "sqlite":
         return
     try:
         with engine.connect() as connection:
+            num_pages, page_bytes = (
+                connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in ("page_count", "page_size")
+            )
+            if num_pages * page_bytes > MAX_CHECKED_BYTES:
+                log.info("%s is too large to be checked at each start", engine.url.database)
+                return
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
     except DBAPIError as error:
         raise explained(error, engine) from None

@@ -8,37 +8,105 @@ it is the lowest queued one of its lane and nothing below it is missing.
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, or_, select
+from sqlalchemy import Connection, and_, bindparam, exists, func, or_, select
 from sqlalchemy.sql import ColumnElement
 
 from smelt.errors import StaleEpoch
+from smelt.storage.statements import Prepared
 from smelt.storage.tables import AnyRow, epochs, futures, lanes
 
 # After so many workers died holding it, a future has failed.
 MAX_ATTEMPTS = 3
 
 
-def advance(connection: Connection, names: Iterable[str]) -> None:
-    """Bring `next_seq` and `ready` up to date in lanes whose futures changed; None and unordered ones stay."""
-    ordered = _ordered(connection, set(names))
-    if not ordered:
-        return
-    settled = exists().where(
-        futures.c.lane == lanes.c.lane, futures.c.seq == lanes.c.next_seq, futures.c.state != "queued"
+_settled = futures.alias("settled")
+_successor = futures.alias("successor")
+_held = futures.alias("held")
+_names = lanes.c.lane.in_(bindparam("names", expanding=True))
+
+ORDERED = select(lanes.c.lane).where(_names, lanes.c.next_seq.is_not(None))
+# To the end of the run of settled futures that begins at `next_seq`.
+SKIP = (
+    lanes.update()
+    .where(
+        _names,
+        exists().where(
+            _settled.c.lane == lanes.c.lane, _settled.c.seq == lanes.c.next_seq, _settled.c.state != "queued"
+        ),
     )
-    skip = lanes.update().where(lanes.c.lane.in_(ordered), settled).values(next_seq=lanes.c.next_seq + 1)
-    while connection.execute(skip).rowcount:
-        pass
-    lowest = (
-        select(futures.c.number)
-        .where(futures.c.lane == lanes.c.lane, futures.c.state == "queued", futures.c.seq <= lanes.c.next_seq)
-        .order_by(futures.c.seq)
+    .values(
+        next_seq=select(_settled.c.seq + 1)
+        .where(
+            _settled.c.lane == lanes.c.lane,
+            _settled.c.seq >= lanes.c.next_seq,
+            _settled.c.state != "queued",
+            ~exists().where(
+                _successor.c.lane == _settled.c.lane,
+                _successor.c.seq == _settled.c.seq + 1,
+                _successor.c.state != "queued",
+            ),
+        )
+        .order_by(_settled.c.seq)
         .limit(1)
         .scalar_subquery()
     )
-    turns = connection.execute(select(lowest).where(lanes.c.lane.in_(ordered))).scalars().all()
-    connection.execute(futures.update().where(futures.c.lane.in_(ordered), futures.c.ready).values(ready=False))
-    connection.execute(futures.update().where(futures.c.number.in_(turns)).values(ready=True))
+)
+TURNS = select(
+    select(futures.c.number)
+    .where(futures.c.lane == lanes.c.lane, futures.c.state == "queued", futures.c.seq <= lanes.c.next_seq)
+    .order_by(futures.c.seq)
+    .limit(1)
+    .scalar_subquery()
+).where(_names)
+_turns = futures.c.number.in_(bindparam("turns", expanding=True))
+SET_READY = (
+    futures.update()
+    .where(futures.c.lane.in_(bindparam("names", expanding=True)), or_(futures.c.ready, _turns))
+    .values(ready=_turns)
+)
+
+HOLDER = Prepared(
+    select(
+        epochs.c.closed,
+        select(func.max(futures.c.attempts))
+        .where(futures.c.state == "granted", futures.c.epoch == bindparam("of_epoch"))
+        .scalar_subquery()
+        .label("max_attempts"),
+    ).where(epochs.c.epoch == bindparam("of_epoch"))
+)
+_is_suspect = futures.c.attempts > 0
+READY = (
+    select(futures)
+    .join(lanes, lanes.c.lane == futures.c.lane, isouter=True)
+    .where(
+        futures.c.ready,
+        futures.c.kind.in_(bindparam("kinds", expanding=True)),
+        or_(
+            lanes.c.next_seq.is_(None),
+            ~exists().where(
+                _held.c.lane == futures.c.lane, _held.c.state == "granted", _held.c.epoch != bindparam("of_epoch")
+            ),
+        ),
+    )
+    .order_by(_is_suspect.desc(), futures.c.number)
+    .limit(bindparam("at_most"))
+)
+MARK = (
+    futures.update()
+    .where(futures.c.number.in_(bindparam("numbers", expanding=True)))
+    .values(state="granted", epoch=bindparam("to_epoch"), ready=False)
+)
+
+
+def advance(connection: Connection, names: Iterable[str]) -> bool:
+    """Bring `next_seq` and `ready` up to date in lanes whose futures changed; False where none of them has an order."""
+    ordered = connection.execute(ORDERED, {"names": list(set(names))}).scalars().all() if names else []
+    if not ordered:
+        return False
+    connection.execute(SKIP, {"names": ordered})
+    turns = connection.execute(TURNS, {"names": ordered}).scalars().all()
+    connection.execute(SET_READY, {"names": ordered, "turns": turns})
+    return True
 
 
 def grant(connection: Connection, epoch: int, limit: int, kinds: tuple[str, ...]) -> list[AnyRow]:
@@ -47,24 +115,22 @@ def grant(connection: Connection, epoch: int, limit: int, kinds: tuple[str, ...]
     A lane belongs to one worker while it holds any of its futures. A future whose worker died is granted alone, so
     that it cannot take others with it again. StaleEpoch where the connection is over.
     """
-    if connection.execute(select(epochs.c.closed).where(epochs.c.epoch == epoch)).scalar_one_or_none() is not False:
+    holder = HOLDER(connection, of_epoch=epoch).one_or_none()
+    if holder is None or holder.closed:
         raise StaleEpoch(f"epoch {epoch} is over: the worker must connect again")
-    held = select(func.count(), func.max(futures.c.attempts)).where(
-        futures.c.state == "granted", futures.c.epoch == epoch
-    )
-    num_held, max_attempts = connection.execute(held).one()
-    if max_attempts:
+    if holder.max_attempts:
         return []
-    wanted = futures.c.kind.in_(kinds)
-    suspects = _ready(connection, epoch, and_(wanted, futures.c.attempts > 0), 1)
-    if suspects:
-        return [] if num_held else _mark_granted(connection, epoch, suspects)
     granted: list[AnyRow] = []
-    while len(granted) < limit:
-        rows = _ready(connection, epoch, and_(wanted, futures.c.attempts == 0), limit - len(granted))
-        if not rows:
-            break
-        granted += _mark_granted(connection, epoch, rows)
+    has_successors = True
+    while has_successors and len(granted) < limit:
+        wanted = {"kinds": kinds, "of_epoch": epoch, "at_most": limit - len(granted)}
+        rows = list(connection.execute(READY, wanted))
+        if rows and rows[0].attempts:  # suspects come first
+            is_alone = holder.max_attempts is None and not granted
+            rows = rows[:1] if is_alone else []
+            limit = len(rows)
+        has_successors = bool(rows) and _mark_granted(connection, epoch, rows)
+        granted += rows
     return granted
 
 
@@ -123,31 +189,10 @@ def abandon(connection: Connection, missing: Iterable[tuple[str, int]]) -> None:
             advance(connection, [lane])
 
 
-def _ordered(connection: Connection, names: set[str]) -> list[str]:
-    query = select(lanes.c.lane).where(lanes.c.lane.in_(names), lanes.c.next_seq.is_not(None))
-    return list(connection.execute(query).scalars()) if names else []
-
-
-def _ready(connection: Connection, epoch: int, condition: ColumnElement[bool], limit: int) -> list[AnyRow]:
-    held = futures.alias("held")
-    elsewhere = exists().where(held.c.lane == futures.c.lane, held.c.state == "granted", held.c.epoch != epoch)
-    free = or_(lanes.c.next_seq.is_(None), ~elsewhere)
-    query = (
-        select(futures)
-        .join(lanes, lanes.c.lane == futures.c.lane, isouter=True)
-        .where(futures.c.ready, condition, free)
-        .order_by(futures.c.number)
-        .limit(limit)
-    )
-    return list(connection.execute(query))
-
-
-def _mark_granted(connection: Connection, epoch: int, rows: list[AnyRow]) -> list[AnyRow]:
-    numbers = [row.number for row in rows]
-    values = {"state": "granted", "epoch": epoch, "ready": False}
-    connection.execute(futures.update().where(futures.c.number.in_(numbers)).values(values))
-    advance(connection, {row.lane for row in rows if row.lane is not None})
-    return rows
+def _mark_granted(connection: Connection, epoch: int, rows: list[AnyRow]) -> bool:
+    """Whether there may be successors, whose turn it is now."""
+    connection.execute(MARK, {"numbers": [row.number for row in rows], "to_epoch": epoch})
+    return advance(connection, {row.lane for row in rows if row.lane is not None})
 
 
 def _queue_again(

@@ -1,7 +1,4 @@
-"""How futures change and are found: pure SQL, each function one step of a request's life.
-
-The statements of the steps that every request takes are built once: building one costs more than running it.
-"""
+"""How futures change and are found: pure SQL, each function one step of a request's life."""
 
 import hashlib
 import uuid
@@ -13,6 +10,7 @@ from sqlalchemy import Connection, and_, bindparam, func, or_, select
 from smelt.errors import NotFound, SeqAbandoned, SeqReused, StaleEpoch
 from smelt.storage import lanes as turns
 from smelt.storage.faults import Fault
+from smelt.storage.statements import Prepared
 from smelt.storage.tables import AnyRow, epochs, futures, lanes
 
 State = Literal["queued", "granted", "done", "failed", "cancelled"]
@@ -50,15 +48,20 @@ _queued_before = (
     .where(futures.c.lane == bindparam("at_lane"), futures.c.state == "queued", futures.c.seq < bindparam("at_seq"))
     .scalar_subquery()
 )
-FIND_PLACE = (
+FIND_PLACE = Prepared(
     select(
         lanes.c.owner, lanes.c.next_seq, futures.c.kind, futures.c.fingerprint, _queued_before.label("lowest_queued")
     )
     .join(futures, and_(futures.c.lane == lanes.c.lane, futures.c.seq == bindparam("at_seq")), isouter=True)
     .where(lanes.c.lane == bindparam("at_lane"))
 )
-INSERT = futures.insert()
-FINISH = (
+# What `accept` knows of a new row; the rest is NULL.
+COLUMNS = (
+    "id", "owner", "lane", "seq", "fingerprint", "kind", "state", "ready", "attempts", "request", "request_file",
+    "expired", "created", "updated",
+)  # fmt: skip
+INSERT = Prepared(futures.insert(), COLUMNS)
+FINISH = Prepared(
     futures.update()
     .where(futures.c.id == bindparam("of_id"), futures.c.epoch == bindparam("of_epoch"), futures.c.state == "granted")
     .values({name: bindparam(name) for name in ("state", "result", "result_file", "category", "updated")})
@@ -76,8 +79,9 @@ def accept(submission: Submission, body: Body, now: float, fault: Fault, connect
     fault("before_insert")
     lane, seq = submission.lane, submission.seq
     ready = True
-    accepted = uuid.uuid4().hex
-    if lane is not None:
+    if lane is None:
+        accepted = uuid.uuid4().hex
+    else:
         assert seq is not None, "a place in a lane is a seq"
         accepted = future_id(lane, seq)
         place = _place(connection, submission, lane, seq)
@@ -93,7 +97,7 @@ def accept(submission: Submission, body: Body, now: float, fault: Fault, connect
         "kind": submission.kind, "state": "queued", "ready": ready, "attempts": 0, "request": body.inline,
         "request_file": body.file, "expired": False, "created": now, "updated": now,
     }  # fmt: skip
-    connection.execute(INSERT, row)
+    INSERT(connection, **row)
     fault("after_insert_before_commit")
     return accepted
 
@@ -101,11 +105,11 @@ def accept(submission: Submission, body: Body, now: float, fault: Fault, connect
 def _place(connection: Connection, submission: Submission, lane: str, seq: int) -> AnyRow:
     """The lane, which begins here if it is new, and what stands in that place of it."""
     where = {"at_lane": lane, "at_seq": seq}
-    place = connection.execute(FIND_PLACE, where).one_or_none()
+    place = FIND_PLACE(connection, **where).one_or_none()
     if place is None:
         new = {"lane": lane, "owner": submission.owner, "next_seq": submission.first_seq}
         connection.execute(lanes.insert().values(new))
-        place = connection.execute(FIND_PLACE, where).one()
+        place = FIND_PLACE(connection, **where).one()
     if place.owner != submission.owner:
         raise NotFound(f"{lane!r} does not exist")
     return place
@@ -130,7 +134,7 @@ def finish(
     """Keep the result of a future that this epoch holds. StaleEpoch where it does not."""
     values = {"result": body.inline, "result_file": body.file, "category": category, "updated": now}
     values |= {"state": "failed" if category else "done", "of_id": future_id, "of_epoch": epoch}
-    if connection.execute(FINISH, values).rowcount != 1:
+    if FINISH(connection, **values).rowcount != 1:
         raise StaleEpoch(f"{future_id} is not in the hands of epoch {epoch}: its result is not kept")
     fault("before_result_commit")
 

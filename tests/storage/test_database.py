@@ -7,11 +7,11 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import Column, Engine, Integer, inspect, select, text
+from sqlalchemy import Column, Engine, Integer, create_engine, inspect, select, text
 
 from smelt.errors import ConfigError, OutOfSpace, StorageError
-from smelt.storage import migrations, tables
-from smelt.storage.database import open_database, sqlite_url, transaction
+from smelt.storage import database, migrations, tables
+from smelt.storage.database import check_integrity, open_database, sqlite_url, transaction
 from smelt.storage.tables import lanes
 from smelt.storage.writer import Writer
 
@@ -113,3 +113,21 @@ def test_a_full_disk_is_said_and_got_over(sqlite: Engine) -> None:
     assert small.result(5) == 1
     writer.close()
     sqlite.dispose()
+
+
+def test_damage_is_found_at_the_start_where_looking_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "smelt.db"
+    open_database(sqlite_url(path)).dispose()
+    engine = open_database(sqlite_url(path))
+    check_integrity(engine)
+    engine.dispose()
+    data = bytearray(path.read_bytes())
+    page_bytes = int.from_bytes(data[16:18], "big")
+    data[-page_bytes:] = bytes([0xAA]) * page_bytes  # an index of the last table
+    path.write_bytes(data)
+    damaged = create_engine(sqlite_url(path))
+    with pytest.raises(StorageError, match="smelt.db"):
+        check_integrity(damaged)
+    monkeypatch.setattr(database, "MAX_CHECKED_BYTES", len(data) - 1)
+    check_integrity(damaged)
+    damaged.dispose()
