@@ -1,4 +1,4 @@
-"""A supervisor over pretended programs, as a process: `python pretend_server.py supervise WORKER`, WORKER being a role below.
+"""A supervisor over pretended programs, as a process: `python pretend_server.py supervise WORKER`, a role below.
 
 Prints its port when the API answers.
 """
