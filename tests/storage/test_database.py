@@ -120,10 +120,12 @@ def test_damage_is_found_at_the_start_where_looking_is_quick(tmp_path: Path, mon
     open_database(sqlite_url(path)).dispose()
     engine = open_database(sqlite_url(path))
     check_integrity(engine)
+    with engine.connect() as connection:
+        page = connection.execute(text("SELECT rootpage FROM sqlite_schema WHERE name = 'runs'")).scalar_one()
     engine.dispose()
     data = bytearray(path.read_bytes())
     page_bytes = int.from_bytes(data[16:18], "big")
-    data[-page_bytes:] = bytes([0xAA]) * page_bytes  # an index of the last table
+    data[(page - 1) * page_bytes : page * page_bytes] = bytes([0xAA]) * page_bytes
     path.write_bytes(data)
     damaged = create_engine(sqlite_url(path))
     with pytest.raises(StorageError, match="smelt.db"):
