@@ -12,12 +12,12 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from smelt.cluster.uplink import Uplink
+from smelt.control.catalogue import served_name
 from smelt.errors import NotFound, TransportError
 from smelt.inference.server import Event, InferenceServer, Load
 from smelt.inference.service import TextModel
@@ -140,11 +140,6 @@ class Worker:
                     self._uplink.take_status(self._status)
             elif self._uplink is not None:
                 self._uplink.take(event)
-
-
-def served_name(model: str) -> str:
-    """What clients call a model that was given by name or folder."""
-    return Path(model).absolute().name
 
 
 def loader(settings: Settings, preload: str | None) -> Callable[[str], TextModel]:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from smelt.cluster.worker import Worker, loader, served_name
+from smelt.cluster.worker import Worker, loader
 from smelt.configs import DecoderConfig
 from smelt.control.workers import Workers
 from smelt.data.characters import ByteTokenizer
@@ -305,7 +305,6 @@ def test_only_registered_models_and_the_preloaded_one_are_loaded(tmp_path: Path,
         write_model(CONFIG, make_decoder().state_dict(), folder)
         ByteTokenizer().save(folder)
     load = loader(settings, str(tmp_path / "served"))
-    assert served_name(str(tmp_path / "served")) == "served"
     for name in ("listed", "served"):
         assert load(name).config == CONFIG
     for name in (str(tmp_path / "private"), "../../private", "hf:openai-community/gpt2", "gpt2"):
