@@ -45,7 +45,7 @@ class WorkerList:
 
 def router(services: Services) -> APIRouter:
     """The routes of runs and workers."""
-    requests = RunRequests(services.settings, services.ledger)
+    requests = RunRequests(services.settings, services.ledger, services.model_server)
     followers = RunFollowers(requests)
     routes = APIRouter(prefix="/v1", tags=["runs"])
 

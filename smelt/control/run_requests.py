@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from smelt.configs import RUN_METRICS, TrainConfig, validated
+from smelt.control.model_server import ModelServer
 from smelt.control.run_folders import Entry, new_run_id, write_entry
 from smelt.control.runs import RunDetails, Runs, RunStatus
 from smelt.data.bpe import is_tiktoken_name
@@ -36,10 +37,11 @@ S = TypeVar("S", bound=RunStatus)
 class RunRequests:
     """The runs of one server: those in its folders, seen together with what its ledger knows of them."""
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, model_server: ModelServer) -> None:
         self.runs = Runs(settings.runs)
         self._settings = settings
         self._ledger = ledger
+        self._model_server = model_server
 
     async def all(self, owner: str | None = None) -> list[RunStatus]:
         """Every run of an owner, or of all, newest first."""
@@ -86,7 +88,7 @@ class RunRequests:
         entry, out_dir = await asyncio.to_thread(self.runs.find, run_id, owner)
         if entry.future_id is None:
             raise InvalidInput(f"run {run_id!r} was started in a terminal; stop it there with Ctrl-C")
-        was_cancelled = await self._ledger.cancel(entry.owner, entry.future_id)
+        was_cancelled = await self._model_server.cancel(entry.owner, entry.future_id)
         if was_cancelled and entry.started is None:
             await asyncio.to_thread(_note_cancelled, out_dir)
         return await self.status(run_id)

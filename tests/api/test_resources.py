@@ -10,8 +10,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from gated import services_in
 from live import serving, with_caller
+from scripted import scripted
 from smelt.api import failures, resources
 from smelt.api.services import Services
 from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig
@@ -26,8 +26,8 @@ WORKER = WorkerInfo("here:1", 1, "cpu", ("nano",), 0, 0)
 
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[Services]:
-    with services_in(tmp_path / "home") as services:
-        services.model_server.workers.append(WORKER)
+    with scripted(tmp_path / "home") as (services, models):
+        models.workers = [WORKER]
         yield services
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from scripted import Scripted, words
 from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig
 from smelt.control import run_changes
 from smelt.control.run_changes import RunChange, RunFollowers
@@ -32,7 +33,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def requests(settings: Settings, ledger: Ledger) -> RunRequests:
-    return RunRequests(settings, ledger)
+    return RunRequests(settings, ledger, Scripted(words, ledger))
 
 
 @pytest.fixture
