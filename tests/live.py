@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,9 +26,9 @@ def with_caller(app: ASGIApp, caller: Caller) -> ASGIApp:
 class Server(uvicorn.Server):
     """uvicorn's server, which says when it can be reached."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, **options: Any) -> None:
         # Whoever follows something when the test is over need not be waited for.
-        options = {"log_level": "critical", "lifespan": "off", "timeout_graceful_shutdown": 0}
+        options = {"log_level": "critical", "lifespan": "off", "timeout_graceful_shutdown": 0, **options}
         super().__init__(uvicorn.Config(app, host="127.0.0.1", port=0, **options))
         self.is_up = threading.Event()
 
@@ -41,9 +42,9 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """The address of the application while the block runs."""
-    server = Server(app)
+def serving(app: ASGIApp, **options: Any) -> Iterator[str]:
+    """The address of the application while the block runs. Options are uvicorn's."""
+    server = Server(app, **options)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert server.is_up.wait(30)

@@ -23,6 +23,7 @@ from sqlalchemy import Engine
 
 from smelt.api.app import create_app
 from smelt.api.draining import Draining
+from smelt.api.protocol import BoundedProtocol
 from smelt.api.services import Services
 from smelt.api.telemetry import configure_logging
 from smelt.control.workers import Workers
@@ -116,7 +117,7 @@ def http_config(app: Draining) -> uvicorn.Config:
     """How uvicorn speaks HTTP. It logs nothing of its own, because the gate does."""
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -213,7 +213,7 @@ async def test_a_refused_body_has_its_own_answer_whatever_the_handler_says(gate:
 
 def test_a_slow_body_is_cut_off(gate: Gate) -> None:
     gate.bodies = Bodies(CAP, patience_s=0.2)
-    with serving(lambda: gate) as address:
+    with serving(gate) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as client:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 100\r\n\r\n"

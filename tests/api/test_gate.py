@@ -344,14 +344,14 @@ def test_handlers_learn_that_their_client_has_left(services: Services) -> None:
             pass
         left.set()
 
-    with serving(lambda: gated(services, wait)) as address:
+    with serving(gated(services, wait)) as address:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/completions", content=b"{}", timeout=0.5)
         assert left.wait(5)
 
 
 def test_a_stream_arrives_piece_by_piece_and_a_bug_breaks_it_off(services: Services) -> None:
-    with serving(lambda: gated(services)) as address:
+    with serving(gated(services)) as address:
         with httpx.stream("GET", f"{address}/v1/runs/broken") as answer:
             pieces = answer.iter_raw()
             assert next(pieces) == b"so far so good"
