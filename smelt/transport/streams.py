@@ -41,13 +41,14 @@ class Connection:
         self.name = identity.name
         self.epoch = identity.epoch
 
-    async def send(self, message: Message) -> None:
-        """Returns when the peer has room for more, which is no promise that it has read the message.
+    async def send(self, *messages: Message) -> None:
+        """Returns when the peer has room for more, which is no promise that it has read them.
 
-        ConnectionClosed: the peer is gone, and the message with it. TransportError: too large for a frame; nothing
-        was sent.
+        ConnectionClosed: the peer is gone, and the messages with it. TransportError: one is too large for a frame;
+        nothing was sent.
         """
-        await self._stream.write(encode_frame(message))
+        frames = [encode_frame(message) for message in messages]
+        await self._stream.write(frames[0] if len(frames) == 1 else b"".join(frames))
 
     async def receive(self) -> Message:
         """The next message. ConnectionClosed: there will be none. TransportError: no message of ours; close it."""

@@ -54,6 +54,17 @@ async def both_ends(address: Address) -> AsyncIterator[tuple[Connection, Connect
         yield await admitted.get(), dialler
 
 
+async def test_messages_that_are_sent_together_arrive_one_by_one(socket_file: Path) -> None:
+    async with both_ends(socket_file) as (listener, dialler):
+        messages = [Cancel("a"), Result("b", 1, bytes(3000)), Cancel("c")]
+        await dialler.send(*messages)
+        assert [await listener.receive() for _ in messages] == messages
+        with pytest.raises(TransportError, match="over the limit"):
+            await dialler.send(Cancel("never"), Result("f", 1, bytes(2**26)))
+        await dialler.send(Cancel("last"))
+        assert await listener.receive() == Cancel("last")
+
+
 @asynccontextmanager
 async def lonely_peer(socket_file: Path, num_torn_bytes: int) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that dials in, sends a Ping and the beginning of a frame, and then nothing."""
