@@ -1,4 +1,4 @@
-"""A model server that writes what a test says, and the application around it."""
+"""A model server that writes what a test says, and what the application stands on around it."""
 
 import asyncio
 import json
@@ -7,15 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fastapi import FastAPI
-from starlette.types import ASGIApp
-
 from gated import services_in
-from smelt.api import failures, openai
-from smelt.api.gate import Gate
 from smelt.api.services import Services
-from smelt.api.sessions import Sessions
-from smelt.control.keyring import KeyRing
 from smelt.control.model_server import WorkerInfo
 from smelt.storage.futures import Ledger
 from smelt.transport.messages import Finish, Generate, TextChunk
@@ -88,11 +81,3 @@ def scripted(home: Path, script: Script = words) -> Iterator[tuple[Services, Scr
     with services_in(home) as services:
         model_server = Scripted(script, services.ledger)
         yield replace(services, model_server=model_server, default_model=str(folder)), model_server
-
-
-def app_of(services: Services) -> ASGIApp:
-    """OpenAI's routes behind the gate."""
-    app = FastAPI()
-    failures.install(app)
-    app.include_router(openai.router(services))
-    return Gate(app, services.settings, KeyRing(services.database), Sessions(services.settings.home))

@@ -79,19 +79,32 @@ def route_of(scope: Scope) -> str:
 
 def count_answer(model: str, num_prompt_tokens: int, num_output_tokens: int, reason: str) -> None:
     """An answer has ended. `model` must be the name of a served model, not whatever a client wrote."""
-    answers.labels(model, reason).inc()
-    tokens.labels(model, "prompt").inc(num_prompt_tokens)
-    tokens.labels(model, "output").inc(num_output_tokens)
+    _answer_series(model, reason).inc()
+    prompt, output, _, _ = _model_series(model)
+    prompt.inc(num_prompt_tokens)
+    output.inc(num_output_tokens)
 
 
 def observe_first_token(model: str, seconds: float) -> None:
     """How long a client waited for the first token."""
-    first_token_seconds.labels(model).observe(seconds)
+    _model_series(model)[2].observe(seconds)
 
 
 def observe_gap(model: str, seconds: float) -> None:
     """How long a client waited for the next piece."""
-    gap_seconds.labels(model).observe(seconds)
+    _model_series(model)[3].observe(seconds)
+
+
+@lru_cache(maxsize=4096)
+def _answer_series(model: str, reason: str) -> Counter:
+    return answers.labels(model, reason)
+
+
+@lru_cache(maxsize=1024)
+def _model_series(model: str) -> tuple[Counter, Counter, Histogram, Histogram]:
+    """Tokens of prompts and of answers, waits for the first token and for the next."""
+    counters = tokens.labels(model, "prompt"), tokens.labels(model, "output")
+    return *counters, first_token_seconds.labels(model), gap_seconds.labels(model)
 
 
 def exposition(workers: list[WorkerInfo]) -> bytes:

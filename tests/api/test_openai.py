@@ -11,8 +11,9 @@ import pytest
 from fastapi import FastAPI
 
 from gated import client_of
-from scripted import CONTEXT, Script, Scripted, app_of, scripted
+from scripted import CONTEXT, Script, Scripted, scripted
 from smelt.api import failures, openai, telemetry
+from smelt.api.app import create_app
 from smelt.api.openai_types import CHAT_TOKENS, MAX_PROMPT_CHARS, MAX_TOKENS, chat_tokens, parse
 from smelt.api.openai_types import ChatBody as Chat
 from smelt.api.services import Services
@@ -40,7 +41,7 @@ def model_server(served: tuple[Services, Scripted]) -> Scripted:
 
 @pytest.fixture
 async def client(served: tuple[Services, Scripted]) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app_of(served[0])) as client:
+    async with client_of(create_app(served[0])) as client:
         yield client
 
 

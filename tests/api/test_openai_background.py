@@ -11,7 +11,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from gated import client_of, make_key
-from scripted import Scripted, app_of, scripted
+from scripted import Scripted, scripted
+from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.storage.futures import MAX_INLINE, Granted
 from smelt.storage.transitions import Submission
@@ -39,7 +40,7 @@ def services(served: tuple[Services, Scripted]) -> Services:
 
 @pytest.fixture
 async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app_of(services)) as client:
+    async with client_of(create_app(services)) as client:
         yield client
 
 
@@ -174,7 +175,7 @@ async def test_a_key_that_came_with_another_body_is_refused(client: httpx.AsyncC
 
 async def test_another_owners_answer_does_not_exist(services: Services) -> None:
     ann, bob = make_key(services, "ann", owner="ann"), make_key(services, "bob", owner="bob")
-    app = app_of(services)
+    app = create_app(services)
     key = {"Idempotency-Key": "k1"}
     async with client_of(app, ann) as of_ann, client_of(app, bob) as of_bob:
         first = await accepted(of_ann, TEXT, HELLO, **key)
@@ -221,7 +222,7 @@ async def test_whoever_hangs_up_waits_no_longer(client: httpx.AsyncClient, servi
         "headers": [(b"host", b"127.0.0.1:8000")], "scheme": "http", "http_version": "1.1", "root_path": "",
         "raw_path": b"", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
     }  # fmt: skip
-    polling = asyncio.create_task(_call(app_of(services), scope, leaves.get, send))
+    polling = asyncio.create_task(_call(create_app(services), scope, leaves.get, send))
     await until(lambda: future_id in services.ledger._finished)
     leaves.put_nowait({"type": "http.disconnect"})
     await asyncio.wait_for(polling, 5)

@@ -13,8 +13,9 @@ import openai
 import pytest
 
 from live import serving
-from scripted import Script, Scripted, app_of, endless, scripted, silent
+from scripted import Script, Scripted, endless, scripted, silent
 from smelt.api import streaming
+from smelt.api.app import create_app
 from smelt.errors import Unavailable, WorkerLost
 from smelt.transport.messages import Finish, Generate
 
@@ -26,7 +27,7 @@ MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[str, Scripted]]:
     """(address, model server) of a server."""
-    with scripted(tmp_path / "home") as (services, model_server), serving(app_of(services)) as address:
+    with scripted(tmp_path / "home") as (services, model_server), serving(create_app(services)) as address:
         yield address, model_server
 
 

@@ -1,0 +1,330 @@
+"""What HTTP costs around a model: requests per second against a bare FastAPI route, and hundreds of streams at once.
+
+The model is a fake, so that nothing else is measured. The servers run on one core, whoever asks on another. Requests
+are POSTs of `wrk`, with the whole gate in front of ours; rounds against the two servers alternate.
+
+    python benchmarks/http_layer.py [--seconds 3] [--rounds 5] [--only requests|streams]
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+from machine import describe_machine, write_result
+from pydantic import BaseModel
+from starlette.types import ASGIApp
+
+from smelt.api.app import create_app
+from smelt.api.services import Services
+from smelt.api.telemetry import configure_logging
+from smelt.control.model_server import WorkerInfo
+from smelt.settings import Settings
+from smelt.storage.database import open_database
+from smelt.storage.files import Files
+from smelt.storage.futures import Ledger
+from smelt.storage.writer import Writer
+from smelt.transport.messages import Finish, Generate, TextChunk
+
+PATH = "/v1/completions"
+NUM_CONNECTIONS = 32
+NUM_STREAMS = 500
+RATES = (10, 15, 20)  # tokens per second of each stream
+WORD = " word"
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
+BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "temperature": 0.7}
+CONFIG = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 64, "n_layer": 1, "n_head": 1, "n_embd": 8}
+REPORT = """
+function done(summary, latency, requests)
+  io.write(string.format("%d %f %f %f %d\\n", summary.requests, summary.duration / 1e6,
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
+    summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.timeout))
+end
+"""
+
+
+class Typist:
+    """Implements ModelServer: `rate` tokens in a second. Those that are late come together, as a worker's would."""
+
+    workers: list[WorkerInfo] = []
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+
+    async def generate(self, request: Generate) -> AsyncGenerator[TextChunk | Finish, None]:
+        """As many tokens as were asked for, the first at once."""
+        clock, num_tokens, num_written = asyncio.get_running_loop().time, request.params.max_tokens, 0
+        began = clock()
+        while True:
+            num_due = min(num_tokens, 1 + int(self._rate * (clock() - began))) - num_written
+            if num_due:
+                yield TextChunk(request.request_id, WORD * num_due, tuple(range(num_due)))
+            num_written += num_due
+            if num_written == num_tokens:
+                break
+            await asyncio.sleep(began + num_written / self._rate - clock())
+        yield Finish(request.request_id, "length", 40, num_tokens)
+
+    async def cancel(self, owner: str, future_id: str) -> bool:
+        """Nothing is asked of the ledger here."""
+        raise NotImplementedError
+
+
+class Asked(BaseModel):
+    """The body of the bare route."""
+
+    model: str
+    prompt: str
+    max_tokens: int = 16
+    temperature: float = 1.0
+
+
+class Choice(BaseModel):
+    """Part of its answer."""
+
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: None = None
+
+
+class Answer(BaseModel):
+    """As long as ours."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: dict[str, int]
+    object: str = "text_completion"
+    system_fingerprint: str = "smelt-0.0.0"
+
+
+def bare() -> ASGIApp:
+    """FastAPI with one route, as its tutorial has it."""
+    app = FastAPI()
+
+    @app.post(PATH)
+    async def complete(asked: Asked) -> Answer:
+        choice = Choice(index=0, text=" word", finish_reason="length")
+        usage = {"prompt_tokens": 40, "completion_tokens": 1, "total_tokens": 41}
+        return Answer(id="cmpl-" + "0" * 32, created=1, model=asked.model, choices=[choice], usage=usage)
+
+    return app
+
+
+@contextmanager
+def whole(home: Path, rate: float) -> Iterator[ASGIApp]:
+    """The application as it is served, with a fake in the worker's place."""
+    folder = home / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    settings = Settings(home=home)
+    engine = open_database(settings.database_url)
+    writer = Writer(engine)
+    ledger = Ledger(engine, writer, Files(settings.bodies))
+    yield create_app(Services(settings, engine, writer, ledger, Typist(rate), str(folder)))
+    writer.close()
+    engine.dispose()
+
+
+def serve(which: str, port: int, rate: float) -> None:
+    """Be a server, on the first core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    options = {"http": "httptools", "ws": "none", "log_config": None, "access_log": False, "server_header": False}
+    if which == "bare":
+        uvicorn.run(bare(), port=port, **options)
+        return
+    with tempfile.TemporaryDirectory() as home, Path(home, "log").open("w") as log:
+        configure_logging(log)
+        with whole(Path(home), rate) as app:
+            uvicorn.run(app, port=port, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A server in a process of its own."""
+
+    pid: int
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What it has computed so far: the one measure that others on the machine do not change much."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def server(which: str, rate: float = 1.0) -> Iterator[Process]:
+    """A server, while the block runs."""
+    port = {"bare": 8731, "smelt": 8732}[which]
+    command = [sys.executable, __file__, "--serve", which, "--port", str(port), "--rate", str(rate)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    started = Process(process.pid, port)
+    try:
+        until = time.monotonic() + 60
+        while not answers(f"{started.address}/openapi.json"):
+            assert process.poll() is None, "the server has died"
+            assert time.monotonic() < until, "the server does not come up"
+            time.sleep(0.1)
+        yield started
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether somebody is there."""
+    try:
+        with urlopen(url) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def load(target: Process, script: Path, seconds: int) -> list[float]:
+    """(requests per second, p50 and p99 in ms, CPU µs per request) of one round of wrk on the last core."""
+    core = str(max(os.sched_getaffinity(0)))
+    command = ["taskset", "-c", core, "wrk", "-t1", f"-c{NUM_CONNECTIONS}", f"-d{seconds}s", "-s", str(script)]
+    used_before = target.cpu_seconds
+    done = subprocess.run([*command, target.address + PATH], capture_output=True, text=True, check=True)
+    num_requests, duration, p50, p99, num_failed = map(float, done.stdout.strip().splitlines()[-1].split())
+    assert num_failed == 0, done.stdout
+    return [num_requests / duration, p50, p99, 1e6 * (target.cpu_seconds - used_before) / num_requests]
+
+
+def compare(seconds: int, num_rounds: int) -> list[str]:
+    """The table of requests per second: medians of the rounds."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file, server("bare") as theirs, server("smelt") as ours:
+        body = json.dumps(BODY)
+        file.write(f'wrk.method = "POST"\nwrk.body = [==[{body}]==]\n')
+        file.write(f'wrk.headers["Content-Type"] = "application/json"\n{REPORT}')
+        file.flush()
+        script = Path(file.name)
+        rounds: dict[Process, list[list[float]]] = {theirs: [], ours: []}
+        for target in rounds:
+            load(target, script, 1)
+        for _ in range(num_rounds):
+            for target, measured in rounds.items():
+                measured.append(load(target, script, seconds))
+    shares = [mine[0] / bare[0] for mine, bare in zip(rounds[ours], rounds[theirs], strict=True)]
+    lines = [f"POST {PATH}, 1 token, {NUM_CONNECTIONS} connections:", ""]
+    lines += ["| | requests/s | p50 ms | p99 ms | CPU µs each |", "|---|---|---|---|---|"]
+    cpu: dict[Process, float] = {}
+    for name, target in (("a bare FastAPI route", theirs), ("smelt, whole, with a fake model", ours)):
+        rate, p50, p99, cpu[target] = (statistics.median(column) for column in zip(*rounds[target], strict=True))
+        lines.append(f"| {name} | {rate:,.0f} | {p50:.1f} | {p99:.1f} | {cpu[target]:.0f} |")
+    spread = f"{min(shares):.2f} to {max(shares):.2f} in {num_rounds} rounds"
+    return [*lines, f"| ratio | {statistics.median(shares):.2f} ({spread}) | | | {cpu[theirs] / cpu[ours]:.2f} |", ""]
+
+
+async def read_stream(port: int, num_tokens: int) -> tuple[float, list[float], bool]:
+    """(seconds to the first token, gaps between events, whether it was all there) of one stream."""
+    body = json.dumps({**BODY, "max_tokens": num_tokens, "stream": True})
+    began = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    times, is_done, num_heard = [], False, 0
+    async for line in reader:
+        if num_words := line.count(WORD.encode()):
+            times.append(time.perf_counter())
+            num_heard += num_words
+        is_done = is_done or b"[DONE]" in line
+    writer.close()
+    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return times[0] - began, gaps, is_done and num_heard == num_tokens
+
+
+async def read_streams(port: int, rate: float, seconds: float) -> list[str]:
+    """A line of the table of streams, which all begin at once."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    heard = await asyncio.gather(*[read_stream(port, int(rate * seconds)) for _ in range(NUM_STREAMS)])
+    firsts = sorted(first for first, _, _ in heard)
+    gaps = sorted(gap for _, own, _ in heard for gap in own)
+    num_whole = sum(is_whole for _, _, is_whole in heard)
+    p50, p99 = (1e3 * gaps[int(len(gaps) * share)] for share in (0.5, 0.99))
+    first50, first99 = (1e3 * firsts[int(len(firsts) * share)] for share in (0.5, 0.99))
+    told = f"| {rate:g} | {rate * NUM_STREAMS:,.0f} | {p50:.0f} | {p99:.0f} | {1e3 * gaps[-1]:.0f} "
+    return [f"{told}| {first50:.0f} | {first99:.0f} | {num_whole} |"]
+
+
+def stream(seconds: float) -> list[str]:
+    """The table of streams."""
+    names = (
+        "tokens/s each",
+        "tokens/s",
+        "gap p50 ms",
+        "gap p99 ms",
+        "longest gap ms",
+        "first p50 ms",
+        "first p99 ms",
+        "whole",
+    )
+    lines = [f"{NUM_STREAMS} streams that begin at once:", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for rate in RATES:
+        with server("smelt", rate) as target:
+            command = [
+                sys.executable,
+                __file__,
+                "--read",
+                str(target.port),
+                "--rate",
+                str(rate),
+                "--seconds",
+                str(seconds),
+            ]
+            lines += subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Measure, print and keep the tables; or be one of the processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=3, help="of each round of requests; streams have twice that")
+    parser.add_argument("--rounds", type=int, default=5, help="against each of the two servers")
+    parser.add_argument("--only", choices=["requests", "streams"], help="keep no table, print one")
+    parser.add_argument("--serve", choices=["bare", "smelt"], help=argparse.SUPPRESS)
+    parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, default=1.0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments.port, arguments.rate)
+    elif arguments.read:
+        print("\n".join(uvloop.run(read_streams(arguments.read, arguments.rate, arguments.seconds))))
+    else:
+        table: list[str] = []
+        if arguments.only != "streams":
+            table += compare(arguments.seconds, arguments.rounds)
+        if arguments.only != "requests":
+            table += stream(2 * arguments.seconds)
+        if arguments.only:
+            print("\n".join(table))
+        else:
+            packages = ["fastapi", "starlette", "uvicorn", "uvloop", "pydantic", "msgspec"]
+            load_now = f"- load average at the end: {os.getloadavg()[0]:.1f}; niceness {os.nice(0)}"
+            write_result("http", "HTTP around a fake model", table, [*describe_machine(packages), load_now])
+
+
+if __name__ == "__main__":
+    main()
