@@ -202,6 +202,10 @@ class Link:
 
     async def _send_granted(self, row: Granted) -> None:
         epoch, attempt = self.connection.epoch, row.attempts + 1
+        if row.request is None:
+            lost = "the request was kept in a file that is damaged or gone; send it again"
+            await self._keep(Result(row.id, epoch, failure=Failure("StorageError", lost)))
+            return
         grant = Grant(row.id, epoch, row.owner, row.lane, row.seq, row.kind, attempt, row.request)
         try:
             await self.send(grant)

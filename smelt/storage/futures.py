@@ -5,6 +5,7 @@ question past it. The methods belong to one event loop; nobody polls: workers an
 """
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
+from smelt.errors import StorageError
 from smelt.storage import lanes as turns
 from smelt.storage import transitions
 from smelt.storage.faults import Fault, no_fault
@@ -30,10 +32,15 @@ FILE_GRACE_S = 3600.0
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A request that a worker has to do now. A `seq` that is not its predecessor's plus one tells of a gap."""
+    """A request that a worker has to do now. A `seq` that is not its predecessor's plus one tells of a gap.
+
+    `request` None: its file is damaged or gone, so that all that can be done is to say so.
+    """
 
     id: str
     owner: str
@@ -41,7 +48,7 @@ class Granted:
     lane: str | None
     seq: int | None
     attempts: int
-    request: bytes
+    request: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +206,10 @@ class Ledger:
     async def _granted(self, row: AnyRow) -> Granted:
         request = row.request
         if row.request_file is not None:
-            request = await asyncio.to_thread(self._files.read, row.request_file)
+            try:
+                request = await asyncio.to_thread(self._files.read, row.request_file)
+            except StorageError as damage:
+                log.error("request %s is lost: %s", row.id, damage)  # noqa: TRY400 - no bug of ours
         return Granted(row.id, row.owner, row.kind, row.lane, row.seq, row.attempts, request)
 
     def _read(self, owner: str, future_id: str) -> Future:

@@ -12,7 +12,7 @@ import pytest
 from smelt.control import answers, links
 from smelt.control.workers import Workers
 from smelt.errors import AlreadyExists, ConnectionClosed, InvalidInput, NotFound, OutOfSpace, Unavailable, WorkerLost
-from smelt.storage.futures import Future, Ledger
+from smelt.storage.futures import MAX_INLINE, Future, Ledger
 from smelt.storage.transitions import Submission
 from smelt.transport.failures import failure_of
 from smelt.transport.handshake import Role
@@ -389,6 +389,18 @@ async def test_work_that_fits_into_no_frame_fails_alone(
             await collect(workers.generate(Generate("r", "ann", "gpt", "x" * 5000)))
         work = await do(ledger)
         assert (await hear(worker, Grant)).future_id == work
+
+
+async def test_work_whose_file_is_gone_fails_alone(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    lost, work = await do(ledger, body=bytes(MAX_INLINE + 1)), await do(ledger)
+    [path] = (tmp_path / "bodies").iterdir()
+    path.unlink()
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        assert (await hear(worker, Grant)).future_id == work
+        failed = await outcome(ledger, lost)
+        assert (failed.state, failed.category) == ("failed", "server")
 
 
 def limited_to(max_bytes: int) -> Any:

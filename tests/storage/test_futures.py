@@ -255,6 +255,19 @@ def test_a_worker_that_said_goodbye_blames_nobody(ledger: Ledger, loop: asyncio.
     loop.run(scenario())
 
 
+def test_a_request_whose_file_is_gone_takes_no_other_with_it(
+    ledger: Ledger, files: Files, loop: asyncio.Runner
+) -> None:
+    async def scenario() -> list[bytes | None]:
+        await ledger.accept(step(1, request=bytes(MAX_INLINE + 1)))
+        await ledger.accept(step(2, request=b"small"))
+        [path] = files.folder.iterdir()
+        path.unlink()
+        return [row.request for row in await ledger.next_grants(await ledger.open_epoch(), 10, STEPS)]
+
+    assert loop.run(scenario()) == [None, b"small"]
+
+
 def test_a_worker_gets_only_the_kinds_it_asks_for(ledger: Ledger, loop: asyncio.Runner) -> None:
     async def scenario() -> None:
         epoch = await ledger.open_epoch()
