@@ -1,6 +1,7 @@
-"""`smelt demo`: built-in text to a tokenizer, a small model and its samples, in about a minute; knows no internals."""
+"""`smelt demo`: built-in text to a tokenizer, a small model, and a server that answers with it; knows no internals."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,20 +32,33 @@ RECIPE: dict[str, Any] = {
     epilog="""\b
 Examples:
   smelt demo
-  smelt demo --seconds 20""",
+  smelt demo --seconds 20
+  smelt demo --exit""",
 )
 @click.option("--seconds", default=60.0, show_default=True, help="How long to train.")
-def command(seconds: float) -> None:
-    """Train a small model on Python's own documentation, then let it write.
+@click.option("--exit", "leave", is_flag=True, help="End after the samples, instead of serving until Ctrl-C.")
+def command(seconds: float, leave: bool) -> None:
+    """Train a small model on Python's own documentation, then serve it and let it write.
 
     The text is the documentation that this Python carries, so nothing is downloaded. The run is an ordinary one: it
-    stays in the home folder as `runs/demo`, where every command finds it.
+    stays in the home folder as `runs/demo`, where every command finds it. The server, too, is the one of
+    `smelt serve`, and OpenAI's own client asks it for the samples.
     """
+    from smelt.cluster.claims import held_home
+
+    settings = load_settings()
+    out_dir = settings.runs / "demo"
+    with held_home(settings.home):  # another server would lose the model that it serves
+        train(out_dir, seconds)
+    serve(out_dir, leave)
+
+
+def train(out_dir: Path, seconds: float) -> None:
+    """Train for about so long, and show it."""
     from smelt.cli.train_display import training_display
     from smelt.library import run, run_config
     from smelt.training.pace import seconds_per_step
 
-    out_dir = load_settings().runs / "demo"
     shutil.rmtree(out_dir, ignore_errors=True)
     click.echo("Python's own documentation -> a tokenizer -> a small GPT -> text\n", err=True)
     config = run_config({**RECIPE, "out_dir": str(out_dir)})
@@ -54,18 +68,18 @@ def command(seconds: float) -> None:
         summary = run(config, [display], progress)
     if summary.stop_reason == "interrupted":
         raise click.exceptions.Exit(130)
-    write_samples(str(out_dir))
-    click.echo(f"\nmore: smelt generate {out_dir} --interactive", err=True)
 
 
-def write_samples(model_name: str) -> None:
-    """Stream an answer to each prompt."""
-    from smelt import library
+def serve(out_dir: Path, leave: bool) -> None:
+    """Have the model write a few samples, and stay for more."""
+    from smelt.cli.demo_server import demo_server
 
-    model = library.load(model_name)
-    for number, prompt in enumerate(PROMPTS):
-        click.secho(f"\n--- {prompt!r}", fg="cyan", err=True)
-        click.echo(prompt, nl=False)
-        for piece in model.stream(prompt, max_tokens=120, temperature=0.6, top_k=40, seed=number):
-            click.echo(piece, nl=False)
-        click.echo()
+    with demo_server(out_dir, load_settings()) as server:
+        for number, prompt in enumerate(PROMPTS):
+            click.secho(f"\n--- {prompt!r}", fg="cyan", err=True)
+            click.echo(prompt, nl=False)
+            server.write(out_dir.name, prompt, seed=number)
+        click.echo(f"\npage:   {server.url}/dashboard\nOpenAI: {server.url}/v1  (model {out_dir.name})")
+        if not leave:
+            click.echo("Ctrl-C stops the server", err=True)
+            server.stay()
