@@ -114,7 +114,9 @@ def environment_of(settings: Settings) -> dict[str, str]:
     """The environment in which another process comes to the same settings, flags included."""
     values = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-    return {**os.environ, **{f"SMELT_{name.upper()}": text for name, text in texts.items()}}
+    # Worker and runs share the cores: threads that wait must sleep, unless somebody wants it otherwise.
+    shared = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return {**shared, **os.environ, **{f"SMELT_{name.upper()}": text for name, text in texts.items()}}
 
 
 def setting_sources() -> dict[str, str]:
