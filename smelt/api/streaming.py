@@ -59,8 +59,9 @@ class Presence:
             raise ClientLeft from None
 
     async def _watch(self) -> None:
-        while not await self._leaves():
-            pass
+        with suppress(ClientLeft):  # what is said into the silence may find nobody
+            while not await self._leaves():
+                pass
         self._has_left = True
         self._task.cancel()
 

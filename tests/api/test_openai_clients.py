@@ -89,6 +89,16 @@ def test_the_client_streams_both(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 3
 
 
+def test_the_documentations_example_works(
+    started: tuple[str, Scripted], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/openai.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert "http://127.0.0.1:8000/v1" in code
+    exec(code.replace("http://127.0.0.1:8000", started[0]), {})
+    assert capsys.readouterr().out == "<Once upon a time> two three\n<Name three colours.> two three"
+
+
 def test_the_clients_own_helpers_for_streams_work(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:
         assert stream.get_final_completion().choices[0].message.content == "<Hi> two three"
