@@ -8,6 +8,7 @@ import asyncio
 import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
 from starlette.types import Message, Receive
 
@@ -94,13 +95,39 @@ if zstandard is not None:
 
 
 class Bodies:
-    """What the bodies of all requests in hand have in common: their cap, and the room that is left for them."""
+    """What the bodies of all requests in hand have in common: their cap, the room left for them, and one clock.
+
+    One timer looks after all that are waited for. A timeout for each would be the dearest part of a small request.
+    """
 
     def __init__(self, max_bytes: int, patience_s: float = PATIENCE_S, max_held_bytes: int = MAX_HELD_BYTES) -> None:
         self.max_bytes = max_bytes
         self.patience_s = patience_s
         self.num_held_bytes = 0
         self._max_held_bytes = max(max_held_bytes, max_bytes)
+        self._awaited: set[Body] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def await_more(self, body: "Body") -> None:
+        """Look after a body until `has_more`: once its deadline has passed it is told to `give_up`."""
+        self._awaited.add(body)
+        if self._timer is None:
+            self._start_timer()
+
+    def has_more(self, body: "Body") -> None:
+        """It is not waited for any longer."""
+        self._awaited.discard(body)
+
+    def _start_timer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(min(1.0, self.patience_s / 4), self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        for body in [body for body in self._awaited if body.deadline < now]:
+            body.give_up()
+        if self._awaited:
+            self._start_timer()
 
     def hold(self, num_bytes: int) -> None:
         """Take room. Unavailable where there is none."""
@@ -125,20 +152,31 @@ class Bodies:
 class Body:
     """The `receive` of a request with a body. `failure` is why it was refused, for handlers may hide the error."""
 
-    __slots__ = ("_arriving", "_bodies", "_deadline", "_num_arrived", "_num_given", "_pieces", "_receive", "failure")
+    __slots__ = (
+        "_arriving", "_bodies", "_is_late", "_num_arrived", "_num_given", "_pieces", "_receive", "_task", "deadline",
+        "failure",
+    )  # fmt: skip
 
     def __init__(self, receive: Receive, bodies: Bodies, length: bytes | None, encoding: bytes) -> None:
         self.failure: SmeltError | None = None
+        self.deadline = time.monotonic() + bodies.patience_s
         self._receive = receive
         self._bodies = bodies
+        self._task: asyncio.Task[Any] | None = None  # that waits for more
+        self._is_late = False
         self._arriving = True
         self._num_arrived = 0
         self._num_given = 0
-        self._deadline = time.monotonic() + bodies.patience_s
         self._pieces: Pieces | None = None
         bodies.check_length(length)
         if encoding not in (b"", b"identity"):
             self._pieces = _unpacker(encoding)(self._chunks())
+
+    def give_up(self) -> None:
+        """Nobody waits for this body any longer: it took too long."""
+        assert self._task is not None
+        self._is_late = True
+        self._task.cancel()
 
     async def __call__(self) -> Message:
         """The next message of the request, as ASGI has it."""
@@ -181,12 +219,22 @@ class Body:
             yield message.get("body", b"")
 
     async def _arrival(self) -> Message:
+        """The next message, or SlowBody; as with asyncio.timeout, a cancellation from elsewhere stays one."""
+        self._task = task = asyncio.current_task()
+        assert task is not None
+        num_cancelling = task.cancelling()
+        self._bodies.await_more(self)
         try:
-            async with asyncio.timeout(self._deadline + self._num_arrived / BYTES_PER_S - time.monotonic()):
-                message = await self._receive()
-        except TimeoutError:
-            raise SlowBody(f"the body came too slowly: {self._num_arrived:,} bytes so far; send it again") from None
-        self._num_arrived += len(message.get("body", b""))
+            message = await self._receive()
+        except asyncio.CancelledError:
+            if self._is_late and task.uncancel() <= num_cancelling:
+                raise SlowBody(f"the body came too slowly: {self._num_arrived:,} bytes so far; send it again") from None
+            raise
+        finally:
+            self._bodies.has_more(self)
+        num_bytes = len(message.get("body", b""))
+        self._num_arrived += num_bytes
+        self.deadline += num_bytes / BYTES_PER_S
         self._arriving = message["type"] == "http.request" and message.get("more_body", False)
         return message
 

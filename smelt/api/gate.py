@@ -50,6 +50,7 @@ class Gate:
         """One request, or the application's start and end."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            telemetry.request_log.flush()
         elif scope["type"] == "http":
             await self._serve(Exchange(scope, send), receive)
         else:

@@ -4,11 +4,16 @@ A request is counted under its route's template, so that ids in paths make no ne
 request: no query string, no body, and nothing that looks like a key.
 """
 
+import asyncio
 import logging
 import re
 import sys
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, TextIO
 
 import msgspec
@@ -18,11 +23,12 @@ from prometheus_client import (
     Counter,
     Gauge,
     GCCollector,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.types import Scope
 from structlog.typing import WrappedLogger
 
@@ -34,41 +40,70 @@ for collector in (ProcessCollector, PlatformCollector, GCCollector):
 
 # Answers stream for minutes; a health check takes a millisecond.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-requests = Counter("smelt_http_requests", "Requests answered.", ["method", "route", "status"], registry=REGISTRY)
-request_seconds = Histogram(
-    "smelt_http_request_seconds",
-    "From a request to the end of its answer.",
-    ["route"],
-    buckets=SECONDS,
-    registry=REGISTRY,
-)
 in_flight = Gauge("smelt_http_requests_in_flight", "Requests under way.", registry=REGISTRY)
 tokens = Counter("smelt_tokens", "Tokens of finished answers.", ["model", "kind"], registry=REGISTRY)
 answers = Counter("smelt_answers", "Answers by how they ended.", ["model", "reason"], registry=REGISTRY)
-first_token_seconds = Histogram(
-    "smelt_first_token_seconds", "From a request to its first token.", ["model"], buckets=SECONDS, registry=REGISTRY
-)
-gap_seconds = Histogram(
-    "smelt_inter_token_seconds", "Between two pieces of an answer.", ["model"], buckets=SECONDS, registry=REGISTRY
-)
 worker_sequences = Gauge("smelt_worker_sequences", "Sequences of each worker.", ["worker", "state"], registry=REGISTRY)
 workers_connected = Gauge("smelt_workers", "Workers that are connected.", registry=REGISTRY)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+LOG_DELAY_S = 0.05
 SECRET = re.compile(r"\b(tml-|sk-|hf_|Bearer )[\w.~+/=-]+")
 SECRET_SIGNS = ("tml-", "sk-", "hf_", "Bearer ")
 
 
+class Requests(Collector):
+    """Answered requests. Counted on the event loop alone, so without locks, which would cost more than the gate."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[tuple[str, str, int], int] = defaultdict(int)
+
+    def count(self, method: str, route: str, status: int) -> None:
+        """One more."""
+        self._counts[method, route, status] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures, as Prometheus wants them."""
+        family = CounterMetricFamily("smelt_http_requests", "Requests answered.", labels=["method", "route", "status"])
+        for (method, route, status), count in self._counts.items():
+            family.add_metric([method, route, str(status)], count)
+        yield family
+
+
+class Durations(Collector):
+    """Seconds by one label, in buckets; for what is observed thousands of times a second, on the event loop alone."""
+
+    def __init__(self, name: str, text: str, label: str) -> None:
+        self._name, self._text, self._label = name, text, label
+        self._counts: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(SECONDS) + 1))
+        self._sums: defaultdict[str, float] = defaultdict(float)
+
+    def observe(self, value: str, seconds: float) -> None:
+        """Something took so long."""
+        self._counts[value][bisect_left(SECONDS, seconds)] += 1
+        self._sums[value] += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures, as Prometheus wants them: each bucket holds what the ones before it hold."""
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
+        bounds = [*(str(float(bound)) for bound in SECONDS), "+Inf"]
+        for value, counts in self._counts.items():
+            family.add_metric([value], list(zip(bounds, accumulate(counts), strict=True)), self._sums[value])
+        yield family
+
+
+requests = Requests()
+request_seconds = Durations("smelt_http_request_seconds", "From a request to the end of its answer.", "route")
+first_token_seconds = Durations("smelt_first_token_seconds", "From a request to its first token.", "model")
+gap_seconds = Durations("smelt_inter_token_seconds", "Between two pieces of an answer.", "model")
+for figures in (requests, request_seconds, first_token_seconds, gap_seconds):
+    REGISTRY.register(figures)
+
+
 def count_request(method: str, route: str, status: int, seconds: float) -> None:
     """A request has ended. `route` is a template, or a word where no route was found."""
-    counter, histogram = _request_series(method if method in METHODS else "other", route, status)
-    counter.inc()
-    histogram.observe(seconds)
-
-
-@lru_cache(maxsize=4096)
-def _request_series(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
-    return requests.labels(method, route, str(status)), request_seconds.labels(route)
+    requests.count(method if method in METHODS else "other", route, status)
+    request_seconds.observe(route, seconds)
 
 
 def route_of(scope: Scope) -> str:
@@ -80,19 +115,19 @@ def route_of(scope: Scope) -> str:
 def count_answer(model: str, num_prompt_tokens: int, num_output_tokens: int, reason: str) -> None:
     """An answer has ended. `model` must be the name of a served model, not whatever a client wrote."""
     _answer_series(model, reason).inc()
-    prompt, output, _, _ = _model_series(model)
+    prompt, output = _token_series(model)
     prompt.inc(num_prompt_tokens)
     output.inc(num_output_tokens)
 
 
 def observe_first_token(model: str, seconds: float) -> None:
     """How long a client waited for the first token."""
-    _model_series(model)[2].observe(seconds)
+    first_token_seconds.observe(model, seconds)
 
 
 def observe_gap(model: str, seconds: float) -> None:
     """How long a client waited for the next piece."""
-    _model_series(model)[3].observe(seconds)
+    gap_seconds.observe(model, seconds)
 
 
 @lru_cache(maxsize=4096)
@@ -101,10 +136,9 @@ def _answer_series(model: str, reason: str) -> Counter:
 
 
 @lru_cache(maxsize=1024)
-def _model_series(model: str) -> tuple[Counter, Counter, Histogram, Histogram]:
-    """Tokens of prompts and of answers, waits for the first token and for the next."""
-    counters = tokens.labels(model, "prompt"), tokens.labels(model, "output")
-    return *counters, first_token_seconds.labels(model), gap_seconds.labels(model)
+def _token_series(model: str) -> tuple[Counter, Counter]:
+    """Of prompts, and of answers."""
+    return tokens.labels(model, "prompt"), tokens.labels(model, "output")
 
 
 def exposition(workers: list[WorkerInfo]) -> bytes:
@@ -132,22 +166,38 @@ class RequestLine(msgspec.Struct):
 
 
 class RequestLog:
-    """A line per request. As JSON it goes past structlog, which would take longer for it than the gate for the rest."""
+    """A line per request, written together with those of the next moment: one by one they cost more than the gate.
+
+    As JSON they go past structlog for the same reason.
+    """
 
     def __init__(self) -> None:
         self._stream: TextIO | None = None
+        self._lines: list[RequestLine] = []
+        self._timer: asyncio.TimerHandle | None = None
 
     def open(self, stream: TextIO | None) -> None:
         """Write JSON there, or with None let structlog write as it is configured."""
+        self.flush()
         self._stream = stream
 
     def write(self, line: RequestLine) -> None:
         """One request has ended."""
+        self._lines.append(line)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LOG_DELAY_S, self.flush)
+
+    def flush(self) -> None:
+        """Write what has come together."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, lines, self._lines = None, self._lines, []
         if self._stream is None:
-            structlog.get_logger().info(**msgspec.structs.asdict(line))
-            return
-        self._stream.write(without_secrets(None, "info", _json(line)) + "\n")
-        self._stream.flush()
+            for line in lines:
+                structlog.get_logger().info(**msgspec.structs.asdict(line))
+        elif lines:
+            self._stream.write(without_secrets(None, "info", "".join(_json(line) + "\n" for line in lines)))
+            self._stream.flush()
 
 
 request_log = RequestLog()

@@ -15,10 +15,18 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+class LogFile(io.StringIO):
+    """A file that has what was logged by the time it is read."""
+
+    def getvalue(self) -> str:
+        request_log.flush()
+        return super().getvalue()
+
+
 @pytest.fixture(autouse=True)
 def log_file() -> Iterator[io.StringIO]:
     """What the server logs, as lines of JSON."""
-    file, handlers, level = io.StringIO(), logging.root.handlers[:], logging.root.level
+    file, handlers, level = LogFile(), logging.root.handlers[:], logging.root.level
     configure_logging(file)
     yield file
     structlog.reset_defaults()

@@ -6,16 +6,19 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from gated import client_of, make_key, services_in
 from smelt.api import telemetry
 from smelt.api.app import create_app
 from smelt.api.services import Services
+from smelt.api.telemetry import Durations
 from smelt.control.model_server import WorkerInfo
-
-pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
@@ -32,6 +35,7 @@ def value(exposition: str, series: str) -> float:
     return float(next((line.split()[-1] for line in exposition.splitlines() if line.startswith(series)), "0"))
 
 
+@pytest.mark.anyio
 async def test_requests_are_counted_under_their_templates(services: Services) -> None:
     async with client_of(create_app(services)) as client:
         before = (await client.get("/metrics")).text
@@ -54,6 +58,33 @@ def test_a_made_up_method_makes_no_series() -> None:
     assert "BREW" not in telemetry.exposition([]).decode()
 
 
+@pytest.mark.anyio
+async def test_lines_are_written_by_themselves_in_a_moment(
+    log_file: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        telemetry.request_log.write(telemetry.RequestLine("GET", f"/{number}", 200, 1.5, None, "r1"))
+    assert io.StringIO.getvalue(log_file) == ""
+    written = anyio.Event()
+    monkeypatch.setattr(log_file, "flush", written.set)
+    with anyio.fail_after(5):
+        await written.wait()
+    assert [line["path"] for line in lines_of(log_file)] == ["/0", "/1", "/2"]
+
+
+@given(st.lists(st.floats(0, 400), max_size=30))
+def test_durations_are_counted_as_prometheus_counts_them(seconds: list[float]) -> None:
+    ours, theirs = Durations("took_seconds", "Took.", "what"), CollectorRegistry()
+    histogram = Histogram("took_seconds", "Took.", ["what"], buckets=telemetry.SECONDS, registry=theirs)
+    for value in seconds:
+        ours.observe("it", value)
+        histogram.labels("it").observe(value)
+    registry = CollectorRegistry()
+    registry.register(ours)
+    expected = [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
+    assert generate_latest(registry).decode().splitlines() == expected
+
+
 def test_answers_and_workers_are_counted() -> None:
     worker = WorkerInfo("box:1", 1, "cpu", ("gpt",), 3, 2)
     before = telemetry.exposition([]).decode()
@@ -74,6 +105,7 @@ def test_answers_and_workers_are_counted() -> None:
     assert "box:1" not in telemetry.exposition([]).decode()
 
 
+@pytest.mark.anyio
 async def test_a_request_is_a_line_without_secrets(services: Services, log_file: io.StringIO) -> None:
     key = make_key(services)
     async with client_of(create_app(services), key) as client:
@@ -103,9 +135,11 @@ def test_other_modules_log_in_the_same_way(log_file: io.StringIO) -> None:
     assert "ValueError: hf_..." in str(second["exception"])
 
 
-def test_people_get_plain_lines() -> None:
+@pytest.mark.anyio
+async def test_people_get_plain_lines() -> None:
     file = io.StringIO()
     telemetry.configure_logging(file, for_people=True)
     telemetry.request_log.write(telemetry.RequestLine("GET", "/v1/models/tml-abc", 200, 1.5, None, "r1"))
+    telemetry.request_log.flush()
     assert "/v1/models/tml-..." in file.getvalue()
     assert not file.getvalue().startswith("{")
