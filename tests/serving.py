@@ -13,7 +13,8 @@ from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
 from smelt.models.loading import write_model
 
-CONFIG = DecoderConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16)
+# Without a token for the end of the text, so that an answer ends where it was asked to.
+CONFIG = DecoderConfig(vocab_size=256, block_size=64, n_layer=1, n_head=2, n_embd=16)
 
 # role -> what its command has and no other's.
 ROLES = {"api": "smelt.api.server", "launcher": "smelt.cluster.launcher", "worker": " smelt worker "}

@@ -47,8 +47,8 @@ def command(
     and then lets answers finish first; a second Ctrl-C does not. Whatever it has accepted survives it, however it
     ends.
     """
-    from smelt.control.keys import check_exposed
     from smelt.settings import load_settings, use_config_file
+    from smelt.transport.addresses import is_loopback
 
     if config is not None:
         use_config_file(config)
@@ -57,7 +57,10 @@ def command(
     )
     model = lasting_name(model, settings) if model is not None else None
     check_worker_door(settings)
-    check_exposed(settings)
+    if not is_loopback(settings.host):
+        from smelt.control.keys import check_exposed  # imports the database's library, a quarter of our start
+
+        check_exposed(settings)
     raise click.exceptions.Exit(serve(settings, model, with_worker=not no_worker))
 
 

@@ -30,6 +30,7 @@ from smelt.transport.streams import Connection, connect
 
 STOP_SECONDS = 10.0  # for a run's last step and its checkpoint
 DIAL_SECONDS = 0.2
+WARM_UP_SECONDS = 5.0  # after the start, when the worker wants the cores: somebody waits for it
 REST_SECONDS = 1.0  # before a run that died is continued
 MAX_DEATHS = 3  # of a run's process, one after the other, without a new checkpoint
 
@@ -164,9 +165,10 @@ class Launcher:
         return result
 
 
-def start_forkserver() -> None:
-    """Have torch imported already when the first run comes."""
+async def warm_up() -> None:
+    """Have torch imported before the first run comes; a run that comes sooner has it imported then."""
     multiprocessing.set_forkserver_preload(list(trainer.PRELOADED))
+    await asyncio.sleep(WARM_UP_SECONDS)
     multiprocessing.forkserver.ensure_running()
 
 
@@ -187,11 +189,11 @@ async def dial_for_ever(address: Path) -> None:
 
 async def run(address: Path) -> None:
     """Dial in until SIGTERM or SIGINT, which stops the run, with a checkpoint."""
-    dialling = asyncio.ensure_future(dial_for_ever(address))
+    both = asyncio.gather(warm_up(), dial_for_ever(address))
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, dialling.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, both.cancel)
     with suppress(asyncio.CancelledError):
-        await dialling
+        await both
 
 
 def main() -> None:
@@ -201,7 +203,6 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s launcher: %(message)s")
     try:
-        start_forkserver()
         asyncio.run(run(arguments.connect))
     except SmeltError as error:
         sys.stderr.write(f"error: {error}\n")
