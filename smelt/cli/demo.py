@@ -11,7 +11,7 @@ from smelt.settings import load_settings
 
 PROMPTS = ("The", "Return a", "If the")
 
-VOCAB_SIZE = 8192
+VOCAB_SIZE = 4096
 # Found by search for the lowest validation loss after a minute on two cores: see docs/experiments.md.
 RECIPE: dict[str, Any] = {
     "data_path": "builtin:pydoc",
