@@ -181,6 +181,7 @@ def test_a_reader_that_takes_nothing_is_given_up(
     started: tuple[str, Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, model_server = started
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.1)
     monkeypatch.setattr(streaming, "SEND_SECONDS", 0.2)
 
     async def script(request: Generate) -> AsyncGenerator[str | Finish, None]:
