@@ -23,7 +23,7 @@ from smelt.storage.futures import Ledger
 from smelt.storage.transitions import future_id
 from smelt.storage.writer import Writer
 
-VICTIM = Path(__file__).with_name("victim.py")
+VICTIM = Path(__file__).parents[1] / "victim.py"
 PLACES = [(lane, seq) for lane in range(NUM_LANES) for seq in range(1, NUM_SEQS + 1)]
 
 
