@@ -45,6 +45,7 @@ NUM_STREAMS = 4
 NUM_PROMISERS = 2
 ORPHAN_SECONDS = 5.0  # until whoever still lives counts as an orphan: a forkserver may be importing torch
 PATIENCE_SECONDS = 180.0
+NOTHING = "no answer yet"
 
 
 class Server:
@@ -139,7 +140,9 @@ class Load:
         answer = httpx.post(f"{self.server.url}/v1/completions", json=body, timeout=60).raise_for_status().json()
         self.promised[answer["id"]] = prompt
         if random.random() < 0.2:
-            self.first_answers[answer["id"]] = self.fetched(answer["id"])
+            text = self.fetched(answer["id"])
+            if not text.startswith(NOTHING):
+                self.first_answers[answer["id"]] = text
         self.stop.wait(0.05)
 
     def train(self, _: str) -> None:
@@ -152,7 +155,7 @@ class Load:
         """The text of an answer, once it is there; what else there is to say otherwise."""
         found = httpx.get(f"{self.server.url}/v1/completions/{name}", params={"wait": 30}, timeout=60)
         body = found.json()
-        return str(body["choices"][0]["text"]) if body.get("status") == "completed" else f"no answer: {body}"
+        return str(body["choices"][0]["text"]) if body.get("status") == "completed" else f"{NOTHING}: {body}"
 
     def state_of(self, run_id: str) -> str:
         """How a run stands; "?" while nobody can say."""
@@ -230,7 +233,10 @@ def kill(server: Server, role: str) -> tuple[float, int]:
     seconds = time.monotonic() - began
     while doomed & parents().keys() and time.monotonic() - began < ORPHAN_SECONDS:
         time.sleep(0.02)
-    return seconds, len(doomed & parents().keys())
+    left = doomed & parents().keys()
+    for orphan in left:
+        sys.stderr.write(f"orphan of the {role}: {orphan} {command_of(orphan)}\n")
+    return seconds, len(left)
 
 
 def kill_everybody(server: Server, times: int, seed: int) -> tuple[dict[str, list[float]], int]:
@@ -253,10 +259,12 @@ def kill_everybody(server: Server, times: int, seed: int) -> tuple[dict[str, lis
 def account(load: Load, folder: Path) -> list[str]:
     """Rows of the table: what became of everything that was accepted."""
     answers = {name: load.fetched(name) for name in load.promised}
-    lost = [name for name, text in answers.items() if text.startswith("no answer")]
+    lost = [name for name, text in answers.items() if text.startswith(NOTHING)]
     for name in lost:
         sys.stderr.write(f"lost: {name}: {answers[name]}\n")
     changed = [name for name, text in load.first_answers.items() if answers[name] != text]
+    for name in changed:
+        sys.stderr.write(f"changed: {name}: {load.first_answers[name]!r} became {answers[name]!r}\n")
     eventually(lambda: all(load.state_of(run) not in UNDER_WAY for run in load.runs), "the last runs")
     states = {run: load.state_of(run) for run in load.runs}
     lost_runs = [run for run, state in states.items() if state != "finished"]
@@ -265,6 +273,7 @@ def account(load: Load, folder: Path) -> list[str]:
     twice = [run for run in load.runs if steps_of(folder / "runs" / run) != list(range(1, RUN["max_iters"] + 1))]
     rows = answered_rows(folder / "smelt.db")
     repeated = [prompt for prompt, count in Counter(rows).items() if count > 1]
+    sys.stderr.write("".join(f"there twice: {prompt!r}\n" for prompt in repeated))
     return [
         f"| answers in the background | {len(answers)} | {len(lost)} | {len(repeated) + len(changed)} |",
         f"| runs | {len(load.runs)} | {len(lost_runs)} | {len(twice)} |",

@@ -34,7 +34,7 @@ class DemoServer:
 
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none")
         pieces = client.completions.create(
-            model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0.6, top_p=0.9, seed=seed, stream=True
+            model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0.5, top_p=0.9, seed=seed, stream=True
         )
         for piece in pieces:
             click.echo(piece.choices[0].text if piece.choices else "", nl=False)

@@ -29,10 +29,11 @@ class Program:
 class Child:
     """One life of a program, in a process group of its own: Ctrl-C reaches its starter alone."""
 
-    def __init__(self, program: Program, process: asyncio.subprocess.Process, output: int) -> None:
+    def __init__(self, program: Program, process: asyncio.subprocess.Process, held: int, output: int) -> None:
         self.name = program.name
         self.pid = process.pid
         self._process = process
+        self._held = held
         self._output = output
         self._said = b""
         asyncio.get_running_loop().add_reader(output, self._pass_on)
@@ -41,6 +42,7 @@ class Child:
         """Its exit code, or minus the signal that ended it. Whatever it had started is ended then too."""
         code = await self._process.wait()
         self.kill()
+        os.close(self._held)
         return code
 
     def terminate(self) -> None:
@@ -70,9 +72,10 @@ class Child:
             sys.stderr.buffer.flush()
 
 
-async def start(program: Program, lifeline: int, environment: Mapping[str, str]) -> Child:
-    """Start a program that dies with this process, which holds the other end of the `lifeline`."""
-    # A pipe of our own: asyncio's would have us wait for whatever else has inherited it.
+async def start(program: Program, environment: Mapping[str, str]) -> Child:
+    """Start a program that dies with this process: nobody else holds the other end of its lifeline."""
+    lifeline, held = os.pipe()
+    # A pipe of our own for what it says: asyncio's would have us wait for whatever else has inherited it.
     reading, writing = os.pipe()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -85,11 +88,13 @@ async def start(program: Program, lifeline: int, environment: Mapping[str, str])
             process_group=0,
         )
     except OSError:
+        os.close(held)
         os.close(reading)
         raise
     finally:
+        os.close(lifeline)
         os.close(writing)
-    return Child(program, process, reading)
+    return Child(program, process, held, reading)
 
 
 class Deaths:

@@ -30,6 +30,7 @@ from smelt.transport.streams import Connection, connect
 
 STOP_SECONDS = 10.0  # for a run's last step and its checkpoint
 DIAL_SECONDS = 0.2
+NICENESS = 5  # of runs, where they share the cores with answers that somebody waits for
 WARM_UP_SECONDS = 5.0  # after the start, when the worker wants the cores: somebody waits for it
 REST_SECONDS = 1.0  # before a run that died is continued
 MAX_DEATHS = 3  # of a run's process, one after the other, without a new checkpoint
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--connect", type=Path, required=True, help="the server's socket")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s launcher: %(message)s")
+    os.nice(NICENESS)
     try:
         asyncio.run(run(arguments.connect))
     except SmeltError as error:

@@ -6,7 +6,6 @@ the supervisor itself is killed, the kernel ends the others with it, and another
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
@@ -61,22 +60,15 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        lifeline, held = os.pipe()
-        try:
-            announcing = asyncio.create_task(self._announce(when_ready))
-            self._keepers = {
-                program.name: asyncio.create_task(self._keep(program, lifeline)) for program in self._programs
-            }
-            stopping = asyncio.create_task(self._stop.wait())
-            # A keeper that ends by itself has met a bug of ours, and half a server is worse than none.
-            await asyncio.wait([stopping, *self._keepers.values()], return_when=asyncio.FIRST_COMPLETED)
-            announcing.cancel()
-            self._stop.set()
-            await self._drain()
-            await asyncio.gather(*self._keepers.values())
-        finally:
-            os.close(held)
-            os.close(lifeline)
+        announcing = asyncio.create_task(self._announce(when_ready))
+        self._keepers = {program.name: asyncio.create_task(self._keep(program)) for program in self._programs}
+        stopping = asyncio.create_task(self._stop.wait())
+        # A keeper that ends by itself has met a bug of ours, and half a server is worse than none.
+        await asyncio.wait([stopping, *self._keepers.values()], return_when=asyncio.FIRST_COMPLETED)
+        announcing.cancel()
+        self._stop.set()
+        await self._drain()
+        await asyncio.gather(*self._keepers.values())
         return self._exit_code
 
     def stop(self) -> None:
@@ -85,11 +77,11 @@ class Supervisor:
             self._hurry.set()
         self._stop.set()
 
-    async def _keep(self, program: Program, lifeline: int) -> None:
+    async def _keep(self, program: Program) -> None:
         """Start the program again whenever it ends."""
         deaths = Deaths()
         while not self._stop.is_set():
-            child = self._children[program.name] = await start(program, lifeline, self._environment)
+            child = self._children[program.name] = await start(program, self._environment)
             code = await child.wait()
             del self._children[program.name]
             if self._stop.is_set():

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from smelt.cluster.lifeline import die_at_end_of_file, die_with_parent
+from smelt.cluster.lifeline import die_at_end_of_file
 from smelt.configs import RUN_LOG
 from smelt.control.run_folders import read_entry
 from smelt.errors import SmeltError, TrainingError
@@ -33,7 +33,6 @@ def main(grant: Grant, answer: Connection) -> None:
     launcher = multiprocessing.parent_process()
     assert launcher is not None, "the launcher starts this"
     die_at_end_of_file(launcher.sentinel)
-    die_with_parent(os.getppid())  # the forkserver
     answer.send_bytes(msgspec.msgpack.encode(result_of(grant)))
 
 

@@ -122,7 +122,7 @@ def test_it_serves_and_ends_in_order(home: Path, model: Path) -> None:
         assert time.monotonic() - began < 10, "5 s where nothing else runs"
         second.process.communicate()
         below = all_below(server.process.pid)
-        assert len(below) >= 5
+        assert len(below) >= 3
         pieces = client.completions.create(model="tiny", prompt="Once", max_tokens=20, stream=True)
         first = next(iter(pieces))
         server.process.terminate()

@@ -1,11 +1,10 @@
-"""Nobody outlives who started them, by the kernel's signal and by the pipe; and a module runs as `python -m` would."""
+"""Nobody outlives who started them, not even what they have started; and a module runs as `python -m` would."""
 
 import os
 import signal
 import subprocess
 import sys
-
-import pytest
+from pathlib import Path
 
 from processes import eventually, is_alive, needs_proc
 from smelt.cluster.lifeline import start_command
@@ -14,10 +13,15 @@ STARTER = """
 import os, signal, subprocess
 from smelt.cluster.lifeline import start_command
 lifeline, held = os.pipe()
-child = subprocess.Popen(start_command(lifeline, "http.server", "--bind", "127.0.0.1", "0"), pass_fds=[lifeline],
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-print(child.pid, flush=True)
+child = subprocess.Popen(start_command(lifeline, "parent_of_another"), pass_fds=[lifeline], process_group=0)
 signal.pause()
+"""
+PARENT_OF_ANOTHER = """
+import os
+os.fork()
+os.write(1, f"{os.getpid()}\\n".encode())
+while True:
+    pass  # busy, as somebody who imports is
 """
 PIPE_HOLDER = """
 import os, signal, sys
@@ -27,18 +31,20 @@ print("bound", flush=True)
 while True:
     signal.pause()
 """
-ORPHAN = "import os; from smelt.cluster.lifeline import die_with_parent; die_with_parent(os.getpid()); print('lives')"
 
 
 @needs_proc
-def test_a_process_dies_with_its_starter() -> None:
-    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True)
-    assert starter.stdout is not None
-    pid = int(starter.stdout.readline())
-    assert is_alive(pid)
-    starter.kill()
-    starter.communicate()
-    eventually(lambda: not is_alive(pid), "the death of the child", 5)
+def test_a_process_dies_with_its_starter_and_takes_its_children_along(tmp_path: Path) -> None:
+    (tmp_path / "parent_of_another.py").write_text(PARENT_OF_ANOTHER)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True, env=environment
+    ) as starter:
+        assert starter.stdout is not None
+        pids = [int(starter.stdout.readline()), int(starter.stdout.readline())]
+        assert all(map(is_alive, pids))
+        starter.kill()
+    eventually(lambda: not any(map(is_alive, pids)), "the death of both", 5)
 
 
 def test_the_end_of_the_pipe_is_the_end_of_who_reads_it() -> None:
@@ -54,10 +60,13 @@ def test_the_end_of_the_pipe_is_the_end_of_who_reads_it() -> None:
     assert bound.returncode == -signal.SIGKILL
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="not on this platform")
-def test_who_comes_too_late_to_ask_for_it_dies_at_once() -> None:
-    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
+def test_who_comes_too_late_dies_at_once() -> None:
+    lifeline, held = os.pipe()
+    os.close(held)
+    command = [sys.executable, "-c", PIPE_HOLDER, str(lifeline)]
+    done = subprocess.run(command, pass_fds=[lifeline], capture_output=True, timeout=10, check=False)
+    os.close(lifeline)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_module_has_its_arguments_and_its_exit_code() -> None:

@@ -91,7 +91,8 @@ def test_a_killed_program_comes_back(start: Callable[[str], Server], role: str) 
     eventually(lambda: role == "api" or all_below(killed), "the worker's own child")
     below = all_below(killed)
     os.kill(killed, signal.SIGKILL)
-    answer = ask(port)  # it waited in the backlog
+    eventually(lambda: not is_alive(killed), "its death")
+    answer = ask(port)  # it waited in the backlog, where it was the API
     eventually(lambda: child(server, role) != killed, "the next one")
     assert answer == f"answered by {child(server, 'api')}\n"
     assert not [pid for pid in below if is_alive(pid)], "what it had started must be gone before the next start"
