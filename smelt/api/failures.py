@@ -28,6 +28,7 @@ STATUSES: dict[type[BaseException], int] = {
     errors.TooLarge: 413,
     errors.UnsupportedEncoding: 415,
     errors.WrongHost: 421,
+    errors.SeqReused: 422,
     errors.RateLimited: 429,
     errors.MissingDependency: 501,
     errors.Unavailable: 503,
@@ -60,6 +61,12 @@ OPENAI_NAMES: dict[int, tuple[str, str | None]] = {
     507: ("server_error", "disk_full"),
 }
 
+# What OpenAI has a `code` of its own for, whatever its status.
+OPENAI_CODES: dict[type[BaseException], str] = {
+    errors.SeqReused: "idempotency_key_reused",
+    errors.UnknownModel: "model_not_found",
+}
+
 
 def status_of(error: BaseException) -> int:
     """The HTTP status of an error."""
@@ -85,30 +92,29 @@ def headers_of(error: BaseException) -> dict[str, str]:
     return {}
 
 
-def openai_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def openai_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients expect it."""
-    kind, code = OPENAI_NAMES.get(status, ("invalid_request_error", None))
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def detail_body(_status: int, message: str, _param: str | None = None) -> dict[str, Any]:
-    """An error as FastAPI gives it."""
-    return {"detail": message}
-
-
-BODIES: dict[Shape, Callable[[int, str, str | None], dict[str, Any]]] = {"openai": openai_body, "detail": detail_body}
+    kind, usual_code = OPENAI_NAMES.get(status, ("invalid_request_error", None))
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or usual_code}}
 
 
 def openai_error(error: BaseException, request_id: str = "") -> dict[str, Any]:
-    """The body of an error in OpenAI's shape, for a stream that has begun and can no longer have a status."""
-    return openai_body(status_of(error), message_of(error, request_id), getattr(error, "param", None))
+    """An error of ours in OpenAI's shape."""
+    status, message = status_of(error), message_of(error, request_id)
+    return openai_body(status, message, getattr(error, "param", None), OPENAI_CODES.get(type(error)))
+
+
+def detail_error(error: BaseException, request_id: str = "") -> dict[str, Any]:
+    """An error of ours in FastAPI's shape."""
+    return {"detail": message_of(error, request_id)}
+
+
+BODIES: dict[Shape, Callable[[BaseException, str], dict[str, Any]]] = {"openai": openai_error, "detail": detail_error}
 
 
 def response_to(error: BaseException, shape: Shape, request_id: str = "") -> Response:
     """The whole answer to an error."""
-    status = status_of(error)
-    body = BODIES[shape](status, message_of(error, request_id), getattr(error, "param", None))
-    return _json_response(status, body, headers_of(error))
+    return _json_response(status_of(error), BODIES[shape](error, request_id), headers_of(error))
 
 
 def install(app: FastAPI) -> None:

@@ -19,7 +19,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from smelt.api import telemetry
-from smelt.api.failures import openai_error
 from smelt.api.openai_answers import (
     CHAT,
     TEXT,
@@ -27,7 +26,6 @@ from smelt.api.openai_answers import (
     ModelList,
     Shapes,
     Story,
-    encode,
     error_event,
     promised,
     usage_of,
@@ -49,18 +47,12 @@ from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, EventStream, NoAnswer, Presence, json_body
 from smelt.control.catalogue import Catalogue, Served
 from smelt.control.completions import Completions, Pieces, Promise
-from smelt.errors import NotFound, SeqReused, SmeltError, UnknownModel
+from smelt.errors import NotFound
 from smelt.transport.messages import Completion, Finish, Generate, TextChunk
 
 MAX_BODY_BYTES = 2**23  # the longest prompt, with every character escaped
 MAX_WAIT_S = 60.0
 IDEMPOTENCY_KEY = "idempotency-key"
-
-# What OpenAI has words of its own for.
-REFUSALS: dict[type[SmeltError], tuple[int, str]] = {
-    UnknownModel: (404, "model_not_found"),
-    SeqReused: (422, "idempotency_key_reused"),
-}
 
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="seconds to wait for its end")]
 
@@ -103,13 +95,10 @@ def _add_models(routes: APIRouter, catalogue: Catalogue) -> None:
         """The models that may be asked."""
         return ModelList([_card(served) for served in await catalogue.all()])
 
-    @routes.get("/models/{model}", response_model=ModelCard)
-    async def show_model(model: str) -> Any:
+    @routes.get("/models/{model}")
+    async def show_model(model: str) -> ModelCard:
         """One of them."""
-        try:
-            return _card(await catalogue.find(model))
-        except UnknownModel as error:
-            return _refusal(error)
+        return _card(await catalogue.find(model))
 
 
 def _add_writing(routes: APIRouter, path: str, shapes: Shapes, body_class: type[SamplingBody], desk: "Desk") -> None:
@@ -167,8 +156,6 @@ class Desk:
                 written = await gathered(pieces, len(call.requests))
         except ClientLeft:
             return NoAnswer()
-        except (UnknownModel, SeqReused) as error:
-            return _refusal(error)
         return _json(whole(call.shapes, call.id, call.created, call.model, written))
 
     async def _promise(self, call: Call, key: str | None) -> Response:
@@ -320,13 +307,6 @@ def _content_type(request: Request) -> bytes:
 
 def _request_id(request: Request) -> str:
     return str(request.scope["state"].get("request_id", ""))
-
-
-def _refusal(error: SmeltError) -> Response:
-    status, code = REFUSALS[type(error)]
-    body = openai_error(error)
-    body["error"]["code"] = code
-    return _json(encode(body), status)
 
 
 def _json(body: bytes, status: int = 200) -> Response:

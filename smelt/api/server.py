@@ -8,7 +8,9 @@ the ledger holds stays there. A second SIGTERM waits for nothing. What would go 
 
 import argparse
 import asyncio
+import gc
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--default-model", help="name or folder of the model that is served beside the registered ones")
     parser.add_argument("--log-for-people", action="store_true", help="log lines instead of JSON")
     arguments = parser.parse_args()
+    os.umask(0o077)  # what people ask and are answered is for no other account of this machine
     configure_logging(for_people=arguments.log_for_people)
     for talkative in ("uvicorn.error", "alembic"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
@@ -101,6 +104,7 @@ async def run(settings: Settings, listener: socket.socket, default_model: str | 
                 way_in = listen(address, workers.serve, key=key, tls=tls, next_epoch=ledger.open_epoch)
                 await doors.enter_async_context(way_in)
             server = HttpServer(http_config(app))
+            gc.freeze()  # what is here now stays: looking through it again and again would cost each request
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             if await one_of(signals.stop, serving, None):
                 app.begin()

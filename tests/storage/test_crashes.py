@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, select, text
-from victim import NUM_LANES, NUM_SEQS, submission
 
 from smelt.storage import tables
 from smelt.storage.database import sqlite_url
@@ -22,6 +21,7 @@ from smelt.storage.files import Files
 from smelt.storage.futures import Ledger
 from smelt.storage.transitions import future_id
 from smelt.storage.writer import Writer
+from victim import NUM_LANES, NUM_SEQS, submission
 
 VICTIM = Path(__file__).parents[1] / "victim.py"
 PLACES = [(lane, seq) for lane in range(NUM_LANES) for seq in range(1, NUM_SEQS + 1)]
