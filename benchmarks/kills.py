@@ -34,8 +34,8 @@ from smelt.models.decoder import Decoder
 from smelt.models.weights import write_model
 
 CONFIG = DecoderConfig(vocab_size=256, block_size=64, n_layer=2, n_head=2, n_embd=32)
-RUN = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 2, "max_iters": 600, "threads": 1}
-RUN |= {"dataset": "text", "eval_interval": 200, "eval_iters": 1, "log_interval": 1, "compile": "false"}
+RUN = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 2, "max_iters": 200, "threads": 1}
+RUN |= {"dataset": "text", "eval_interval": 50, "eval_iters": 1, "log_interval": 1, "compile": "false"}
 # role -> what its command has and no other's.
 ROLES = {"api": "smelt.api.server", "worker": " smelt worker ", "launcher": "smelt.cluster.launcher"}
 TARGETS = (*ROLES, "supervisor")
@@ -43,6 +43,7 @@ TARGETS = (*ROLES, "supervisor")
 UNDER_WAY = ("queued", "running", "lost", "interrupted")
 NUM_STREAMS = 4
 NUM_PROMISERS = 2
+NUM_TRAINERS = 2
 ORPHAN_SECONDS = 5.0  # until whoever still lives counts as an orphan: a forkserver may be importing torch
 PATIENCE_SECONDS = 180.0
 NOTHING = "no answer yet"
@@ -103,7 +104,7 @@ class Load:
         self.runs: list[str] = []
         self.first_answers: dict[str, str] = {}
         self.stop = threading.Event()
-        work = [self.stream] * NUM_STREAMS + [self.promise] * NUM_PROMISERS + [self.train]
+        work = [self.stream] * NUM_STREAMS + [self.promise] * NUM_PROMISERS + [self.train] * NUM_TRAINERS
         self.threads = [threading.Thread(target=self.repeat, args=(one, number)) for number, one in enumerate(work)]
         for thread in self.threads:
             thread.start()
@@ -148,8 +149,10 @@ class Load:
     def train(self, _: str) -> None:
         """One run, and then wait for its end."""
         answer = httpx.post(f"{self.server.url}/v1/runs", json=RUN, timeout=60).raise_for_status().json()
-        self.runs.append(answer["id"])
-        eventually(lambda: self.stop.is_set() or self.state_of(self.runs[-1]) not in UNDER_WAY, "a run")
+        run_id = answer["id"]
+        self.runs.append(run_id)
+        while not self.stop.is_set() and self.state_of(run_id) in UNDER_WAY:
+            self.stop.wait(0.5)
 
     def fetched(self, name: str) -> str:
         """The text of an answer, once it is there; what else there is to say otherwise."""

@@ -81,8 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.umask(0o077)  # what people ask and are answered is for no other account of this machine
     configure_logging(for_people=arguments.log_for_people)
-    for talkative in ("uvicorn.error", "alembic"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it says at each start that it has started
     try:
         listener = socket.socket(fileno=arguments.fd)
         listener.set_inheritable(False)
