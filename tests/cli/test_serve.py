@@ -1,7 +1,10 @@
 """`smelt serve` as its user meets it: mistakes in one line, addresses, answers, and any of its processes killed."""
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +15,9 @@ import httpx
 import openai
 import pytest
 
+from certificates import write_certificate
 from processes import all_below, eventually, is_alive, needs_proc
-from serving import ROLES, Server, serving, write_tiny_model
+from serving import ROLES, Server, environment, serving, write_tiny_model
 from smelt.cli import app
 from smelt.cluster.claims import held_home, listening_socket
 from smelt.control.keys import create_key
@@ -194,6 +198,26 @@ def persistently(ask: Callable[[], Any]) -> Any:
             return None
 
     return eventually(look, "an answer", 60)
+
+
+@pytest.mark.slow
+def test_a_worker_of_another_home_folder_joins_over_tls(home: Path, model: Path, tmp_path: Path) -> None:
+    certificate, key = write_certificate(tmp_path / "tls", "127.0.0.1")
+    with listening_socket("127.0.0.1", 0) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    door = ["--worker-address", address, "--tls-certificate", str(certificate), "--tls-key", str(key)]
+    shutil.copytree(model, tmp_path / "elsewhere/models/tiny")
+    with serving(home, str(model), "--no-worker", *door) as server:
+        trust = ["--tls-certificate", str(certificate), "--key-file", str(home / "worker.key")]
+        command = [sys.executable, "-m", "smelt", "worker", "--connect", address, *trust]
+        with subprocess.Popen(command, env=environment(tmp_path / "elsewhere"), stderr=subprocess.DEVNULL) as worker:
+            try:
+                eventually(lambda: httpx.get(f"{server.url}/v1/workers").json()["data"], "the worker", 60)
+                ask_once(server)
+            finally:
+                worker.terminate()
+        assert worker.returncode == 0
+        assert server.end() == 0
 
 
 @pytest.mark.slow
