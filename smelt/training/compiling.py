@@ -2,8 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
 from smelt.configs import TrainConfig
 from smelt.models.batch import Batch
@@ -32,6 +30,10 @@ def wants_compile(config: TrainConfig, num_flops: int, device: torch.device, dty
 
 def compiled(loss: Loss, sinks: list[Sink]) -> Loss:
     """The loss compiled at its first call; where that fails, one note and the eager loss from then on."""
+    # They take two seconds to import, and most runs on CPUs compile nothing.
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415
+    from torch._inductor.exc import InductorError  # noqa: PLC0415
+
     chosen: Loss = torch.compile(loss)
     is_proven = False
 
