@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from smelt.errors import SmeltError
+from smelt.errors import ConfigError, SmeltError
 from smelt.settings import Settings
 
 HOST = "127.0.0.1"
@@ -33,9 +33,15 @@ class DemoServer:
         import openai
 
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none")
-        pieces = client.completions.create(
-            model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0.5, top_p=0.9, seed=seed, stream=True
-        )
+        try:
+            pieces = client.completions.create(
+                model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0.5, top_p=0.9, seed=seed, stream=True
+            )
+        except openai.AuthenticationError:
+            raise ConfigError(
+                "this home folder has API keys, so its server asks the demo for one; run the demo in another: "
+                "SMELT_HOME=~/smelt-demo smelt demo"
+            ) from None
         for piece in pieces:
             click.echo(piece.choices[0].text if piece.choices else "", nl=False)
         click.echo()
