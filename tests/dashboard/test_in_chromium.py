@@ -259,8 +259,11 @@ def test_a_run_that_goes_back_to_a_checkpoint_is_drawn_anew(site: Site, visit: V
 
 def test_a_failure_and_a_removed_run_are_told(site: Site, visit: Visit) -> None:
     run = site.start_run("doomed")
-    run.end({"kind": "failure", "message": "the loss became <b>nan</b>"})
     page = visit.open(f"/dashboard/runs/{run.id}")
+    for step in (1, 2):  # what came after the first must have come by the stream
+        run.train()
+        expect(page.locator("#log")).to_contain_text(f"step {step} is done")
+    run.end({"kind": "failure", "message": "the loss became <b>nan</b>"})
     expect(page.locator("#reason")).to_have_text("the loss became <b>nan</b>")
     shutil.rmtree(run.out_dir)
     expect(page.get_by_role("alert")).to_have_text("This run's folder has been removed.")
