@@ -1,7 +1,8 @@
-"""What a durable write needs: flush a file or a folder to the disk, and know a full one; knows no file's content."""
+"""What a durable write needs: flush to the disk, know a full one, write a file once; knows no file's content."""
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -14,6 +15,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_once(path: Path, body: bytes) -> None:
+    """Write a file that only its owner may read, whole or not at all, unless it is there: the first one stays."""
+    if path.is_file():
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(body)
+        sync(temporary)
+        with suppress(FileExistsError):  # another process was faster
+            path.hardlink_to(temporary)
+    finally:
+        temporary.unlink()
 
 
 def is_full(error: OSError) -> bool:

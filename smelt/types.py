@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+LOCAL_OWNER = "local"  # who owns what was asked for on this machine without a key
+
 FinishReason = Literal["stop", "length", "aborted"]
 
 

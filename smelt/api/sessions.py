@@ -6,14 +6,13 @@ A cookie dies with its key, after half a day, and when its owner logs out.
 
 import hashlib
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from smelt.disk import sync
+from smelt.disk import write_once
 
 COOKIE = "smelt_session"
 LIFETIME_S = 12 * 3600
@@ -72,23 +71,8 @@ def _same(given: str, right: str) -> bool:
 
 def read_secret(file: Path) -> bytes:
     """The secret of this home folder, which is made where there is none. Two that make it at once get the same."""
-    if not file.is_file():
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as opened:
-            opened.write(secrets.token_bytes(NUM_SECRET_BYTES))
-        sync(temporary)
-        _link_first(temporary, file)
+    write_once(file, secrets.token_bytes(NUM_SECRET_BYTES))
     return file.read_bytes()
-
-
-def _link_first(temporary: Path, file: Path) -> None:
-    try:
-        file.hardlink_to(temporary)
-    except FileExistsError:
-        return  # another process was faster, and its secret is the one
-    finally:
-        temporary.unlink()
 
 
 def cookie_in(header: bytes | None) -> str | None:

@@ -19,12 +19,12 @@ from smelt.storage import records
 from smelt.storage.database import open_database
 from smelt.storage.records import Key
 from smelt.transport.addresses import is_loopback
+from smelt.types import LOCAL_OWNER
 
 PREFIX = "tml-"  # what Tinker's client insists on; the others take any text
 # What a key may open. "admin" opens everything.
 SCOPES = ("inference", "training", "admin")
 DEFAULT_SCOPES = ("inference", "training")
-LOCAL_OWNER = "local"
 
 
 @dataclass(frozen=True, slots=True)

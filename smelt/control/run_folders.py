@@ -19,11 +19,11 @@ import msgspec
 
 from smelt.configs import RUN_LOCK, TrainConfig
 from smelt.errors import NotFound
+from smelt.types import LOCAL_OWNER
 
 ENTRY_FILE = "run.json"
 REGISTRY = ".registry"
 ID = re.compile(r"run-[0-9a-f]{12}")
-LOCAL = "local"  # the owner of what is started without a server
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ def register(config: TrainConfig, runs_folder: Path) -> Entry:
     before = known if known is not None and keeps_id else None
     entry = Entry(
         id=before.id if before else new_run_id(),
-        owner=before.owner if before else LOCAL,
+        owner=before.owner if before else LOCAL_OWNER,
         recipe="pretrain",
         config=_lasting_values(config, before),
         created=before.created if before else time.time(),

@@ -3,10 +3,10 @@
 The file holds text, so that it can be copied by hand, and only its owner may read it.
 """
 
-import os
 import secrets
 from pathlib import Path
 
+from smelt.disk import write_once
 from smelt.errors import ConfigError
 from smelt.transport.handshake import check_key
 
@@ -26,11 +26,7 @@ def read_key(path: Path) -> bytes:
 def make_key(path: Path) -> bytes:
     """The key in a file, which is made if it is not there."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return read_key(path)
+        write_once(path, f"{secrets.token_hex(32)}\n".encode())
     except OSError as error:
         raise ConfigError(f"cannot make the worker key {path}: {error.strerror}") from None
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(32) + "\n")
     return read_key(path)
