@@ -13,7 +13,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
-import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -21,15 +20,16 @@ from pathlib import Path
 import msgspec
 
 from smelt.cluster import trainer
+from smelt.cluster.dialling import serve_for_ever
 from smelt.configs import RUN_LOG
 from smelt.errors import SmeltError, TrainingError, TransportError
 from smelt.settings import load_settings
 from smelt.transport.failures import failure_of
 from smelt.transport.messages import Cancel, Grant, Ping, Pong, Result, TrainRequest, WorkerStatus
-from smelt.transport.streams import Connection, connect
+from smelt.transport.streams import Connection
 
 STOP_SECONDS = 10.0  # for a run's last step and its checkpoint
-DIAL_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 0.2  # between two tries to dial: the server is on this machine
 NICENESS = 5  # of runs, where they share the cores with answers that somebody waits for
 WARM_UP_SECONDS = 5.0  # after the start, when the worker wants the cores: somebody waits for it
 REST_SECONDS = 1.0  # before a run that died is continued
@@ -173,24 +173,12 @@ async def warm_up() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-async def dial_for_ever(address: Path) -> None:
-    """Serve over one connection after the other."""
-    last_reason = ""
-    while True:
-        try:
-            async with await connect(address, "launcher", f"{socket.gethostname()}:{os.getpid()}") as connection:
-                await Launcher(connection).serve()
-        except* TransportError as ends:
-            reason = str(ends.exceptions[0])
-            if reason != last_reason:
-                log.info("%s; dialling again", reason)
-            last_reason = reason
-        await asyncio.sleep(DIAL_SECONDS)
-
-
 async def run(address: Path) -> None:
     """Dial in until SIGTERM or SIGINT, which stops the run, with a checkpoint."""
-    both = asyncio.gather(warm_up(), dial_for_ever(address))
+    serving = serve_for_ever(
+        address, "launcher", lambda connection: Launcher(connection).serve(), longest_pause_s=LONGEST_PAUSE_SECONDS
+    )
+    both = asyncio.gather(warm_up(), serving)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, both.cancel)
     with suppress(asyncio.CancelledError):

@@ -6,9 +6,7 @@ event loop of this process only passes on what comes and goes.
 
 import asyncio
 import logging
-import os
 import signal
-import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,9 +14,10 @@ from typing import Any
 
 import torch
 
+from smelt.cluster.dialling import serve_for_ever
 from smelt.cluster.uplink import Uplink
 from smelt.control.catalogue import served_name
-from smelt.errors import NotFound, TransportError
+from smelt.errors import NotFound
 from smelt.inference.server import Event, InferenceServer, Load
 from smelt.inference.service import TextModel
 from smelt.library import load
@@ -27,10 +26,9 @@ from smelt.models.registry import is_registered, registered_names
 from smelt.settings import Settings
 from smelt.transport.addresses import Address
 from smelt.transport.messages import WorkerStatus
-from smelt.transport.streams import connect
+from smelt.transport.streams import Connection
 
-FIRST_PAUSE_SECONDS = 0.05  # between two tries to dial; doubled each time
-LONGEST_PAUSE_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 2.0  # between two tries to dial
 GRACE_SECONDS = 30.0  # for what runs when the worker is told to end
 
 log = logging.getLogger(__name__)
@@ -72,9 +70,11 @@ class Worker:
 
     async def run(self) -> None:
         """Serve over one connection after the other until `stop`. ConfigError, or the bug that ended the server."""
-        dialling = asyncio.create_task(self._dial_for_ever())
+        serving = serve_for_ever(
+            self._address, "worker", self._serve, longest_pause_s=LONGEST_PAUSE_SECONDS, key=self._key, tls=self._tls
+        )
         ends: list[asyncio.Future[Any]] = [
-            dialling,
+            asyncio.create_task(serving),
             asyncio.create_task(self._stop.wait()),
             asyncio.wrap_future(self._server.ended),
         ]
@@ -100,31 +100,12 @@ class Worker:
         leaving.cancel()
         hurry.cancel()
 
-    async def _dial_for_ever(self) -> None:
-        pause, last_reason = FIRST_PAUSE_SECONDS, ""
-        while not self._stop.is_set():
-            try:
-                await self._dial()
-                pause = FIRST_PAUSE_SECONDS
-            except TransportError as reason:
-                if str(reason) != last_reason:
-                    log.warning("%s; dialling again", reason)
-                last_reason = str(reason)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    async def _dial(self) -> None:
-        """One connection, from the first word to the last. TransportError: there was none."""
-        name = f"{socket.gethostname()}:{os.getpid()}"
-        async with await connect(self._address, "worker", name, key=self._key, tls=self._tls) as connection:
-            log.info("connected to %s, as %s", self._address, name)
-            self._uplink = Uplink(connection, self._server, self._status)
-            try:
-                await self._uplink.serve()
-            except* TransportError as ends:
-                log.warning("%s; dialling again", ends.exceptions[0])
-            finally:
-                self._uplink = None
+    async def _serve(self, connection: Connection) -> None:
+        self._uplink = Uplink(connection, self._server, self._status)
+        try:
+            await self._uplink.serve()
+        finally:
+            self._uplink = None
 
     def _deliver(self, events: list[Event]) -> None:
         """Called on the server's thread; the loop may be closed already when the process ends."""
