@@ -9,8 +9,20 @@ FinishReason = Literal["stop", "length", "aborted"]
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like."""
+
+    kind: Literal["json_schema", "regex", "json"]  # "json": any JSON object
+    text: str = ""  # the schema as JSON, or the regular expression
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw tokens. `temperature` 0 is greedy; `top_k` None and `top_p` 1 keep every token."""
+    """How to draw tokens. `temperature` 0 is greedy; `top_k` None, `top_p` 1 and `min_p` 0 keep every token.
+
+    Penalties look at the prompt and the answer (repetition) or at the answer alone (presence, frequency), as in
+    Hugging Face and OpenAI. `num_logprobs` None asks for no log-probabilities, 0 for those of the drawn tokens alone.
+    """
 
     max_tokens: int = 100
     temperature: float = 0.8
@@ -19,11 +31,46 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    num_logprobs: int | None = None  # of the most likely tokens at each place, beside the drawn one's
+    num_prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    ignore_eos: bool = False  # go on past the end-of-text token
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of an answer, how likely the model found it, and what it found as likely or more.
+
+    `logprob` is None for the first token of a prompt, which follows nothing. `text` is what the token stands for:
+    bytes, for it may be a part of a character.
+    """
+
+    token_id: int
+    text: bytes
+    logprob: float | None
+    top: tuple["TokenLogprob", ...] = ()  # most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant wants called."""
+
+    id: str
+    name: str
+    arguments: str  # JSON
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation."""
+    """One turn of a conversation. `tool_call_id` says which call of the assistant's a tool's turn answers."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None

@@ -3,8 +3,14 @@
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
+from typing import TYPE_CHECKING
 
-from smelt.types import FinishReason, SamplingParams
+from smelt.types import LOCAL_OWNER, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from smelt.inference.grammar import GrammarState
+
+Alternatives = tuple[tuple[int, float], ...]
 
 
 class Status(Enum):
@@ -26,8 +32,16 @@ class Sequence:
 
     prompt_ids: list[int]
     params: SamplingParams
+    owner: str = LOCAL_OWNER  # the scheduler is fair between owners, and no prefix is shared across them
+    adapter: str | None = None  # a LoRA adapter that the engine knows by this name
+    grammar: "GrammarState | None" = None  # what the answer must look like, and how far it is
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    # Of each token the (id, log-probability) pairs of the most likely ones, where the params ask for them.
+    top_logprobs: list[Alternatives] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)  # None for the first token
+    prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
+    num_cached_tokens: int = 0  # of the prompt, which needed no computing
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     random: Random = field(init=False)

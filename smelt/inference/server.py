@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -23,7 +23,7 @@ from smelt.errors import SmeltError, Unavailable
 from smelt.inference.answer import Answer
 from smelt.inference.fair_queue import FairQueue
 from smelt.inference.service import TextModel
-from smelt.types import ChatMessage, FinishReason, SamplingParams
+from smelt.types import ChatMessage, FinishReason, SamplingParams, TokenLogprob, ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,16 @@ class Request(Protocol):
     def messages(self) -> tuple[ChatMessage, ...]: ...
     @property
     def params(self) -> SamplingParams: ...
+    @property
+    def tools(self) -> tuple[dict[str, Any], ...]: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def best_of(self) -> int: ...
+    @property
+    def echo(self) -> bool: ...
+    @property
+    def adapter(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +60,25 @@ class Piece:
     key: str
     text: str
     token_ids: Items[int]
+    index: int = 0  # of the answer, where a request has several
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """An answer has ended: finished, cancelled ("aborted"), or failed ("aborted" with the error)."""
+    """An answer has ended: finished, cancelled ("aborted"), or failed ("aborted" with the error).
+
+    A request has ended with the last of its answers, or with the first that is aborted.
+    """
 
     key: str
     reason: FinishReason
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     error: Exception | None = None
+    index: int = 0
+    num_cached_tokens: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@ The API's process holds the database and answers clients. Workers and launchers 
 them and what they answer:
 
     work of the ledger      Grant, Cancel ->     <- Result
-    live requests           Generate, Cancel ->  <- TextChunk ..., Finish
+    live requests           Generate, Cancel ->  <- TextChunk ..., Finish for each answer
+                            Embed, Cancel ->     <- Embedded, Finish
+                            LoadModel, UnloadModel -> <- Finish
     what is going on        Ping ->              <- Pong, WorkerStatus
 
 A body travels in its frame, whatever its size: both ends hold it in memory anyway, and a file would tie workers to
@@ -19,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from smelt.types import ChatMessage, FinishReason, SamplingParams
+from smelt.types import ChatMessage, FinishReason, SamplingParams, TokenLogprob, ToolCall
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -61,6 +63,9 @@ class Completion(msgspec.Struct, frozen=True):
     reason: FinishReason
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class TrainRequest(msgspec.Struct, frozen=True):
@@ -71,7 +76,11 @@ class TrainRequest(msgspec.Struct, frozen=True):
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Write the continuation of a prompt (text or token ids) or, where there are messages, the next turn."""
+    """Write the continuation of a prompt (text or token ids) or, where there are messages, the next turn.
+
+    Of `best_of` answers the `num_samples` likeliest are given, numbered from 0; sample i is drawn with seed + i. With
+    `echo` an answer begins with the prompt, and so do its log-probabilities.
+    """
 
     request_id: str  # never used before, so made by the API and not by its clients: late pieces of another would mix in
     owner: str  # the scheduler is fair between owners
@@ -79,6 +88,11 @@ class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     prompt: str | tuple[int, ...] = ""
     messages: tuple[ChatMessage, ...] = ()
     params: SamplingParams = SamplingParams()
+    tools: tuple[dict[str, Any], ...] = ()  # definitions in OpenAI's form, for the chat template
+    num_samples: int = 1
+    best_of: int = 1  # at least num_samples; where it is more, nothing is sent before all are written
+    echo: bool = False
+    adapter: str | None = None  # a LoRA adapter of the model
 
 
 class TextChunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -87,16 +101,52 @@ class TextChunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     request_id: str
     text: str
     token_ids: tuple[int, ...] = ()
+    index: int = 0  # of the answer, where there are several
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens whose text is shown with this piece or before
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """An answer has ended; nothing follows for this request. "aborted" after a Cancel or with a failure."""
+    """An answer has ended. "aborted" after a Cancel or with a failure: then all of the request's have."""
 
     request_id: str
     reason: FinishReason
     num_prompt_tokens: int
     num_output_tokens: int
     failure: Failure | None = None
+    index: int = 0
+    num_cached_tokens: int = 0  # of the prompt, which had been computed before
+    tool_calls: tuple[ToolCall, ...] = ()  # what the text was understood as
+
+
+class Embed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Turn texts (or token ids) into vectors: the mean of a model's last hidden states."""
+
+    request_id: str
+    owner: str
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+
+
+class Embedded(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The vectors, one after the other, as little-endian fp32. A Finish follows, which counts the tokens."""
+
+    request_id: str
+    vectors: bytes
+    width: int
+
+
+class LoadModel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Have a model ready to answer; a Finish says when it is, or why it cannot be."""
+
+    request_id: str
+    model: str
+
+
+class UnloadModel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Give a model's memory back once its answers have ended; a Finish says when."""
+
+    request_id: str
+    model: str
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -127,4 +177,18 @@ class WorkerStatus(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     leaving: bool = False  # finishes what it has, takes nothing new, and then hangs up
 
 
-Message = Grant | Result | Generate | TextChunk | Finish | Cancel | Ping | Pong | WorkerStatus
+Message = (
+    Grant
+    | Result
+    | Generate
+    | TextChunk
+    | Finish
+    | Embed
+    | Embedded
+    | LoadModel
+    | UnloadModel
+    | Cancel
+    | Ping
+    | Pong
+    | WorkerStatus
+)

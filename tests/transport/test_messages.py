@@ -11,22 +11,27 @@ from smelt.errors import TransportError
 from smelt.transport.frames import decode_message, encode_frame
 from smelt.transport.messages import (
     Cancel,
+    Embed,
+    Embedded,
     Failure,
     Finish,
     Generate,
     Grant,
+    LoadModel,
     Message,
     Ping,
     Pong,
     Result,
     TextChunk,
+    UnloadModel,
     WorkerStatus,
 )
-from smelt.types import ChatMessage, SamplingParams
+from smelt.types import ChatMessage, Grammar, SamplingParams, TokenLogprob, ToolCall
 
 PARAMS = SamplingParams(
     max_tokens=3, temperature=0.0, top_k=5, seed=7, stop=("\n", "end"), stop_token_ids=frozenset({2})
 )
+GUIDED = SamplingParams(logit_bias=((5, -100.0),), num_logprobs=2, grammar=Grammar("regex", "[0-9]+"))
 EXAMPLES = [
     Grant("f1", 3, "alice", "model-1", 4, "optim_step", 2, b"\x00\xff"),
     Grant("f2", 3, "alice", None, None, "completion"),
@@ -35,9 +40,16 @@ EXAMPLES = [
     Generate("r1", "bob", "gpt", "To be", params=PARAMS),
     Generate("r2", "bob", "gpt", (5, 6, 7)),
     Generate("r3", "bob", "gpt", messages=(ChatMessage("user", "héllo \U0001f600"),)),
+    Generate("r4", "bob", "gpt", "2 + 2 = ", num_samples=2, best_of=3, echo=True, adapter="sums", params=GUIDED),
     TextChunk("r1", " or", (30, 31)),
+    TextChunk("r1", "4", (3,), 1, (TokenLogprob(3, b"4", -0.5, (TokenLogprob(3, b"4", -0.5),)),)),
     Finish("r1", "stop", 5, 20),
     Finish("r2", "aborted", 3, 0, Failure("NotFound", "there is no model 'gpt'")),
+    Finish("r1", "stop", 5, 20, index=1, num_cached_tokens=4, tool_calls=(ToolCall("c1", "add", '{"a": 2}'),)),
+    Embed("r5", "bob", "gpt", ("to be", (5, 6))),
+    Embedded("r5", b"\x00\x00\x80\x3f", 1),
+    LoadModel("r6", "gpt"),
+    UnloadModel("r7", "gpt"),
     Cancel("r1"),
     Ping(12.5),
     Pong(12.5),
