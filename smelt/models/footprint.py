@@ -1,0 +1,30 @@
+"""How much memory a model takes to serve, by its shape alone; loads nothing and knows no torch."""
+
+from smelt.configs import DecoderConfig
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SCALE_BYTES = 4  # of each row of a quantized matrix
+
+
+def weights_bytes(config: DecoderConfig, dtype_bytes: int, quantized: bool = False) -> int:
+    """Bytes of all parameters; `quantized`: one byte per element of each linear layer, and a scale per row."""
+    if not quantized:
+        return config.num_parameters * dtype_bytes
+    num_elements, num_rows = _linear_layers(config)
+    return (config.num_parameters - num_elements) * dtype_bytes + num_elements + num_rows * SCALE_BYTES
+
+
+def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int) -> int:
+    """Bytes that the cache holds for each token of a sequence: a key and a value per layer and key/value head."""
+    return 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype_bytes
+
+
+def _linear_layers(config: DecoderConfig) -> tuple[int, int]:
+    """(elements, rows) of every matrix that is multiplied with; the embedding is looked up, tied or not."""
+    width = config.n_embd
+    qkv_rows = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    up_rows = (2 if config.mlp == "swiglu" else 1) * config.n_inner
+    elements = width * (qkv_rows + up_rows + config.n_head * config.head_dim + config.n_inner)
+    rows = qkv_rows + up_rows + 2 * width
+    head_rows = 0 if config.tied else config.vocab_size
+    return config.n_layer * elements + head_rows * width, config.n_layer * rows + head_rows
