@@ -21,6 +21,7 @@ SmeltError
 │   └── WrongHost         the request calls this server by a name that is not its own
 ├── Unavailable           not now: the message says when to try again
 │   ├── RateLimited       this caller has had its share for the moment
+│   ├── Overloaded        as many wait already as a queue holds
 │   └── WorkerLost        the process that was computing the answer is gone
 ├── MissingDependency     an optional package or an offline resource is absent
 ├── OutOfSpace            the disk is full; what was there before is whole
@@ -126,6 +127,10 @@ class Unavailable(SmeltError):
 
 class RateLimited(Unavailable):
     """This caller has had its share of requests for the moment."""
+
+
+class Overloaded(Unavailable):
+    """As many requests wait already as a queue holds, whoever sent them."""
 
 
 class WorkerLost(Unavailable):

@@ -30,6 +30,7 @@ STATUSES: dict[type[BaseException], int] = {
     errors.WrongHost: 421,
     errors.SeqReused: 422,
     errors.RateLimited: 429,
+    errors.Overloaded: 429,
     errors.MissingDependency: 501,
     errors.Unavailable: 503,
     errors.TransportError: 503,
@@ -63,6 +64,7 @@ OPENAI_NAMES: dict[int, tuple[str, str | None]] = {
 
 # What OpenAI has a `code` of its own for, whatever its status.
 OPENAI_CODES: dict[type[BaseException], str] = {
+    errors.Overloaded: "overloaded",
     errors.SeqReused: "idempotency_key_reused",
     errors.UnknownModel: "model_not_found",
 }
