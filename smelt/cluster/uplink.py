@@ -11,7 +11,8 @@ from itertools import islice
 import msgspec
 
 from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TransportError, Unavailable
-from smelt.inference.server import End, InferenceServer, Piece
+from smelt.inference.events import End, Piece, Vectors
+from smelt.inference.server import InferenceServer
 from smelt.transport.failures import failure_of
 from smelt.transport.messages import (
     Cancel,
@@ -75,14 +76,14 @@ class Uplink:
             self._is_idle.clear()
             await self._is_idle.wait()
 
-    def take(self, event: Piece | End) -> None:
+    def take(self, event: Piece | End | Vectors) -> None:
         """Pass on what came of this connection's requests; what is of an earlier one finds nobody."""
         work = self._work.get(event.key)
         if work is None:
             return
         if isinstance(event, Piece):
             self._take_piece(work, event)
-        else:
+        elif isinstance(event, End):
             del self._work[event.key]
             self._tell(_ended(work, event))
 

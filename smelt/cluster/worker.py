@@ -18,7 +18,8 @@ from smelt.cluster.dialling import serve_for_ever
 from smelt.cluster.uplink import Uplink
 from smelt.control.catalogue import served_name
 from smelt.errors import NotFound
-from smelt.inference.server import Event, InferenceServer, Load
+from smelt.inference.events import Event, Load
+from smelt.inference.server import InferenceServer
 from smelt.inference.service import TextModel
 from smelt.library import load
 from smelt.models.devices import pick_device

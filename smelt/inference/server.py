@@ -10,87 +10,21 @@ Without work the thread sleeps. A request that fails takes no other with it.
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from smelt.errors import SmeltError, Unavailable
 from smelt.inference.answer import Answer
+from smelt.inference.events import End, Event, Load, Piece, Request
 from smelt.inference.fair_queue import FairQueue
 from smelt.inference.service import TextModel
-from smelt.types import ChatMessage, FinishReason, SamplingParams, TokenLogprob, ToolCall
+from smelt.types import FinishReason
 
 log = logging.getLogger(__name__)
-
-
-class Request(Protocol):
-    """What is asked for: to go on from a prompt or, where there are messages, to write the next turn."""
-
-    @property
-    def owner(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def prompt(self) -> str | tuple[int, ...]: ...
-    @property
-    def messages(self) -> tuple[ChatMessage, ...]: ...
-    @property
-    def params(self) -> SamplingParams: ...
-    @property
-    def tools(self) -> tuple[dict[str, Any], ...]: ...
-    @property
-    def num_samples(self) -> int: ...
-    @property
-    def best_of(self) -> int: ...
-    @property
-    def echo(self) -> bool: ...
-    @property
-    def adapter(self) -> str | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """More of an answer."""
-
-    key: str
-    text: str
-    token_ids: Items[int]
-    index: int = 0  # of the answer, where a request has several
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """An answer has ended: finished, cancelled ("aborted"), or failed ("aborted" with the error).
-
-    A request has ended with the last of its answers, or with the first that is aborted.
-    """
-
-    key: str
-    reason: FinishReason
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    error: Exception | None = None
-    index: int = 0
-    num_cached_tokens: int = 0
-    tool_calls: tuple[ToolCall, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the server is doing; among the events whenever it has changed."""
-
-    models: tuple[str, ...] = ()
-    num_running: int = 0
-    num_waiting: int = 0
-
-
-Event: TypeAlias = Piece | End | Load
 
 
 @dataclass(eq=False, slots=True)

@@ -13,7 +13,8 @@ import torch
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import InvalidInput, NotFound, Unavailable
-from smelt.inference.server import End, Event, InferenceServer, Load, Piece
+from smelt.inference.events import End, Event, Load, Piece
+from smelt.inference.server import InferenceServer
 from smelt.inference.service import TextModel
 from smelt.models.decoder import Decoder
 from smelt.types import ChatMessage, SamplingParams

@@ -1,0 +1,92 @@
+"""What an InferenceServer is asked for and what it tells, as types; knows no threads and no model."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from smelt.types import ChatMessage, FinishReason, SamplingParams, TokenLogprob, ToolCall
+
+
+class Request(Protocol):
+    """What is asked for: to go on from a prompt or, where there are messages, to write the next turn."""
+
+    @property
+    def owner(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def prompt(self) -> str | tuple[int, ...]: ...
+    @property
+    def messages(self) -> tuple[ChatMessage, ...]: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def tools(self) -> tuple[dict[str, Any], ...]: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def best_of(self) -> int: ...
+    @property
+    def echo(self) -> bool: ...
+    @property
+    def adapter(self) -> str | None: ...
+
+
+class EmbedRequest(Protocol):
+    """Texts, or token ids, that are to become vectors."""
+
+    @property
+    def owner(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[str | tuple[int, ...], ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More of an answer."""
+
+    key: str
+    text: str
+    token_ids: Items[int]
+    index: int = 0  # of the answer, where a request has several
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """An answer has ended: finished, cancelled ("aborted"), or failed ("aborted" with the error).
+
+    A request has ended with the last of its answers, or with the first that is aborted.
+    """
+
+    key: str
+    reason: FinishReason
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    error: Exception | None = None
+    index: int = 0
+    num_cached_tokens: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the server is doing; among the events whenever it has changed."""
+
+    models: tuple[str, ...] = ()
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """What texts were turned into: little-endian fp32 numbers, `width` of them for each. An End follows."""
+
+    key: str
+    vectors: bytes
+    width: int
+
+
+Event: TypeAlias = Piece | End | Vectors | Load
