@@ -146,6 +146,11 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether bytes are held back that are not a character yet."""
+        return bool(self._utf8.getstate()[0])
+
     def push(self, ids: Iterable[int]) -> str:
         """The characters that are complete once these ids have come."""
         return self._utf8.decode(self._tokenizer.decode_bytes(ids))
