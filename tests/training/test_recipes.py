@@ -33,6 +33,7 @@ TINY: dict[str, Any] = {
     "learning_rate": 1e-2,
     "threads": 1,
     "dropout": 0.1,
+    "dtype": "float32",  # where bf16 is fast, `auto` would take it, and its sums differ with the number of rows
 }
 
 
