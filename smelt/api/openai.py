@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from smelt.api import telemetry
+from smelt.api.metering import metered
 from smelt.api.openai_answers import (
     CHAT,
     TEXT,
@@ -46,9 +46,9 @@ from smelt.api.openai_types import (
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, EventStream, NoAnswer, Presence, json_body
 from smelt.control.catalogue import Catalogue, Served
-from smelt.control.completions import Completions, Pieces, Promise
+from smelt.control.completions import Completions, Pieces, Promise, gathered
 from smelt.errors import NotFound
-from smelt.transport.messages import Completion, Finish, Generate, TextChunk
+from smelt.transport.messages import Completion, Generate, TextChunk
 
 MAX_BODY_BYTES = 2**23  # the longest prompt, with every character escaped
 MAX_WAIT_S = 60.0
@@ -73,7 +73,7 @@ def router(services: Services) -> APIRouter:
     """The routes below /v1 that OpenAI's clients know, and those that fetch an answer later."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
     catalogue = Catalogue(services.settings.models, services.default_model)
-    completions = Completions(services.model_server, services.ledger, services.database)
+    completions = Completions(services.model_server, services.ledger)
     # Routes are tried one after the other, so what is asked most comes first.
     _add_writing(routes, "/completions", TEXT, CompletionBody, Desk(completions, partial(text_call, catalogue)))
     _add_writing(routes, "/chat/completions", CHAT, ChatBody, Desk(completions, partial(chat_call, catalogue)))
@@ -227,53 +227,11 @@ async def events(call: Call, pieces: Pieces) -> AsyncGenerator[bytes, None]:
                 event = story.piece(index, piece.text)
             else:
                 event = story.ending(index, piece.reason)
-                ended.append(_completion("", piece))
+                ended.append(Completion("", piece.reason, piece.num_prompt_tokens, piece.num_output_tokens))
                 if len(ended) == len(call.requests):
                     event += story.end(usage_of(ended))
             if event:
                 yield event
-
-
-async def gathered(pieces: Pieces, num_answers: int) -> list[Completion]:
-    """The answers, once they are whole."""
-    texts: list[list[str]] = [[] for _ in range(num_answers)]
-    answers: dict[int, Completion] = {}
-    async for index, piece in pieces:
-        if isinstance(piece, TextChunk):
-            texts[index].append(piece.text)
-        else:
-            answers[index] = _completion("".join(texts[index]), piece)
-    return [answers[index] for index in range(num_answers)]
-
-
-async def metered(model: str, pieces: Pieces) -> Pieces:
-    """The same pieces, counted and timed; one that a client leaves ends as "left"."""
-    last = time.perf_counter()
-    waiting_for_first, reason = True, "left"
-    try:
-        async with aclosing(pieces):
-            async for index, piece in pieces:
-                now = time.perf_counter()
-                if isinstance(piece, Finish):
-                    telemetry.count_answer(model, piece.num_prompt_tokens, piece.num_output_tokens, piece.reason)
-                elif waiting_for_first:
-                    telemetry.observe_first_token(model, now - last)
-                    waiting_for_first = False
-                else:
-                    telemetry.observe_gap(model, now - last)
-                last = now
-                yield index, piece
-        reason = ""
-    except Exception:
-        reason = "failed"
-        raise
-    finally:
-        if reason:
-            telemetry.count_answer(model, 0, 0, reason)
-
-
-def _completion(text: str, finish: Finish) -> Completion:
-    return Completion(text, finish.reason, finish.num_prompt_tokens, finish.num_output_tokens)
 
 
 def _card(served: Served) -> ModelCard:

@@ -254,14 +254,13 @@ def whole(shapes: Shapes, answer_id: str, created: int, model: str, completions:
 
 def promised(shapes: Shapes, promise: Promise) -> bytes:
     """An answer in the background, as it stands."""
-    completion = promise.completion
-    choices: list[Any] = [] if completion is None else [shapes.choice(0, completion)]
+    choices: list[Any] = [shapes.choice(index, each) for index, each in enumerate(promise.completions)]
     answer = shapes.promised(
         id=shapes.prefix + promise.future_id,
         created=int(promise.created),
         model=promise.model,
         choices=choices,
-        usage=None if completion is None else usage_of([completion]),
+        usage=usage_of(promise.completions) if promise.completions else None,
         status=promise.status,
         error=None if promise.failure is None else ErrorBody(**openai_error(error_of(promise.failure))["error"]),
     )

@@ -25,6 +25,7 @@ from sqlalchemy import Engine
 
 from smelt.api.app import create_app
 from smelt.api.draining import Draining
+from smelt.api.metering import count_background
 from smelt.api.protocol import BoundedProtocol
 from smelt.api.services import Services
 from smelt.api.telemetry import configure_logging
@@ -96,7 +97,7 @@ async def run(settings: Settings, listener: socket.socket, default_model: str | 
     """Serve on a socket until a signal has been obeyed."""
     signals = EndSignals()
     with opened(settings) as (engine, writer, ledger):
-        workers = Workers(ledger)
+        workers = Workers(ledger, witness=count_background)
         app = Draining(create_app(Services(settings, engine, writer, ledger, workers, default_model)))
         async with AsyncExitStack() as doors, chores(ledger):
             for address, key, tls in ways_in(settings):

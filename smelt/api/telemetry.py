@@ -112,12 +112,14 @@ def route_of(scope: Scope) -> str:
     return getattr(route, "path_format", None) or getattr(route, "path", None) or "none"
 
 
-def count_answer(model: str, num_prompt_tokens: int, num_output_tokens: int, reason: str) -> None:
+def count_answer(
+    model: str, reason: str, num_prompt_tokens: int = 0, num_output_tokens: int = 0, num_cached_tokens: int = 0
+) -> None:
     """An answer has ended. `model` must be the name of a served model, not whatever a client wrote."""
     _answer_series(model, reason).inc()
-    prompt, output = _token_series(model)
-    prompt.inc(num_prompt_tokens)
-    output.inc(num_output_tokens)
+    counts = (num_prompt_tokens, num_cached_tokens, num_output_tokens)
+    for series, count in zip(_token_series(model), counts, strict=True):
+        series.inc(count)
 
 
 def observe_first_token(model: str, seconds: float) -> None:
@@ -136,9 +138,9 @@ def _answer_series(model: str, reason: str) -> Counter:
 
 
 @lru_cache(maxsize=1024)
-def _token_series(model: str) -> tuple[Counter, Counter]:
-    """Of prompts, and of answers."""
-    return tokens.labels(model, "prompt"), tokens.labels(model, "output")
+def _token_series(model: str) -> tuple[Counter, Counter, Counter]:
+    """Of prompts, of what of them needed no computing, and of answers."""
+    return tokens.labels(model, "prompt"), tokens.labels(model, "cached_prompt"), tokens.labels(model, "output")
 
 
 def exposition(workers: list[WorkerInfo]) -> bytes:

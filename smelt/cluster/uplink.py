@@ -17,29 +17,64 @@ from smelt.transport.failures import failure_of
 from smelt.transport.messages import (
     Cancel,
     Completion,
+    Embed,
+    Embedded,
     Finish,
     Generate,
     Grant,
+    LoadModel,
     Message,
     Ping,
     Pong,
     Result,
     TextChunk,
+    UnloadModel,
     WorkerStatus,
 )
 from smelt.transport.streams import Connection
+from smelt.types import TokenLogprob
 
 STALLED_SECONDS = 15.0  # a server that reads nothing for so long is gone, and answers must not pile up for it
 MAX_BURST = 64  # messages that are sent together: what one step of the engine gives, usually
 
 
+@dataclass(slots=True)
+class Draft:
+    """What has been written so far of an answer that is sent when it is whole."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
 @dataclass(eq=False, slots=True)
 class Work:
-    """A live request or, with the `grant`, one of the ledger, whose text is kept until it is whole."""
+    """A live request or, with the `grant`, one of the ledger, whose answers are kept until they are whole."""
 
     request_id: str
-    grant: Grant | None
-    texts: list[str] = field(default_factory=list)
+    grant: Grant | None = None
+    num_answers: int = 1
+    num_ended: int = 0
+    drafts: dict[int, Draft] = field(default_factory=dict)
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+    def take(self, piece: Piece) -> None:
+        """Keep a piece."""
+        draft = self.drafts.setdefault(piece.index, Draft())
+        draft.texts.append(piece.text)
+        draft.logprobs += piece.logprobs
+
+    def complete(self, end: End) -> None:
+        """Put an answer together."""
+        draft = self.drafts.pop(end.index, Draft())
+        self.completions[end.index] = Completion(
+            "".join(draft.texts),
+            end.reason,
+            end.num_prompt_tokens,
+            end.num_output_tokens,
+            end.num_cached_tokens,
+            tuple(draft.logprobs),
+            end.tool_calls,
+        )
 
 
 class Uplink:
@@ -81,28 +116,38 @@ class Uplink:
         work = self._work.get(event.key)
         if work is None:
             return
-        if isinstance(event, Piece):
-            self._take_piece(work, event)
-        elif isinstance(event, End):
-            del self._work[event.key]
-            self._tell(_ended(work, event))
+        if isinstance(event, End):
+            self._take_end(work, event)
+        elif work.grant is None:
+            self._tell(_piece(work, event))
+        else:
+            assert isinstance(event, Piece), "the ledger has no requests for vectors"
+            work.take(event)
 
     def take_status(self, status: WorkerStatus) -> None:
         """Tell what the worker is doing now."""
         self._status = msgspec.structs.replace(status, leaving=self._status.leaving)
         self._tell(self._status)
 
-    def _take_piece(self, work: Work, piece: Piece) -> None:
+    def _take_end(self, work: Work, end: End) -> None:
+        work.num_ended += 1
+        is_over = end.reason == "aborted" or work.num_ended == work.num_answers
+        if is_over:
+            del self._work[end.key]
         if work.grant is None:
-            self._tell(TextChunk(work.request_id, piece.text, tuple(piece.token_ids)))
+            self._tell(_finish(work, end))
+        elif end.reason == "aborted":
+            self._tell(_failed(work.grant, end.error or SmeltError("it was cancelled")))
         else:
-            work.texts.append(piece.text)
+            work.complete(end)
+            if is_over:
+                self._tell(_written(work, work.grant))
 
     async def _receive(self) -> None:
         async for message in self._connection:
             match message:
-                case Generate():
-                    self._begin(Work(message.request_id, None), message)
+                case Generate() | Embed() | LoadModel() | UnloadModel():
+                    self._begin_live(message)
                 case Grant():
                     self._begin_granted(message)
                 case Cancel():
@@ -112,27 +157,40 @@ class Uplink:
                 case _:
                     raise TransportError(f"the server sends a worker no {type(message).__name__}")
 
+    def _begin_live(self, request: Generate | Embed | LoadModel | UnloadModel) -> None:
+        work = Work(request.request_id)
+        if self._status.leaving:  # sent before the server had heard of it
+            error = Unavailable("the worker is going down; ask again")
+            self._tell(_finish(work, End("", "aborted", error=error)))
+            return
+        key = self._remember(work)
+        match request:
+            case Generate():
+                work.num_answers = request.num_samples
+                self._server.submit(key, request)
+            case Embed():
+                self._server.embed(key, request)
+            case LoadModel():
+                self._server.load(key, request.model)
+            case UnloadModel():
+                self._server.unload(key, request.model)
+
     def _begin_granted(self, grant: Grant) -> None:
-        work = Work(grant.future_id, grant)
         try:
             if grant.kind != "generate":
                 raise InvalidInput(f"a worker does not do work of the kind {grant.kind!r}")
             request = msgspec.msgpack.decode(grant.body, type=Generate)
         except (InvalidInput, msgspec.DecodeError) as error:
-            self._tell(_ended(work, End("", "aborted", error=error)))
-        else:
-            self._begin(work, request)
-
-    def _begin(self, work: Work, request: Generate) -> None:
-        if self._status.leaving:
-            # Sent before the server had heard of it. What was granted goes back by itself when we hang up.
-            if work.grant is None:
-                error = Unavailable("the worker is going down; ask again")
-                self._tell(_ended(work, End("", "aborted", error=error)))
+            self._tell(_failed(grant, error))
             return
+        if not self._status.leaving:  # else it goes back by itself when we hang up
+            work = Work(grant.future_id, grant, request.num_samples)
+            self._server.submit(self._remember(work), request)
+
+    def _remember(self, work: Work) -> str:
         key = self._key(work.request_id)
         self._work[key] = work
-        self._server.submit(key, request)
+        return key
 
     def _key(self, request_id: str) -> str:
         """Work of the ledger may come again over a later connection, before its first try has ended here."""
@@ -159,13 +217,29 @@ class Uplink:
                 self._is_idle.set()
 
 
-def _ended(work: Work, end: End) -> Message:
-    failure = failure_of(end.error) if end.error else None
-    if work.grant is None:
-        return Finish(work.request_id, end.reason, end.num_prompt_tokens, end.num_output_tokens, failure)
-    if failure is None and end.reason == "aborted":
-        failure = failure_of(SmeltError("it was cancelled"))
-    if failure is not None:
-        return Result(work.grant.future_id, work.grant.epoch, failure=failure)
-    completion = Completion("".join(work.texts), end.reason, end.num_prompt_tokens, end.num_output_tokens)
-    return Result(work.grant.future_id, work.grant.epoch, msgspec.msgpack.encode(completion))
+def _piece(work: Work, event: Piece | Vectors) -> Message:
+    if isinstance(event, Vectors):
+        return Embedded(work.request_id, event.vectors, event.width)
+    return TextChunk(work.request_id, event.text, tuple(event.token_ids), event.index, event.logprobs)
+
+
+def _finish(work: Work, end: End) -> Finish:
+    return Finish(
+        work.request_id,
+        end.reason,
+        end.num_prompt_tokens,
+        end.num_output_tokens,
+        failure_of(end.error) if end.error else None,
+        end.index,
+        end.num_cached_tokens,
+        end.tool_calls,
+    )
+
+
+def _failed(grant: Grant, error: Exception) -> Result:
+    return Result(grant.future_id, grant.epoch, failure=failure_of(error))
+
+
+def _written(work: Work, grant: Grant) -> Result:
+    completions = [work.completions[index] for index in sorted(work.completions)]
+    return Result(grant.future_id, grant.epoch, msgspec.msgpack.encode(completions))

@@ -10,19 +10,17 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import msgspec
-from sqlalchemy import Engine
 
+from smelt.control.answers import check
 from smelt.control.model_server import ModelServer
 from smelt.errors import InvalidInput, NotFound, TooLarge, Unavailable
-from smelt.storage import transitions
-from smelt.storage.futures import MAX_INLINE, Future, Ledger
-from smelt.storage.tables import AnyRow
+from smelt.storage.futures import MAX_INLINE, Future, Granted, Ledger
 from smelt.storage.transitions import State, Submission
-from smelt.transport.failures import error_of
-from smelt.transport.messages import Completion, Failure, Finish, Generate, TextChunk
+from smelt.transport.messages import Completion, Failure, Finish, Generate, Result, TextChunk
 
 KIND = "generate"
 MAX_KEY_CHARS = 255
@@ -38,7 +36,8 @@ STATUSES: dict[State, Status] = {
     "cancelled": "cancelled",
 }
 
-Pieces = AsyncGenerator[tuple[int, TextChunk | Finish], None]
+Piece = tuple[int, TextChunk | Finish]  # with the number of the choice it is of
+Pieces = AsyncGenerator[Piece, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +49,37 @@ class Promise:
     status: Status
     model: str = ""  # "" once it has expired
     is_chat: bool | None = None
-    completion: Completion | None = None
+    completions: tuple[Completion, ...] = ()  # one for each choice
     failure: Failure | None = None
 
 
 class Completions:
     """What every API that completes text stands on."""
 
-    def __init__(self, model_server: ModelServer, ledger: Ledger, database: Engine) -> None:
+    def __init__(self, model_server: ModelServer, ledger: Ledger) -> None:
         self._model_server = model_server
         self._ledger = ledger
-        self._database = database
 
     def answers(self, requests: Sequence[Generate]) -> Pieces:
-        """(number of the request, its next piece) as they come, each one's last being a Finish. Closing it cancels all.
+        """(number of the choice, its next piece) as they come, each one's last being a Finish. Closing it cancels all.
 
-        Raises what any of them fails with, and what `ModelServer.generate` raises.
+        The choices of the first request come first, then those of the second. Raises what any of them fails with, and
+        what `ModelServer.generate` raises.
         """
-        if len(requests) == 1:
-            return self._answer(0, requests[0])
-        return _merged([self._answer(number, request) for number, request in enumerate(requests)])
+        firsts = accumulate([request.num_samples for request in requests], initial=0)
+        streams = [self._answer(first, request) for first, request in zip(firsts, requests, strict=False)]
+        return streams[0] if len(streams) == 1 else _merged(streams)
 
-    async def _answer(self, number: int, request: Generate) -> Pieces:
+    async def _answer(self, first: int, request: Generate) -> Pieces:
+        num_left = request.num_samples
         async with aclosing(self._model_server.generate(request)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Finish):
-                    _check(piece)
-                    yield number, piece
-                    return
-                yield number, piece
-        raise Unavailable("the answer broke off; ask again")
+                    check(piece)
+                    num_left -= 1
+                yield first + piece.index, piece
+        if num_left:
+            raise Unavailable("the answer broke off; ask again")
 
     async def promise(self, request: Generate, fingerprint: str, key: str | None = None) -> str:
         """The id under which the answer will be found, once the request is on the disk.
@@ -100,25 +100,47 @@ class Completions:
 
     async def read(self, owner: str, future_id: str, wait_s: float = 0.0) -> Promise:
         """How a promised answer stands; waits so long for it to be finished. NotFound where the owner has none."""
-        row = await asyncio.to_thread(self._row, owner, future_id)
         if wait_s > 0:
-            future = await self._ledger.wait(owner, future_id, wait_s)
-        else:
-            future = await self._ledger.read(owner, future_id)
-        return _promise(row, future)
+            return _promise(await self._ledger.wait(owner, future_id, wait_s))
+        return _promise(await self._ledger.read(owner, future_id))
 
     async def cancel(self, owner: str, future_id: str) -> Promise:
         """Give an answer up; one that is finished stays as it is. NotFound where the owner has none."""
-        await asyncio.to_thread(self._row, owner, future_id)  # other kinds of work are not ours to cancel
+        await self.read(owner, future_id)  # other kinds of work are not ours to cancel
         await self._model_server.cancel(owner, future_id)
         return await self.read(owner, future_id)
 
-    def _row(self, owner: str, future_id: str) -> AnyRow:
-        with self._database.connect() as connection:
-            row = transitions.row(owner, future_id, connection)
-        if row.kind != KIND:
-            raise NotFound(f"request {future_id!r} does not exist")
-        return row
+
+async def gathered(pieces: Pieces, num_choices: int) -> list[Completion]:
+    """The answers, once they are whole."""
+    chunks: list[list[TextChunk]] = [[] for _ in range(num_choices)]
+    answers: dict[int, Completion] = {}
+    async for number, piece in pieces:
+        if isinstance(piece, TextChunk):
+            chunks[number].append(piece)
+        else:
+            answers[number] = _completion(chunks[number], piece)
+    return [answers[number] for number in range(num_choices)]
+
+
+def _completion(chunks: Sequence[TextChunk], finish: Finish) -> Completion:
+    return Completion(
+        "".join(chunk.text for chunk in chunks),
+        finish.reason,
+        finish.num_prompt_tokens,
+        finish.num_output_tokens,
+        finish.num_cached_tokens,
+        tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        finish.tool_calls,
+    )
+
+
+def written(row: Granted, result: Result) -> tuple[str, list[Completion]] | None:
+    """The model and the answers of a row that has been done; None where they are none."""
+    if row.kind != KIND or row.request is None or result.failure is not None:
+        return None
+    request = msgspec.msgpack.decode(row.request, type=Generate)
+    return request.model, msgspec.msgpack.decode(result.body, type=list[Completion])
 
 
 def _lane_of(owner: str, key: str) -> str:
@@ -128,14 +150,17 @@ def _lane_of(owner: str, key: str) -> str:
     return f"{KIND}/{hashlib.sha256(msgspec.json.encode([owner, key])).hexdigest()}"
 
 
-def _promise(row: AnyRow, future: Future) -> Promise:
-    if row.request is None:  # forgotten together with the result
-        return Promise(future.id, row.created, "expired" if future.state == "done" else STATUSES[future.state])
-    request = msgspec.msgpack.decode(row.request, type=Generate)
-    status: Status = "expired" if future.expired and future.state == "done" else STATUSES[future.state]
-    promise = Promise(future.id, row.created, status, request.model, bool(request.messages))
+def _promise(future: Future) -> Promise:
+    if future.kind != KIND:
+        raise NotFound(f"request {future.id!r} does not exist")
+    has_expired = future.state == "done" and (future.expired or future.request is None)
+    status: Status = "expired" if has_expired else STATUSES[future.state]
+    if future.request is None:  # forgotten together with the result
+        return Promise(future.id, future.created, status)
+    request = msgspec.msgpack.decode(future.request, type=Generate)
+    promise = Promise(future.id, future.created, status, request.model, bool(request.messages))
     if status == "completed" and future.result is not None:
-        return replace(promise, completion=msgspec.msgpack.decode(future.result, type=Completion))
+        return replace(promise, completions=msgspec.msgpack.decode(future.result, type=tuple[Completion, ...]))
     if status == "failed":
         return replace(promise, failure=_failure(future))
     return promise
@@ -147,17 +172,9 @@ def _failure(future: Future) -> Failure:
     return msgspec.msgpack.decode(future.result, type=Failure)
 
 
-def _check(finish: Finish) -> None:
-    """Raise what an answer has failed with."""
-    if finish.failure is not None:
-        raise error_of(finish.failure)
-    if finish.reason == "aborted":
-        raise Unavailable("the answer was broken off by the server; ask again")
-
-
 async def _merged(streams: Sequence[Pieces]) -> Pieces:
     """The pieces of all, as they come; the first error ends it."""
-    queue: asyncio.Queue[tuple[int, TextChunk | Finish] | Exception] = asyncio.Queue(MAX_WAITING_PIECES)
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(MAX_WAITING_PIECES)
     tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     num_left = len(tasks)
     try:
@@ -165,18 +182,22 @@ async def _merged(streams: Sequence[Pieces]) -> Pieces:
             item = await queue.get()
             if isinstance(item, Exception):
                 raise item
-            num_left -= isinstance(item[1], Finish)
-            yield item
+            if item is None:
+                num_left -= 1
+            else:
+                yield item
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(stream: Pieces, queue: asyncio.Queue[tuple[int, TextChunk | Finish] | Exception]) -> None:
+async def _pump(stream: Pieces, queue: asyncio.Queue[Piece | Exception | None]) -> None:
+    """All that a stream gives, and None at its end."""
     try:
         async with aclosing(stream):
             async for item in stream:
                 await queue.put(item)
+        await queue.put(None)
     except Exception as error:  # noqa: BLE001 - whoever reads the queue raises it
         await queue.put(error)

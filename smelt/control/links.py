@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from smelt.control.answers import LiveAnswer
+from smelt.control.answers import LiveAnswer, LiveRequest
 from smelt.errors import ConnectionClosed, OutOfSpace, StaleEpoch, StorageError, TransportError, WorkerLost
 from smelt.storage.futures import Granted, Ledger
 from smelt.transport.failures import is_of_the_user
 from smelt.transport.handshake import Role
 from smelt.transport.messages import (
     Cancel,
+    Embedded,
     Failure,
     Finish,
-    Generate,
     Grant,
     Message,
     Ping,
@@ -42,6 +42,9 @@ RETRY_SECONDS = 1.0  # until a full disk is asked again
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Told of each row that a peer has done, once its result is kept.
+Witness = Callable[[Granted, Result], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,14 @@ DUTIES: dict[Role, Duty] = {
 class Link:
     """`run` it for as long as the connection lives."""
 
-    def __init__(self, connection: Connection, ledger: Ledger) -> None:
+    def __init__(self, connection: Connection, ledger: Ledger, witness: Witness) -> None:
         self.connection = connection
         self.status = WorkerStatus(device="")
-        self.granted: set[str] = set()
+        self.granted: dict[str, Granted] = {}
         self._answers: dict[str, LiveAnswer] = {}
         self._models: Counter[str] = Counter()  # that its live answers are of
         self._ledger = ledger
+        self._witness = witness
         self._duty = DUTIES[connection.role]
         self._room = asyncio.Event()
         self._num_unanswered = 0
@@ -126,7 +130,7 @@ class Link:
         for answer in self._answers.values():
             answer.end(WorkerLost("the worker that was writing the answer is gone; ask again"))
 
-    async def begin(self, request: Generate) -> LiveAnswer:
+    async def begin(self, request: LiveRequest) -> LiveAnswer:
         """Have a request answered; raises what `send` raises. Whoever begins one must `leave` it."""
         answer = self._answers[request.request_id] = LiveAnswer(request)
         self._models[request.model] += 1
@@ -195,7 +199,7 @@ class Link:
             limit = self._duty.max_granted - len(self.granted)
             ask = partial(self._ledger.next_grants, self.connection.epoch, limit, self._duty.kinds)
             rows = await _stored("cannot grant work", ask)
-            self.granted |= {row.id for row in rows}
+            self.granted |= {row.id: row for row in rows}
             self._update_room()
             for row in rows:
                 await self._send_granted(row)
@@ -224,11 +228,11 @@ class Link:
         async for message in self.connection:
             self._num_unanswered = 0
             match message:
-                case TextChunk():
-                    self._take_chunk(message)
+                case TextChunk() | Embedded():
+                    self._take_piece(message)
                 case Finish():
                     if answer := self._answers.get(message.request_id):
-                        answer.end(message)
+                        answer.finish(message)
                 case Result():
                     self._keep_soon(message)
                 case WorkerStatus():
@@ -238,10 +242,10 @@ class Link:
                 case _:
                     raise TransportError(f"a {self.connection.role} does not send {type(message).__name__}")
 
-    def _take_chunk(self, chunk: TextChunk) -> None:
-        answer = self._answers.get(chunk.request_id)
-        if answer is not None and not answer.push(chunk):
-            self.cancel(chunk.request_id)
+    def _take_piece(self, piece: TextChunk | Embedded) -> None:
+        answer = self._answers.get(piece.request_id)
+        if answer is not None and not answer.push(piece):
+            self.cancel(piece.request_id)
 
     def _take_status(self, status: WorkerStatus) -> None:
         self.status = status
@@ -256,7 +260,8 @@ class Link:
 
     async def _keep(self, result: Result) -> None:
         """Commit what the peer has done; what is not its to do any more is refused by the ledger, and forgotten."""
-        if result.future_id not in self.granted:
+        row = self.granted.get(result.future_id)
+        if row is None:
             log.warning("%s answered %s, which it does not hold", self.connection.name, result.future_id)
             return
         body, category = result.body, None
@@ -268,7 +273,9 @@ class Link:
             await _stored("cannot keep a result", finish)
         except StaleEpoch as stale:
             log.info("%s: %s", self.connection.name, stale)
-        self.granted.discard(result.future_id)
+        else:
+            self._witness(row, result)
+        self.granted.pop(result.future_id, None)
         self._update_room()
 
 

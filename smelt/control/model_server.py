@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from smelt.transport.messages import Finish, Generate, TextChunk
+from smelt.transport.messages import Embed, Embedded, Finish, Generate, TextChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +20,30 @@ class WorkerInfo:
 
 
 class ModelServer(Protocol):
-    """Answers live requests. What must outlive a crash goes through the ledger instead."""
+    """Answers live requests. What must outlive a crash goes through the ledger instead.
+
+    Each call may raise Unavailable (no worker has come within the patience that a restart needs), Overloaded (they
+    have too much to do) and WorkerLost (the worker died on the way).
+    """
 
     def generate(self, request: Generate) -> AsyncGenerator[TextChunk | Finish, None]:
-        """Pieces of the answer, then one Finish, which may carry a failure. Closing the generator cancels the work.
+        """Pieces of the answers, and one Finish for each of them; closing the generator cancels the work.
 
-        Unavailable: no worker has come within the patience that a restart needs, or they have too much to do.
-        WorkerLost: the worker died on the way; what came until then is all there is.
+        A Finish that is aborted, maybe with a failure, is the last. Where the worker dies, what came until then is all
+        there is.
         """
+        ...
+
+    async def embed(self, request: Embed) -> tuple[Embedded, Finish]:
+        """Vectors of texts, and the number of tokens. Raises what the work has failed with; cancelling it ends it."""
+        ...
+
+    async def load_model(self, model: str) -> None:
+        """Have some worker hold a model, and return when it does. Raises why it cannot."""
+        ...
+
+    async def unload_model(self, model: str) -> int:
+        """Have every worker that holds a model give it up, after its answers; how many did."""
         ...
 
     async def cancel(self, owner: str, future_id: str) -> bool:

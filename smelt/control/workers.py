@@ -6,14 +6,24 @@ launchers over the same links without anybody choosing: they take it when they h
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
-from smelt.control.answers import LiveAnswer
-from smelt.control.links import Link
+from smelt.control.answers import LiveAnswer, LiveRequest
+from smelt.control.links import Link, Witness
 from smelt.control.model_server import WorkerInfo
-from smelt.errors import AlreadyExists, ConnectionClosed, TooLarge, TransportError, Unavailable
-from smelt.storage.futures import Ledger
-from smelt.transport.messages import Finish, Generate, TextChunk
+from smelt.errors import (
+    AlreadyExists,
+    ConnectionClosed,
+    Overloaded,
+    TooLarge,
+    TransportError,
+    Unavailable,
+    WorkerLost,
+)
+from smelt.storage.futures import Granted, Ledger
+from smelt.transport.messages import Embed, Embedded, Finish, Generate, LoadModel, Result, TextChunk, UnloadModel
 from smelt.transport.streams import Connection
 
 PATIENCE_SECONDS = 10.0  # for a worker to come: a restart takes that long
@@ -22,11 +32,19 @@ MAX_WAITING = 512  # live requests per worker of which nothing has been written 
 log = logging.getLogger(__name__)
 
 
-class Workers:
-    """Implements `ModelServer` with the workers that have dialled in. Belongs to one event loop."""
+def nobody(row: Granted, result: Result) -> None:
+    """A witness that takes no note."""
 
-    def __init__(self, ledger: Ledger, patience_s: float = PATIENCE_SECONDS) -> None:
+
+class Workers:
+    """Implements `ModelServer` with the workers that have dialled in. Belongs to one event loop.
+
+    `witness` is told of each row of the ledger that is done.
+    """
+
+    def __init__(self, ledger: Ledger, patience_s: float = PATIENCE_SECONDS, witness: Witness = nobody) -> None:
         self._ledger = ledger
+        self._witness = witness
         self._patience_s = patience_s
         self._links: list[Link] = []
         self._live: set[str] = set()
@@ -42,7 +60,7 @@ class Workers:
 
     async def serve(self, connection: Connection) -> None:
         """Work with one that has dialled in until it is gone; raises the reason."""
-        link = Link(connection, self._ledger)
+        link = Link(connection, self._ledger, self._witness)
         self._links.append(link)
         self._has_changed.set()
         try:
@@ -51,19 +69,31 @@ class Workers:
             self._links.remove(link)
 
     async def generate(self, request: Generate) -> AsyncGenerator[TextChunk | Finish, None]:
-        """Pieces of the answer, then one Finish. Closing the generator cancels the work; see ModelServer."""
-        self._admit(request)
-        try:
-            link, answer = await self._begin(request)
-            try:
-                while not isinstance(piece := await answer.take(), Finish):
-                    self._waiting.discard(request.request_id)
-                    yield piece
+        """Pieces of the answers, and one Finish for each. Closing the generator cancels the work; see ModelServer."""
+        async with self._answering(request) as answer:
+            while (piece := await answer.take()) is not None:
+                assert not isinstance(piece, Embedded), "texts come of texts"
+                self._waiting.discard(request.request_id)
                 yield piece
-            finally:
-                link.leave(answer)
-        finally:
-            self._forget(request)
+
+    async def embed(self, request: Embed) -> tuple[Embedded, Finish]:
+        """The vectors, and how many tokens they are of; see ModelServer."""
+        async with self._answering(request) as answer:
+            vectors, finish = await answer.whole()
+            assert isinstance(vectors, Embedded), "vectors come first"
+            assert isinstance(finish, Finish), "and then the end"
+            return vectors, finish
+
+    async def load_model(self, model: str) -> None:
+        """Have the worker that holds a model, or else the least busy one, hold it now."""
+        async with self._answering(LoadModel(uuid.uuid4().hex, model)) as answer:
+            await answer.whole()
+
+    async def unload_model(self, model: str) -> int:
+        """Have every worker that holds a model give it up, after its answers; how many did."""
+        links = [link for link in self._links if link.connection.role == "worker" and model in link.status.models]
+        await asyncio.gather(*[_unload(link, model) for link in links])
+        return len(links)
 
     async def cancel(self, owner: str, future_id: str) -> bool:
         """Whether a request of the ledger was unfinished and is cancelled now; who works on it stops. NotFound."""
@@ -83,21 +113,34 @@ class Workers:
             self._is_idle.clear()
             await self._is_idle.wait()
 
-    def _admit(self, request: Generate) -> None:
+    @asynccontextmanager
+    async def _answering(self, request: LiveRequest) -> AsyncIterator[LiveAnswer]:
+        """The answer that some worker gives while the block runs; what of it is unfinished then is cancelled."""
+        self._admit(request)
+        try:
+            link, answer = await self._begin(request)
+            try:
+                yield answer
+            finally:
+                link.leave(answer)
+        finally:
+            self._forget(request)
+
+    def _admit(self, request: LiveRequest) -> None:
         if request.request_id in self._live:
             raise AlreadyExists(f"a request {request.request_id!r} is being answered already")
         if len(self._waiting) >= MAX_WAITING * max(1, len(self.workers)):
-            raise Unavailable(f"{len(self._waiting)} requests wait for an answer already; try again", retry_after_s=5)
+            raise Overloaded(f"{len(self._waiting)} requests wait for an answer already; try again", retry_after_s=5)
         self._live.add(request.request_id)
         self._waiting.add(request.request_id)
 
-    def _forget(self, request: Generate) -> None:
+    def _forget(self, request: LiveRequest) -> None:
         self._waiting.discard(request.request_id)
         self._live.discard(request.request_id)
         if not self._live:
             self._is_idle.set()
 
-    async def _begin(self, request: Generate) -> tuple[Link, LiveAnswer]:
+    async def _begin(self, request: LiveRequest) -> tuple[Link, LiveAnswer]:
         """Give a request to a worker; to another one where it turns out to be gone."""
         while True:
             link = await self._wait_for_link(request.model)
@@ -126,6 +169,15 @@ class Workers:
         links = [link for link in self._links if link.connection.role == "worker" and link.is_open]
         holding = [link for link in links if link.has_model(model)]
         return min(holding or links, key=lambda link: link.num_busy, default=None)
+
+
+async def _unload(link: Link, model: str) -> None:
+    with suppress(ConnectionClosed, WorkerLost):  # which holds nothing any more
+        answer = await link.begin(UnloadModel(uuid.uuid4().hex, model))
+        try:
+            await answer.whole()
+        finally:
+            link.leave(answer)
 
 
 def _describe(link: Link) -> WorkerInfo:

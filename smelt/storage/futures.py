@@ -53,10 +53,15 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Future:
-    """How a request stands. `result` is there when it is finished, unless it is `expired`."""
+    """How a request stands. `result` is there when it is finished, unless it is `expired`.
+
+    `request` is the body that came with it: None where it lies in a file, or was forgotten together with the result.
+    """
 
     id: str
     kind: str
+    created: float  # seconds since 1970
+    request: bytes | None
     lane: str | None
     seq: int | None
     state: State
@@ -215,7 +220,19 @@ class Ledger:
     def _read(self, owner: str, future_id: str) -> Future:
         row = self._query(partial(transitions.row, owner, future_id))
         result = row.result if row.result_file is None else self._files.read(row.result_file)
-        return Future(row.id, row.kind, row.lane, row.seq, row.state, row.attempts, row.category, result, row.expired)
+        return Future(
+            row.id,
+            row.kind,
+            row.created,
+            row.request,
+            row.lane,
+            row.seq,
+            row.state,
+            row.attempts,
+            row.category,
+            result,
+            row.expired,
+        )
 
     def _query(self, run: Callable[[Connection], T]) -> T:
         with self._engine.connect() as connection:

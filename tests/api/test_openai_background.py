@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = {"model": "tiny", "prompt": "Hello", "background": True}
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "background": True}
-WRITTEN = msgspec.msgpack.encode(Completion("written", "stop", 3, 4))
+WRITTEN = msgspec.msgpack.encode([Completion("written", "stop", 3, 4)])
 
 
 @pytest.fixture

@@ -88,13 +88,14 @@ def test_durations_are_counted_as_prometheus_counts_them(seconds: list[float]) -
 def test_answers_and_workers_are_counted() -> None:
     worker = WorkerInfo("box:1", 1, "cpu", ("gpt",), 3, 2)
     before = telemetry.exposition([]).decode()
-    telemetry.count_answer("gpt", 10, 5, "stop")
+    telemetry.count_answer("gpt", "stop", 10, 5, 4)
     telemetry.observe_first_token("gpt", 0.2)
     telemetry.observe_gap("gpt", 0.01)
     after = telemetry.exposition([worker]).decode()
     for series, grows in (
         ('smelt_tokens_total{kind="prompt",model="gpt"}', 10),
         ('smelt_tokens_total{kind="output",model="gpt"}', 5),
+        ('smelt_tokens_total{kind="cached_prompt",model="gpt"}', 4),
         ('smelt_answers_total{model="gpt",reason="stop"}', 1),
         ('smelt_first_token_seconds_count{model="gpt"}', 1),
         ('smelt_inter_token_seconds_count{model="gpt"}', 1),

@@ -142,7 +142,7 @@ async def test_work_of_the_ledger(workers: Workers, ledger: Ledger, socket_file:
         missing = await submit(ledger, ask("m", model="gone"))
         garbage = await ledger.accept(Submission("ann", "generate", "f", b"garbage", None, None))
         future = await outcome(ledger, good)
-        completion = msgspec.msgpack.decode(future.result or b"", type=Completion)
+        [completion] = msgspec.msgpack.decode(future.result or b"", type=list[Completion])
         assert completion == Completion(expected("To be"), "length", 5, 30)
         failed = await outcome(ledger, missing)
         assert (failed.state, failed.category) == ("failed", "user")
@@ -189,8 +189,8 @@ async def test_it_dials_again_and_keeps_its_models(workers: Workers, ledger: Led
         assert text == expected("Hello")
         future = await outcome(reopened, work)
         assert (future.state, future.attempts) == ("done", 0)
-        text = msgspec.msgpack.decode(future.result or b"", type=Completion).text
-        assert text == expected("To be", replace(PARAMS, max_tokens=400))
+        [completion] = msgspec.msgpack.decode(future.result or b"", type=list[Completion])
+        assert completion.text == expected("To be", replace(PARAMS, max_tokens=400))
         await until(lambda: again.workers[0].num_running == 0)
         assert num_loads == 1
     worker.stop()

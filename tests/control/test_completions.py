@@ -3,16 +3,12 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
-from typing import Any
 
 import pytest
-from sqlalchemy import Engine
 
 from smelt.control import completions as module
-from smelt.control.completions import Completions
+from smelt.control.completions import Completions, gathered
 from smelt.errors import InvalidInput, SeqReused, Unavailable
-from smelt.storage.database import open_database, sqlite_url
 from smelt.storage.futures import Ledger
 from smelt.transport.messages import Failure, Finish, Generate, TextChunk
 from spine import until
@@ -50,15 +46,8 @@ def writers() -> Writers:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    engine = open_database(sqlite_url(tmp_path / "smelt.db"))
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def completions(writers: Writers, ledger: Ledger, engine: Engine) -> Completions:
-    return Completions(writers, ledger, engine)  # type: ignore[arg-type]
+def completions(writers: Writers, ledger: Ledger) -> Completions:
+    return Completions(writers, ledger)  # type: ignore[arg-type]
 
 
 def ask(*prompts: str) -> list[Generate]:
@@ -77,6 +66,22 @@ async def test_each_prompt_has_its_pieces_and_its_end(completions: Completions, 
     assert await texts_of(completions, "abc") == {0: "abc$"}
     assert await texts_of(completions, "abc", "", "d") == {0: "abc$", 1: "$", 2: "d$"}
     assert not writers.running
+
+
+async def test_choices_are_numbered_by_prompt_and_then_by_sample(ledger: Ledger) -> None:
+    class Twice(Writers):
+        async def generate(self, request: Generate) -> AsyncGenerator[TextChunk | Finish, None]:
+            for index in reversed(range(request.num_samples)):
+                yield TextChunk(request.request_id, f"{request.prompt}{index}", index=index)
+                yield Finish(request.request_id, "stop", 1, 1, index=index)
+
+    completions = Completions(Twice(), ledger)  # type: ignore[arg-type]
+    requests = [Generate(prompt, "ann", "gpt", prompt, num_samples=2, best_of=2) for prompt in "ab"]
+    texts = [completion.text for completion in await gathered(completions.answers(requests), 4)]
+    assert texts == ["a0", "a1", "b0", "b1"]
+    requests[0] = Generate("a", "ann", "gpt", "a", num_samples=3, best_of=3)
+    texts = [completion.text for completion in await gathered(completions.answers(requests[:1]), 3)]
+    assert texts == ["a0", "a1", "a2"]
 
 
 async def test_a_failure_is_raised_and_ends_the_others(completions: Completions, writers: Writers) -> None:

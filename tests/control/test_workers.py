@@ -11,25 +11,39 @@ import pytest
 
 from smelt.control import answers, links
 from smelt.control.workers import Workers
-from smelt.errors import AlreadyExists, ConnectionClosed, InvalidInput, NotFound, OutOfSpace, Unavailable, WorkerLost
+from smelt.errors import (
+    AlreadyExists,
+    ConnectionClosed,
+    InvalidInput,
+    NotFound,
+    OutOfSpace,
+    Overloaded,
+    Unavailable,
+    WorkerLost,
+)
 from smelt.storage.futures import MAX_INLINE, Future, Ledger
 from smelt.storage.transitions import Submission
 from smelt.transport.failures import failure_of
 from smelt.transport.handshake import Role
 from smelt.transport.messages import (
     Cancel,
+    Embed,
+    Embedded,
     Failure,
     Finish,
     Generate,
     Grant,
+    LoadModel,
     Message,
     Ping,
     Pong,
     Result,
     TextChunk,
+    UnloadModel,
     WorkerStatus,
 )
 from smelt.transport.streams import Connection, connect
+from smelt.types import TokenLogprob
 from spine import letting_in, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
@@ -112,6 +126,84 @@ async def test_what_a_reader_has_not_taken_comes_as_one_piece(
         pieces = [await first, *await collect(answer)]
         assert text_of(pieces) == "abcd"
         assert pieces[-1] == Finish("r", "length", 5, 4)
+
+
+async def test_several_answers_come_each_with_its_end(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        answer = workers.generate(Generate("r", "ann", "gpt", "To be", num_samples=3, best_of=3))
+        first = asyncio.ensure_future(anext(answer))
+        await hear(worker, Generate)
+        first_of_b = TextChunk("r", "b", (2,), 1, (TokenLogprob(2, b"b", -0.5),))
+        second_of_b = TextChunk("r", "B", (3,), 1, (TokenLogprob(3, b"B", -1.5),))
+        ends = [Finish("r", "stop", 5, 1, index=index) for index in range(3)]
+        for message in (TextChunk("r", "a", (1,)), first_of_b, ends[2], second_of_b, ends[0], ends[1]):
+            await worker.send(message)
+        pieces = [await first, *await collect(answer)]
+        both = TextChunk("r", "bB", (2, 3), 1, first_of_b.logprobs + second_of_b.logprobs)
+        assert sorted(pieces, key=lambda piece: (piece.index, isinstance(piece, Finish))) in (
+            [TextChunk("r", "a", (1,)), ends[0], both, ends[1], ends[2]],
+            [TextChunk("r", "a", (1,)), ends[0], first_of_b, second_of_b, ends[1], ends[2]],
+        )
+
+
+async def test_a_failure_ends_all_answers_of_a_request(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        answer = workers.generate(Generate("r", "ann", "gpt", "To be", num_samples=3, best_of=3))
+        first = asyncio.ensure_future(anext(answer))
+        await hear(worker, Generate)
+        await worker.send(Finish("r", "stop", 5, 1, index=1))
+        failed = Finish("r", "aborted", 0, 0, Failure("InvalidInput", "no"))
+        await worker.send(failed)
+        assert [await first, *await collect(answer)] == [Finish("r", "stop", 5, 1, index=1), failed]
+
+
+VECTORS = Embedded("e", b"\x00\x00\x80\x3f", 1)
+
+
+async def test_vectors_come_with_their_count_or_their_failure(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    request = Embed("e", "ann", "gpt", ("to be",))
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        asking = asyncio.ensure_future(workers.embed(request))
+        assert await hear(worker, Embed) == request
+        await worker.send(VECTORS)
+        await worker.send(Finish("e", "stop", 2, 0))
+        assert await asking == (VECTORS, Finish("e", "stop", 2, 0))
+        asking = asyncio.ensure_future(workers.embed(request))
+        await hear(worker, Embed)
+        await worker.send(Finish("e", "aborted", 0, 0, Failure("InvalidInput", "too long")))
+        with pytest.raises(InvalidInput, match="too long"):
+            await asking
+        leaving = asyncio.ensure_future(workers.embed(request))
+        await hear(worker, Embed)
+        leaving.cancel()
+        assert await hear(worker, Cancel) == Cancel("e")
+
+
+async def test_a_model_is_loaded_by_one_worker_and_given_up_by_all(
+    workers: Workers, ledger: Ledger, socket_file: Path
+) -> None:
+    async with (
+        letting_in(workers, ledger, socket_file),
+        peer(workers, socket_file, "a", models=("x", "y")) as a,
+        peer(workers, socket_file, "b", models=("y",)) as b,
+    ):
+        loading = asyncio.ensure_future(workers.load_model("x"))
+        request = await hear(a, LoadModel)
+        assert request.model == "x"
+        await a.send(Finish(request.request_id, "aborted", 0, 0, Failure("NotFound", "no x")))
+        with pytest.raises(NotFound, match="no x"):
+            await loading
+        unloading = asyncio.ensure_future(workers.unload_model("y"))
+        for worker in (a, b):
+            await worker.send(Finish((await hear(worker, UnloadModel)).request_id, "stop", 0, 0))
+        assert await unloading == 2
+        assert await workers.unload_model("z") == 0
+        unloading = asyncio.ensure_future(workers.unload_model("x"))
+        await hear(a, UnloadModel)
+        await a.close()
+        assert await unloading == 1  # who is gone holds nothing
 
 
 async def test_closing_the_generator_cancels_the_work(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
@@ -237,7 +329,7 @@ async def test_too_many_that_wait_are_told_so(
         tasks = [asyncio.ensure_future(collect(workers.generate(ask(name)))) for name in "ab"]
         for _ in tasks:
             await hear(worker, Generate)
-        with pytest.raises(Unavailable, match="2 requests wait"):
+        with pytest.raises(Overloaded, match="2 requests wait"):
             await collect(workers.generate(ask("c")))
         with pytest.raises(AlreadyExists, match="'a' is being answered"):
             await collect(workers.generate(ask("a")))
@@ -266,6 +358,21 @@ async def test_drain_waits_for_answers_and_takes_nothing_new(
         assert text_of(await answer) == "end"
         await drained
         assert (await ledger.read("ann", accepted)).state == "queued"
+
+
+async def test_who_watches_is_told_what_was_done(ledger: Ledger, socket_file: Path) -> None:
+    told: list[tuple[str, bytes]] = []
+    workers = Workers(ledger, witness=lambda row, result: told.append((row.id, result.body)))
+    async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
+        done, cancelled = await do(ledger), await do(ledger)
+        for work in (done, cancelled):
+            assert (await hear(worker, Grant)).future_id == work
+        await workers.cancel("ann", cancelled)
+        for work in (cancelled, done):
+            await worker.send(Result(work, worker.epoch, b"written"))
+        await outcome(ledger, done)
+        await until(lambda: told != [])
+        assert told == [(done, b"written")]
 
 
 async def do(ledger: Ledger, kind: str = "generate", body: bytes = b"do") -> str:
