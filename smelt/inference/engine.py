@@ -47,7 +47,7 @@ class Engine:
             )
         if not all(0 <= token < self.model.config.vocab_size for token in sequence.prompt_ids):
             raise InvalidInput(f"the prompt has token ids outside of 0..{self.model.config.vocab_size - 1}")
-        check_params(sequence.params)
+        check_params(sequence.params, self.vocab_size)
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -66,13 +66,12 @@ class Engine:
             return []
         hidden_BC = torch.cat([*self._decode(sequences[:num_before]), *self._prefill(sequences, num_before)])
         logits_BV = self.model.logits(hidden_BC).float()[:, : self.vocab_size]
-        tokens, logprobs = sample(logits_BV, [s.params for s in sequences], [s.uniform() for s in sequences])
-        produced = list(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True))
-        for sequence, token, logprob in produced:
-            sequence.append(token, logprob, self.max_length)
+        produced = list(zip(sequences, sample(logits_BV, sequences), strict=True))
+        for sequence, drawn in produced:
+            sequence.append(drawn.token, drawn.logprob, self.max_length)
             if sequence.status is Status.FINISHED:
                 self._release(sequence)
-        return [(sequence, token) for sequence, token, _ in produced]
+        return [(sequence, drawn.token) for sequence, drawn in produced]
 
     def _decode(self, sequences: list[Sequence]) -> list[Tensor]:
         """Hidden states (B, C) after the last drawn token of each: they fill the slots 0..B-1."""

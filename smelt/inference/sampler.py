@@ -1,76 +1,228 @@
 """Draw one token per row from logits, for all rows at once; knows no model and no cache.
 
 Each row has its own settings and its own random number, and is computed so that other rows do not change its
-answer. Shapes: B rows, V token ids, K candidates in falling order.
+answer. Shapes: B rows, V token ids, K candidates in falling order, N parts of a row with W ids each.
 """
 
-import math
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smelt.errors import InvalidInput
+from smelt.inference.adjustments import adjust
+from smelt.inference.sequence import Alternatives, Sequence
 from smelt.types import SamplingParams
 
-BELOW_ONE = 1 - 2**-24  # the largest fp32 number below 1: a draw of exactly 1 would lie behind the last token
+MAX_LOGPROBS = 20  # alternatives at one place
+MAX_LOGIT_BIASES = 1024
+MAX_BIAS = 100.0
+MAX_STOPS = 64
+COLDEST = 1e-5  # below this temperature only the most likely token has a share that a number can hold
+PART_WIDTH = 512  # a row is searched in parts: first which one, then where in it
+MIN_CANDIDATES = 64
+RADIX_BITS = 10
 
 
-def check_params(params: SamplingParams) -> None:
-    """InvalidInput where a setting is out of its range, with the value."""
-    if params.max_tokens < 1:
-        raise InvalidInput(f"max_tokens must be at least 1, not {params.max_tokens}")
-    if not 0 <= params.temperature < math.inf:
-        raise InvalidInput(f"temperature must be 0 (greedy) or a positive number, not {params.temperature}")
-    if params.top_k is not None and params.top_k < 1:
-        raise InvalidInput(f"top_k must be at least 1, or None to keep every token, not {params.top_k}")
-    if not 0 < params.top_p <= 1:
-        raise InvalidInput(f"top_p must be above 0 and at most 1, not {params.top_p}")
-    if "" in params.stop:
-        raise InvalidInput("an empty stop string would stop every answer before it begins")
+class Drawn(NamedTuple):
+    """A token, its log-probability, and the most likely tokens there with theirs, most likely first.
 
-
-def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float]) -> tuple[Tensor, Tensor]:
-    """(token ids (B,), log-probabilities (B,)) for fp32 logits; `uniforms` in [0, 1) decide where to draw.
-
-    The log-probabilities are the model's own: before temperature, top-k and top-p.
+    Log-probabilities are of the model's own distribution: before biases, penalties, grammar, temperature and cuts.
     """
-    tokens = logits_BV.argmax(dim=-1)
-    whole = [row for row, p in enumerate(params) if p.temperature > 0 and not _is_cut(p)]
-    cut = [row for row, p in enumerate(params) if p.temperature > 0 and _is_cut(p)]
-    # Two ways of drawing, chosen by a row's own settings and never by its company's.
-    for rows, draw in ((whole, _draw_from_all), (cut, _draw_from_candidates)):
-        if rows:
-            own = [params[row] for row in rows]
-            heat = logits_BV.new_tensor([p.temperature for p in own])[:, None]
-            draws = logits_BV.new_tensor([min(uniforms[row], BELOW_ONE) for row in rows])[:, None]
-            tokens[rows] = draw(logits_BV[rows] / heat, own, draws)
-    chosen = logits_BV.gather(1, tokens[:, None])[:, 0]
-    return tokens, chosen - logits_BV.logsumexp(dim=-1)
+
+    token: int
+    logprob: float
+    top: Alternatives = ()
 
 
-def _is_cut(params: SamplingParams) -> bool:
-    return params.top_k is not None or params.top_p < 1
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """InvalidInput where a setting is out of its range, with the value and the setting's name."""
+    p = params
+    limits = [
+        ("max_tokens", p.max_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= p.temperature < float("inf"), "0 (greedy) or a positive number"),
+        ("top_k", p.top_k is None or p.top_k >= 1, "at least 1, or None to keep every token"),
+        ("top_p", 0 < p.top_p <= 1, "above 0 and at most 1"),
+        ("min_p", 0 <= p.min_p <= 1, "between 0 and 1"),
+        ("repetition_penalty", 0 < p.repetition_penalty < float("inf"), "a positive number (1 changes nothing)"),
+        ("presence_penalty", -2 <= p.presence_penalty <= 2, "between -2 and 2"),
+        ("frequency_penalty", -2 <= p.frequency_penalty <= 2, "between -2 and 2"),
+    ]
+    for name, is_fine, range_ in limits:
+        if not is_fine:
+            raise InvalidInput(f"{name} must be {range_}, not {getattr(p, name)}", name)
+    for count in (p.num_logprobs, p.num_prompt_logprobs):
+        if count is not None and not 0 <= count <= MAX_LOGPROBS:
+            raise InvalidInput(f"logprobs must be between 0 and {MAX_LOGPROBS}, not {count}", "logprobs")
+    _check_stops(p.stop)
+    _check_biases(p, vocab_size)
 
 
-def _draw_from_all(scaled_BV: Tensor, _params: list[SamplingParams], draws_B1: Tensor) -> Tensor:
-    return _invert(scaled_BV.softmax(dim=-1), draws_B1)
+def _check_stops(stop: tuple[str, ...]) -> None:
+    if "" in stop:
+        raise InvalidInput("an empty stop string would stop every answer before it begins", "stop")
+    if len(stop) > MAX_STOPS:
+        raise InvalidInput(f"stop has {len(stop)} strings, and at most {MAX_STOPS} are allowed", "stop")
 
 
-def _draw_from_candidates(scaled_BV: Tensor, params: list[SamplingParams], draws_B1: Tensor) -> Tensor:
-    """The top_k most likely tokens, and of those the smallest head that holds top_p of their probability."""
-    num_ids = scaled_BV.shape[1]
-    top_k = [min(p.top_k or num_ids, num_ids) for p in params]
-    values_BK, ids_BK = scaled_BV.topk(max(top_k), dim=-1)
+def _check_biases(params: SamplingParams, vocab_size: int) -> None:
+    if len(params.logit_bias) > MAX_LOGIT_BIASES:
+        message = f"logit_bias has {len(params.logit_bias)} entries, and at most {MAX_LOGIT_BIASES} are allowed"
+        raise InvalidInput(message, "logit_bias")
+    for token, bias in params.logit_bias:
+        if not 0 <= token < vocab_size:
+            message = f"logit_bias has token id {token}, but the model's are 0 to {vocab_size - 1}"
+            raise InvalidInput(message, "logit_bias")
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            message = f"logit_bias of token {token} must be between -{MAX_BIAS:g} and {MAX_BIAS:g}, not {bias}"
+            raise InvalidInput(message, "logit_bias")
+
+
+def sample(logits_BV: Tensor, sequences: list[Sequence]) -> list[Drawn]:
+    """One token for each sequence from its row of fp32 logits, as its settings and its `uniform()` decide."""
+    scores_BV = adjust(logits_BV, sequences)
+    tokens_B = _argmax(scores_BV)
+    hot = [row for row, s in enumerate(sequences) if s.params.temperature >= COLDEST]
+    # How a row is drawn is chosen by its own settings and never by its company's.
+    hot.sort(key=lambda row: _num_candidates(sequences[row].params))
+    for num_candidates, group in groupby(hot, key=lambda row: _num_candidates(sequences[row].params)):
+        rows = list(group)
+        own = [sequences[row] for row in rows]
+        scaled_BV = scores_BV[rows] / _column([s.params.temperature for s in own], scores_BV)
+        if num_candidates:
+            tokens_B[rows] = _draw_from_candidates(scaled_BV, own, num_candidates)
+        else:
+            tokens_B[rows] = _draw_from_all(scaled_BV, own)
+    return rate(logits_BV, tokens_B, [s.params.num_logprobs or 0 for s in sequences])
+
+
+def rate(logits_BV: Tensor, tokens_B: Tensor, num_alternatives: list[int]) -> list[Drawn]:
+    """What the model says of these tokens, one per row, and of so many alternatives of each."""
+    highest_B = logits_BV.amax(dim=-1)
+    # The highest share is 1/sum(exp(x - highest)). A sum over a single row would be cut among threads, and
+    # differ from that over several rows; softmax is not.
+    log_norm_B = highest_B - logits_BV.softmax(dim=-1).amax(dim=-1).log()
+    logprobs = (logits_BV.gather(1, tokens_B[:, None])[:, 0] - log_norm_B).tolist()
+    tops = _alternatives(logits_BV, log_norm_B, num_alternatives)
+    drawn = zip(tokens_B.tolist(), logprobs, strict=True)
+    return [Drawn(token, logprob, tops.get(row, ())) for row, (token, logprob) in enumerate(drawn)]
+
+
+def _alternatives(logits_BV: Tensor, log_norm_B: Tensor, nums: list[int]) -> dict[int, Alternatives]:
+    rows = [row for row, num in enumerate(nums) if num > 0]
+    if not rows:
+        return {}
+    # Always as many, then fewer are kept: the order of equal ones may depend on how many are asked for.
+    values_BK, ids_BK = logits_BV[rows].topk(min(MAX_LOGPROBS, logits_BV.shape[1]), dim=-1)
+    logprobs_BK = values_BK - log_norm_B[rows][:, None]
+    pairs = zip(rows, ids_BK.tolist(), logprobs_BK.tolist(), strict=True)
+    return {row: tuple(zip(ids[: nums[row]], logprobs[: nums[row]], strict=True)) for row, ids, logprobs in pairs}
+
+
+def _num_candidates(params: SamplingParams) -> int:
+    """Of how many sorted candidates a row is drawn: a power of two that holds its top_k; 0 means of all tokens."""
+    if params.top_k is None:
+        return 0
+    return max(MIN_CANDIDATES, 1 << (params.top_k - 1).bit_length())
+
+
+def _draw_from_candidates(scaled_BV: Tensor, sequences: list[Sequence], num_candidates: int) -> Tensor:
+    """The top_k most likely, of those the smallest head that holds top_p, of those none below min_p of the first."""
+    params = [sequence.params for sequence in sequences]
+    values_BK, ids_BK = scaled_BV.topk(min(num_candidates, scaled_BV.shape[1]), dim=-1)
     ranks = torch.arange(values_BK.shape[1], device=scaled_BV.device)
-    limits = torch.tensor(top_k, device=scaled_BV.device)[:, None]
-    probs_BK = values_BK.masked_fill(ranks >= limits, -torch.inf).softmax(dim=-1)
-    top_p = scaled_BV.new_tensor([p.top_p for p in params])[:, None]
-    mass_before = probs_BK.cumsum(dim=-1) - probs_BK
-    probs_BK = probs_BK.masked_fill((mass_before >= top_p) & (ranks > 0), 0.0)
-    return ids_BK.gather(1, _invert(probs_BK, draws_B1)[:, None])[:, 0]
+    top_k = torch.tensor([p.top_k for p in params], device=scaled_BV.device)[:, None]
+    probs_BK = values_BK.masked_fill(ranks >= top_k, -torch.inf).softmax(dim=-1)
+    mass_before_BK = probs_BK.cumsum(dim=-1) - probs_BK
+    is_cut = (mass_before_BK >= _column([p.top_p for p in params], scaled_BV)) & (ranks > 0)
+    is_cut |= probs_BK < _column([p.min_p for p in params], scaled_BV) * probs_BK[:, :1]
+    places_B1 = _invert(probs_BK.masked_fill(is_cut, 0.0), _draws(sequences, scaled_BV))
+    return ids_BK.gather(1, places_B1)[:, 0]
 
 
-def _invert(probs_BK: Tensor, draws_B1: Tensor) -> Tensor:
-    """The first column whose cumulated share exceeds the draw."""
-    cumulated = probs_BK.cumsum(dim=-1)
-    return (cumulated <= draws_B1 * cumulated[:, -1:]).sum(dim=-1)
+def _draw_from_all(scaled_BV: Tensor, sequences: list[Sequence]) -> Tensor:
+    """As above without top_k: nothing is sorted, all tokens at or above a row's floor are kept."""
+    params = [sequence.params for sequence in sequences]
+    probs_BV = scaled_BV.softmax(dim=-1)
+    floors_B1 = _column([p.min_p for p in params], probs_BV) * probs_BV.amax(dim=-1, keepdim=True)
+    nucleus = [row for row, p in enumerate(params) if p.top_p < 1]
+    if nucleus:
+        top_p = _column([params[row].top_p for row in nucleus], probs_BV)
+        floors_B1[nucleus] = floors_B1[nucleus].maximum(_nucleus_floor(probs_BV[nucleus], top_p))
+    if nucleus or any(p.min_p for p in params):
+        probs_BV *= (probs_BV >= floors_B1).to(probs_BV.dtype)  # three times faster than masked_fill on CPUs
+    parts_BNW = _parts(probs_BV, 0.0)
+    return _search(parts_BNW, _draws(sequences, probs_BV))
+
+
+def _nucleus_floor(probs_BV: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The lowest probability (B, 1) within the smallest head that holds top_p; equal ones are in it together.
+
+    A descent by digits: positive numbers have the order of their bits, so that three sums by ten bits each find
+    the floor exactly, thirty times faster than a sort.
+    """
+    bits_BV, masses_BV = probs_BV.view(torch.int32), probs_BV.to(_wide(probs_BV))
+    num_digits = 1 << RADIX_BITS
+    first_B1 = torch.zeros_like(top_p_B1, dtype=torch.int32)  # the lowest value of the digits looked at
+    for shift in (2 * RADIX_BITS, RADIX_BITS, 0):
+        first_B1 = first_B1 << RADIX_BITS
+        # Bins: all that is lower, one per digit, all that is higher.
+        bins_BV = ((bits_BV >> shift) - first_B1).clamp_(-1, num_digits).add_(1)
+        sums_BD = masses_BV.new_zeros(len(probs_BV), num_digits + 2).scatter_add_(1, bins_BV.long(), masses_BV)
+        from_top_BD = sums_BD.flip(1).cumsum(dim=1)
+        num_above_B1 = (from_top_BD < top_p_B1 * from_top_BD[:, -1:]).sum(dim=1, keepdim=True).clamp_(1, num_digits)
+        first_B1 = first_B1 + (num_digits - num_above_B1).to(torch.int32)
+    return first_B1.view(torch.float32)
+
+
+def _argmax(scores_BV: Tensor) -> Tensor:
+    """The first of the highest; by parts, because `amax` is twenty times faster than `argmax` on CPUs."""
+    parts_BNW = _parts(scores_BV, -torch.inf)
+    best_B1 = parts_BNW.amax(dim=-1).argmax(dim=-1, keepdim=True)
+    return best_B1[:, 0] * PART_WIDTH + _part(parts_BNW, best_B1).argmax(dim=-1)
+
+
+def _search(parts_BNW: Tensor, draws_B1: Tensor) -> Tensor:
+    """The token whose share of the interval [0, 1) the draw lies in; shares are in proportion to the parts' values."""
+    sums_BN = parts_BNW.sum(dim=-1, dtype=draws_B1.dtype)
+    best_B1 = _invert(sums_BN, draws_B1)
+    ends_BN = sums_BN.cumsum(dim=-1)
+    sum_B1 = sums_BN.gather(1, best_B1)
+    rest_B1 = (draws_B1 * ends_BN[:, -1:] - ends_BN.gather(1, best_B1) + sum_B1) / sum_B1
+    within_B1 = _invert(_part(parts_BNW, best_B1), rest_B1.clamp_(0, 1 - 2**-24))
+    return (best_B1 * PART_WIDTH + within_B1)[:, 0]
+
+
+def _invert(shares_BK: Tensor, draws_B1: Tensor) -> Tensor:
+    """The first column (B, 1) where the cumulated shares exceed the draw: one that has a share, for draws below 1."""
+    ends_BK = shares_BK.cumsum(dim=-1, dtype=draws_B1.dtype)
+    return (ends_BK <= draws_B1 * ends_BK[:, -1:]).sum(dim=-1, keepdim=True)
+
+
+def _parts(x_BV: Tensor, filler: float) -> Tensor:
+    """(B, V) -> (B, N, PART_WIDTH), filled up at the end."""
+    if num_missing := -x_BV.shape[1] % PART_WIDTH:
+        x_BV = F.pad(x_BV, (0, num_missing), value=filler)
+    return x_BV.view(len(x_BV), -1, PART_WIDTH)
+
+
+def _part(parts_BNW: Tensor, index_B1: Tensor) -> Tensor:
+    """(B, W): of each row the part with that index."""
+    return parts_BNW[torch.arange(len(parts_BNW), device=parts_BNW.device), index_B1[:, 0]]
+
+
+def _draws(sequences: list[Sequence], like: Tensor) -> Tensor:
+    highest = 1 - 2**-24 if _wide(like) is torch.float32 else 1.0
+    draws = [min(sequence.uniform(), highest) for sequence in sequences]
+    return torch.tensor(draws, dtype=_wide(like), device=like.device)[:, None]
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """What sums are kept in; Apple's GPUs have no float64."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

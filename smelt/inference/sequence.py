@@ -5,6 +5,7 @@ from enum import Enum
 from random import Random
 from typing import TYPE_CHECKING
 
+from smelt.inference.token_counts import TokenCounts
 from smelt.types import LOCAL_OWNER, FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Sequence:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     random: Random = field(init=False)
+    token_counts: TokenCounts | None = None  # the sampler's, where there are penalties
     _uniform: float | None = None  # drawn, and not used yet
 
     def __post_init__(self) -> None:
