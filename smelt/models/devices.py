@@ -1,5 +1,6 @@
 """Which device and number format to compute with, and how fast its matrix products are; knows no model."""
 
+import os
 import platform
 import shutil
 import time
@@ -106,3 +107,17 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     right = torch.randn(size, size, device=device).to(dtype)
     best = min(_seconds(lambda: torch.mm(left, right), device) for _ in range(12))
     return 2 * size**3 / best
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken there now; on a CPU the less of what the system and a container's limit leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (info := Path("/proc/meminfo")).is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text(encoding="utf-8"))))
+    return available
