@@ -1,7 +1,12 @@
 """Plain values that several packages pass to each other; knows no torch, no files, no web."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # every command imports this file, and few need NumPy
+    import numpy as np
+    from numpy.typing import NDArray
 
 LOCAL_OWNER = "local"  # who owns what was asked for on this machine without a key
 
@@ -74,3 +79,15 @@ class ChatMessage:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Datum:
+    """One example to train on: tokens, and what the loss wants to know at each of them.
+
+    Position i of `tokens` (N,) predicts `inputs["target_tokens"][i]`: nothing is shifted any more. Inputs are (N,), or
+    (N, K) where each position has K targets.
+    """
+
+    tokens: "NDArray[np.int32]"
+    inputs: "Mapping[str, NDArray[np.float32] | NDArray[np.int64]]"
