@@ -2,8 +2,11 @@
 
 import errno
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+
+from smelt.errors import OutOfSpace
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -31,6 +34,16 @@ def write_once(path: Path, body: bytes) -> None:
             path.hardlink_to(temporary)
     finally:
         temporary.unlink()
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """OutOfSpace where that many bytes more do not fit on the disk of a folder, which need not exist yet."""
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    num_free = shutil.disk_usage(place).free
+    if num_bytes > num_free:
+        raise OutOfSpace(
+            f"{folder} needs {num_bytes / 2**20:,.0f} MiB, and its disk has {num_free / 2**20:,.0f} MiB left; free some"
+        )
 
 
 def is_full(error: OSError) -> bool:

@@ -68,10 +68,12 @@ def serve(settings: Settings, model: str | None, with_worker: bool) -> int:
     """Run the server until it is told to stop; its exit code."""
     from smelt.cluster.claims import held_home, listening_socket
     from smelt.cluster.supervisor import Supervisor, programs
+    from smelt.control.catalogue import forget_choice
     from smelt.settings import environment_of
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor: %(message)s")
     with held_home(settings.home), listening_socket(settings.host, settings.port) as listener:
+        forget_choice(settings.models)
         supervisor = Supervisor(programs(settings, listener, model, with_worker), listener, environment_of(settings))
         return asyncio.run(supervisor.run(lambda: say_where(listener, model)))
 
@@ -96,8 +98,10 @@ def lasting_name(model: str, settings: Settings) -> str:
         raise ConfigError(f"{model} cannot be served: {info.problem}")
     if info.tokenizer is None:
         raise TokenizerError(f"{model} has no tokenizer; put its tokenizer.json beside the weights")
+    if is_registered(info.name, settings.models):  # also where an alias was given
+        return info.name
     path = Path(model).expanduser()
-    return str(path.absolute()) if path.exists() and not is_registered(model, settings.models) else model
+    return str(path.absolute()) if path.exists() else model
 
 
 def check_worker_door(settings: Settings) -> None:

@@ -5,32 +5,45 @@ trusted for a second, and after that a model's files are read again only where t
 """
 
 import asyncio
+import difflib
+import json
+import logging
 import os
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from smelt.configs import DecoderConfig
 from smelt.control.models import show_model
-from smelt.errors import SmeltError, UnknownModel
+from smelt.errors import SmeltError, StorageError, UnknownModel
+from smelt.models.aliases import DEFAULT_NAMES, read_aliases, write_whole
 from smelt.models.folders import read_config
-from smelt.models.registry import is_registered, model_in, registered_names
+from smelt.models.registry import default_name, is_registered, model_in, registered_names
 
-DEFAULT = "default"  # what the model given to `smelt serve` is called too
+CHOICE_FILE = ".chosen.json"
 FRESH_SECONDS = 1.0
 MAX_NAMES_TOLD = 20
 
 # Names, sizes and times of a folder's files.
 Stamp = tuple[tuple[str, int, int], ...]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model that may be asked."""
+    """A model that may be asked. What is None is not known before the model is loaded."""
 
     name: str
     created: int  # seconds since 1970
-    context: int | None = None  # tokens; None where it is not known before the model is loaded
+    config: DecoderConfig | None = None
+    num_bytes: int | None = None  # on the disk
+
+    @property
+    def context(self) -> int | None:
+        """The longest context in tokens."""
+        return None if self.config is None else self.config.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +55,54 @@ class Examined:
 
 
 class Catalogue:
-    """The registered models of a folder and, beside them, the one that `smelt serve` was given."""
+    """The registered models of a folder and, beside them, the one that `smelt serve` was given.
+
+    `gpt` and `default` mean the model that `choose` chose or else the one that was given, or else what the alias
+    `default` says, or else the only one there is.
+    """
 
     def __init__(self, models_folder: Path, default_model: str | None = None) -> None:
         self._models_folder = models_folder
-        self._default = default_model
+        self._given = default_model
         self._lock = threading.Lock()
         self._examined: dict[str, Examined] = {}
         self._served: dict[str, Served] = {}
+        self._aliases: dict[str, Served] = {}
         self._read_at = float("-inf")
 
     async def all(self) -> list[Served]:
-        """Every model that is served: the default one first, the others by name."""
+        """Every model that is served: the one that was given first, the others by name."""
         await asyncio.to_thread(self._read, 0.0)
-        by_name = {served.name: served for served in self._served.values()}
-        return list(by_name.values())
+        return list(self._served.values())
+
+    async def aliases(self) -> dict[str, Served]:
+        """What models are called too, `gpt` and `default` among it where there is a default model."""
+        await asyncio.to_thread(self._read, FRESH_SECONDS)
+        return dict(self._aliases)
 
     async def find(self, name: str) -> Served:
-        """The model of that name. UnknownModel says what there is."""
-        if name not in self._served or self._age > FRESH_SECONDS:
-            await asyncio.to_thread(self._read, FRESH_SECONDS if name in self._served else 0.0)
-        try:
-            return self._served[name]
-        except KeyError:
-            raise UnknownModel(self._unknown(name)) from None
+        """The model of that name or alias; an underscore may stand for a dash. UnknownModel says what there is."""
+        known = self._look_up(name)
+        if known is None or self._age > FRESH_SECONDS:
+            await asyncio.to_thread(self._read, FRESH_SECONDS if known else 0.0)
+            known = self._look_up(name)
+        if known is None:
+            raise UnknownModel(self._unknown(name))
+        return known
+
+    async def choose(self, name: str) -> Served:
+        """Make a model the default one for as long as this server lives, through restarts of its processes too."""
+        served = await self.find(name)
+        await asyncio.to_thread(write_whole, self._models_folder / CHOICE_FILE, json.dumps(served.name))
+        await asyncio.to_thread(self._read, 0.0)
+        return served
 
     @property
     def _age(self) -> float:
         return time.monotonic() - self._read_at
+
+    def _look_up(self, name: str) -> Served | None:
+        return self._served.get(name) or self._aliases.get(name) or self._served.get(name.replace("_", "-"))
 
     def _read(self, max_age_s: float) -> None:
         """Bring the catalogue up to date, if nobody else did while we waited."""
@@ -80,13 +113,32 @@ class Catalogue:
             began = time.monotonic()
             self._examined = dict(self._examinations())
             served = {name: each.served for name, each in self._examined.items() if each.served is not None}
-            default = self._read_default()
+            given = self._read_given()
             # A worker that was given a folder means it by its name, even where a registered model has the same.
-            if default is not None:
-                served = {default.name: default, **served, default.name: default}
-                served.setdefault(DEFAULT, default)
+            if given is not None:
+                served = {given.name: given, **served, given.name: given}
             self._served = served
+            self._read_aliases(given)
             self._read_at = began
+
+    def _read_aliases(self, given: Served | None) -> None:
+        try:
+            targets = read_aliases(self._models_folder)
+        except StorageError as damage:
+            log.error("the aliases stay as they were: %s", damage)  # noqa: TRY400 - somebody's editor, no bug of ours
+            return
+        default = self._default(targets, given)
+        meant = {alias: self._served.get(target) for alias, target in targets.items()}
+        meant |= dict.fromkeys(DEFAULT_NAMES, default)
+        self._aliases = {alias: each for alias, each in meant.items() if each and alias not in self._served}
+
+    def _default(self, targets: dict[str, str], given: Served | None) -> Served | None:
+        if (chosen := read_choice(self._models_folder)) is not None:
+            return self._served.get(chosen)
+        if self._given is not None:
+            return given
+        name = default_name(targets, list(self._served))
+        return None if name is None else self._served.get(name)
 
     def _examinations(self) -> list[tuple[str, Examined]]:
         found = []
@@ -104,21 +156,21 @@ class Catalogue:
             return Examined(stamp, None)
         if info.config is None or info.tokenizer is None:
             return Examined(stamp, None)
-        return Examined(stamp, Served(name, created, info.config.block_size))
+        return Examined(stamp, Served(name, created, info.config, info.num_bytes))
 
-    def _read_default(self) -> Served | None:
-        if self._default is None:
+    def _read_given(self) -> Served | None:
+        if self._given is None:
             return None
-        name = served_name(self._default)
-        if is_registered(self._default, self._models_folder):
+        name = served_name(self._given)
+        if is_registered(self._given, self._models_folder):
             return self._examined[name].served if name in self._examined else None
-        path = Path(self._default).expanduser()
+        path = Path(self._given).expanduser()
         if not path.exists():  # a name on the hub
             return Served(name, 0)
         try:
             folder = model_in(path)
-            context = None if folder.is_file() else read_config(folder).block_size
-            return Served(name, int(folder.stat().st_mtime), context)
+            config = None if folder.is_file() else read_config(folder)
+            return Served(name, int(folder.stat().st_mtime), config)
         except (SmeltError, OSError):  # a run that has not saved yet
             return None
 
@@ -126,8 +178,24 @@ class Catalogue:
         if is_registered(name, self._models_folder):
             return f"the model {name!r} is damaged; smelt models show {name} says how"
         names = sorted(self._served)
+        close = difflib.get_close_matches(name, [*names, *self._aliases], n=3)
         told = ", ".join(names[:MAX_NAMES_TOLD]) + (", ..." if len(names) > MAX_NAMES_TOLD else "")
-        return f"no model {name!r} is served; there are: {told or 'none yet (smelt models import)'}"
+        near = f"did you mean {' or '.join(close)}? " if close else ""
+        return f"no model {name!r} is served; {near}there are: {told or 'none yet (smelt models import)'}"
+
+
+def read_choice(models_folder: Path) -> str | None:
+    """The default model that was chosen while the server runs, if one was."""
+    try:
+        chosen = json.loads((models_folder / CHOICE_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return chosen if isinstance(chosen, str) else None
+
+
+def forget_choice(models_folder: Path) -> None:
+    """A new server begins with the model that it was given."""
+    (models_folder / CHOICE_FILE).unlink(missing_ok=True)
 
 
 def served_name(name_or_folder: str) -> str:

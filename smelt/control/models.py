@@ -1,4 +1,4 @@
-"""What can be done with registered models: list, show, import, export, remove; knows no torch and no terminal.
+"""What can be done with registered models: list, show, import, export, name, remove; knows no torch and no terminal.
 
 A model appears under its name whole or not at all: it is put together in a folder with a temporary name, synced
 to the disk, and renamed. Only weights, config and tokenizer are kept: no code, no pickles.
@@ -7,16 +7,19 @@ to the disk, and renamed. Only weights, config and tokenizer are kept: no code, 
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smelt.configs import DecoderConfig
-from smelt.disk import is_full, sync
-from smelt.errors import AlreadyExists, NotFound, OutOfSpace, SmeltError, UnsafeFile
+from smelt.disk import check_room, is_full, sync
+from smelt.errors import AlreadyExists, InvalidInput, NotFound, OutOfSpace, SmeltError, UnsafeFile
+from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_aliases
 from smelt.models.architectures import CONFIG_FILE
 from smelt.models.folders import (
     INDEX_FILE,
@@ -27,10 +30,15 @@ from smelt.models.folders import (
     read_tokenizer,
     weight_files,
 )
-from smelt.models.registry import TOKENIZER_FILES, check_name, is_registered, registered_names, resolve
+from smelt.models.hub import MORE_TEMPLATES, TOKENIZER_FILES
+from smelt.models.registry import check_name, is_registered, registered_name, registered_names, resolve
+
+if TYPE_CHECKING:
+    from smelt.data.sources import Progress
 
 ORIGIN_FILE = "origin.json"
 TEMPORARY = ".tmp-"
+PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +52,13 @@ class ModelInfo:
     tokenizer: str | None = None
     origin: str | None = None  # what it was imported from
     problem: str | None = None
+    aliases: tuple[str, ...] = ()
 
 
 def list_models(models_folder: Path) -> list[ModelInfo]:
     """Every registered model by name; damaged ones too, with what is wrong."""
-    return [_describe(name, models_folder / name) for name in registered_names(models_folder)]
+    aliases = read_aliases(models_folder)
+    return [_describe(name, models_folder / name, aliases) for name in registered_names(models_folder)]
 
 
 def show_model(name_or_folder: str, models_folder: Path) -> ModelInfo:
@@ -56,11 +66,13 @@ def show_model(name_or_folder: str, models_folder: Path) -> ModelInfo:
     path = resolve(name_or_folder, models_folder)
     if path.is_file():
         raise UnsafeFile(f"{path} is a nanoGPT checkpoint; see its shape with: smelt models import {path} NAME")
-    return _describe(name_or_folder, path)
+    name = path.name if path.parent == models_folder else name_or_folder
+    return _describe(name, path, read_aliases(models_folder))
 
 
-def _describe(name: str, folder: Path) -> ModelInfo:
+def _describe(name: str, folder: Path, aliases: dict[str, str]) -> ModelInfo:
     num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    also = tuple(alias for alias, target in aliases.items() if target == name)
     origin = None
     try:
         if (folder / ORIGIN_FILE).is_file():
@@ -69,32 +81,85 @@ def _describe(name: str, folder: Path) -> ModelInfo:
         check_weights(folder, config)
         tokenizer = read_tokenizer(folder)
     except (SmeltError, LookupError, TypeError) as error:
-        return ModelInfo(name, folder, num_bytes, origin=origin, problem=str(error))
-    return ModelInfo(name, folder, num_bytes, config, tokenizer.name if tokenizer else None, origin)
+        return ModelInfo(name, folder, num_bytes, origin=origin, problem=str(error), aliases=also)
+    return ModelInfo(name, folder, num_bytes, config, tokenizer.name if tokenizer else None, origin, aliases=also)
 
 
-def import_model(source: Path, name: str, models_folder: Path, origin: str) -> Path:
-    """Register the model of a folder under a name. Raises AlreadyExists, UnsupportedModel, UnsafeFile, OutOfSpace."""
+def import_model(
+    source: Path,
+    name: str,
+    models_folder: Path,
+    origin: str,
+    progress: "Progress | None" = None,
+    job: str | None = None,
+) -> Path:
+    """Register the model of a folder under a name. `progress` hears of the bytes that are copied.
+
+    Raises AlreadyExists, UnsupportedModel, UnsafeFile, or OutOfSpace before anything is copied.
+    """
     check_weights(source, read_config(source))
-    with new_model(name, models_folder, origin) as folder:
-        copy_model(source, folder)
+    with new_model(name, models_folder, origin, job) as folder:
+        copy_model(source, folder, progress)
     return models_folder / name
 
 
 @contextmanager
-def new_model(name: str, models_folder: Path, origin: str) -> Iterator[Path]:
-    """A folder to fill, which becomes the model of that name if all goes well, and else vanishes."""
+def new_model(name: str, models_folder: Path, origin: str, job: str | None = None) -> Iterator[Path]:
+    """A folder to fill, which becomes the model of that name if all goes well, and else vanishes.
+
+    `job` is kept with it: whoever does the same job again can see that it was done.
+    """
     check_name(name)
     models_folder.mkdir(parents=True, exist_ok=True)
-    with _lock(models_folder):
-        for leftover in models_folder.glob(f"{TEMPORARY}*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        if (models_folder / name).exists():
-            raise AlreadyExists(f"a model {name!r} exists; choose another name, or remove it: smelt models rm {name}")
-        with _appearing(models_folder / name) as folder:
-            yield folder
-            value = {"source": origin, "imported": datetime.now(UTC).isoformat(timespec="seconds")}
-            (folder / ORIGIN_FILE).write_text(json.dumps(value, indent=1), encoding="utf-8")
+    with changing(models_folder):
+        _clear_leftovers(models_folder)
+        check_free(name, models_folder)
+        temporary = _temporary_for(models_folder / name)
+        held = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)  # as long as somebody fills it
+    try:
+        with _vanishing(temporary, models_folder / name):
+            yield temporary
+            value = {"source": origin, "imported": datetime.now(UTC).isoformat(timespec="seconds"), "job": job}
+            (temporary / ORIGIN_FILE).write_text(json.dumps(value, indent=1), encoding="utf-8")
+            _sync_all(temporary)
+            with changing(models_folder):
+                check_free(name, models_folder)
+                temporary.rename(models_folder / name)
+    finally:
+        os.close(held)
+    sync(models_folder)
+
+
+def check_free(name: str, models_folder: Path) -> None:
+    """AlreadyExists where a model or an alias has that name, InvalidInput where none can have it."""
+    check_name(name)
+    if (models_folder / name).exists():
+        raise AlreadyExists(f"a model {name!r} exists; choose another name, or remove it: smelt models rm {name}")
+    if (target := read_aliases(models_folder).get(name)) is not None:
+        raise AlreadyExists(f"{name!r} is an alias of {target}; remove it first: smelt models alias --rm {name}")
+
+
+def job_of(name: str, models_folder: Path) -> str | None:
+    """The job that made a registered model, if one did and it is there."""
+    try:
+        value = read_json(models_folder / name / ORIGIN_FILE)
+    except (OSError, SmeltError):
+        return None
+    return value.get("job") if isinstance(value, dict) else None
+
+
+def _clear_leftovers(models_folder: Path) -> None:
+    """Remove what processes left that were killed; what somebody fills now is locked."""
+    for leftover in models_folder.glob(f"{TEMPORARY}*"):
+        descriptor = os.open(leftover, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
+        shutil.rmtree(leftover)
 
 
 def export_model(source: Path, folder: Path) -> None:
@@ -110,32 +175,103 @@ def new_export(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AlreadyExists(f"{folder} exists and is not empty; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _appearing(folder) as temporary:
+    temporary = _temporary_for(folder)
+    with _vanishing(temporary, folder):
         yield temporary
+        _sync_all(temporary)
+        temporary.rename(folder)
+    sync(folder.parent)
 
 
-def remove_model(name: str, models_folder: Path) -> None:
-    """Delete a registered model. NotFound where there is none; folders elsewhere are never touched."""
+def remove_model(name: str, models_folder: Path, force: bool = False) -> None:
+    """Delete a registered model; `force`: its aliases too, which else forbid it (InvalidInput).
+
+    NotFound where there is none; folders elsewhere are never touched.
+    """
     if not is_registered(name, models_folder):
-        known = ", ".join(registered_names(models_folder)) or "none"
-        raise NotFound(f"no registered model {name!r}; registered: {known}")
-    with _lock(models_folder):
-        doomed = models_folder / f"{TEMPORARY}{name}"
+        raise _not_registered(name, models_folder)
+    with changing(models_folder):
+        aliases = read_aliases(models_folder)
+        if pointing := [alias for alias, target in aliases.items() if target == name]:
+            if not force:
+                raise InvalidInput(
+                    f"{name!r} has aliases: {', '.join(pointing)}; point them elsewhere, or remove them with it: "
+                    f"smelt models rm --force {name}"
+                )
+            write_aliases({alias: target for alias, target in aliases.items() if target != name}, models_folder)
+        doomed = models_folder / f"{TEMPORARY}{name}-{secrets.token_hex(4)}"
         (models_folder / name).rename(doomed)  # gone at once, even if deleting is interrupted
         shutil.rmtree(doomed)
 
 
-def copy_model(source: Path, folder: Path) -> None:
-    """Copy weights, config and tokenizer, without references to code."""
+def set_alias(alias: str, target: str, models_folder: Path) -> str:
+    """Let requests and commands call a registered model so too; returns its name, for the target may be an alias.
+
+    An alias that exists is pointed anew. Raises NotFound, InvalidInput, or AlreadyExists where a model has that name.
+    """
+    check_name(alias)
+    if alias in DEFAULT_NAMES and alias != DEFAULT:
+        raise InvalidInput(f"{alias!r} always means the default model; choose that: smelt models alias {DEFAULT} NAME")
+    models_folder.mkdir(parents=True, exist_ok=True)
+    with changing(models_folder):
+        if is_registered(alias, models_folder):
+            raise AlreadyExists(f"a model is called {alias!r}; choose another alias")
+        name = registered_name(target, models_folder)
+        if name is None:
+            raise _not_registered(target, models_folder)
+        write_aliases({**read_aliases(models_folder), alias: name}, models_folder)
+    return name
+
+
+def remove_alias(alias: str, models_folder: Path) -> None:
+    """Forget an alias; the model stays. NotFound where there is none."""
+    models_folder.mkdir(parents=True, exist_ok=True)
+    with changing(models_folder):
+        aliases = read_aliases(models_folder)
+        if alias not in aliases:
+            raise NotFound(f"there is no alias {alias!r}; there are: {', '.join(aliases) or 'none'}")
+        write_aliases({name: target for name, target in aliases.items() if name != alias}, models_folder)
+
+
+def _not_registered(name: str, models_folder: Path) -> NotFound:
+    known = ", ".join(registered_names(models_folder)) or "none"
+    return NotFound(f"no registered model {name!r}; registered: {known}")
+
+
+def copy_model(source: Path, folder: Path, progress: "Progress | None" = None) -> None:
+    """Copy weights, config and tokenizer, without references to code. OutOfSpace before it would run out."""
+    files = [path for path in kept_files(source) if path.name != CONFIG_FILE]
+    sizes = {path: path.stat().st_size for path in files}
+    num_total, num_done = sum(sizes.values()), 0
+    check_room(folder, num_total)
     hf = read_hf_config(source)
     hf.pop("auto_map", None)
     (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2), encoding="utf-8")
-    weights = weight_files(source)
-    index = [source / INDEX_FILE] if (source / INDEX_FILE).is_file() and len(weights) > 1 else []
-    for path in (*weights, *index, *(source / name for name in TOKENIZER_FILES)):
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    for path in files:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        for num_bytes in _copied(path, target):
+            num_done += num_bytes
+            if progress is not None:
+                progress("copying", num_done, num_total)
     _drop_code_reference(folder / "tokenizer_config.json")
+
+
+def kept_files(source: Path) -> list[Path]:
+    """The files of a model folder that an import keeps. Raises what `weight_files` raises."""
+    weights = weight_files(source)
+    index = [source / INDEX_FILE] if len(weights) > 1 else []
+    named = (source / CONFIG_FILE, *index, *(source / name for name in TOKENIZER_FILES))
+    templates = sorted((source / MORE_TEMPLATES).glob("*.jinja"))
+    return [*weights, *(path for path in named if path.is_file()), *templates]
+
+
+def _copied(source: Path, target: Path) -> Iterator[int]:
+    """Copy a file piece by piece; the bytes of each."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while piece := reader.read(PIECE_BYTES):
+            writer.write(piece)
+            yield len(piece)
 
 
 def _drop_code_reference(path: Path) -> None:
@@ -146,27 +282,32 @@ def _drop_code_reference(path: Path) -> None:
         path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that is synced and renamed to `folder` at the end, or removed on any error."""
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
+def _temporary_for(folder: Path) -> Path:
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir()
+    return temporary
+
+
+@contextmanager
+def _vanishing(temporary: Path, folder: Path) -> Iterator[None]:
+    """Remove what was to become `folder` on any error. OutOfSpace where the disk was full."""
     try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        temporary.rename(folder)
+        yield
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and is_full(error):
             raise OutOfSpace(f"no space left for {folder}; free some and try again") from error
         raise
-    sync(folder.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 @contextmanager
-def _lock(models_folder: Path) -> Iterator[None]:
-    """One change at a time, across processes."""
+def changing(models_folder: Path) -> Iterator[None]:
+    """One change of what the folder holds at a time, across processes; held shortly, never while files are copied."""
     with (models_folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

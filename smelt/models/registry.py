@@ -1,48 +1,70 @@
 """Names and folders of models: what somebody may call a model, and the path that it means.
 
-Knows registered names, folders, runs, nanoGPT's files and the hub's cache; opens no weights and knows no torch.
+Knows registered names and their aliases, folders, runs and nanoGPT's files; opens no weights and knows no torch.
 """
 
 import difflib
 import re
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from smelt.data.bpe import MARKER_FILE
-from smelt.data.hf_tokenizer import KEPT_FILES
-from smelt.errors import InvalidInput, MissingDependency, NotFound
+from smelt.errors import InvalidInput, NotFound
+from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases
 from smelt.models.architectures import CONFIG_FILE
-from smelt.models.folders import INDEX_FILE, WEIGHTS_FILE
+from smelt.models.folders import WEIGHTS_FILE
+from smelt.models.hub import hub_folder
+
+if TYPE_CHECKING:
+    from smelt.data.sources import Progress
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 NANOGPT_FILE = "ckpt.pt"
 RUN_LINKS = ("best", "last")  # what a run's folder points to, in the order of preference
 
 # Names that everybody knows -> repositories of the hub; the older name may be the one in the cache.
 HUB_NAMES = {name: (f"openai-community/{name}", name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-# What is fetched from the hub and kept on import: weights and tokenizer, never code or pickles.
-TOKENIZER_FILES = (MARKER_FILE, *KEPT_FILES, "generation_config.json")
-HUB_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors", *TOKENIZER_FILES)
 
 
-def resolve(name_or_folder: str, models_folder: Path) -> Path:
-    """The model folder (or nanoGPT `ckpt.pt`) that a registered name, a path, `gpt2`... or `hf:ORG/NAME` means.
+def resolve(name_or_folder: str, models_folder: Path, progress: "Progress | None" = None) -> Path:
+    """The model folder (or nanoGPT `ckpt.pt`) that a name, an alias, a path, `gpt2`... or `hf:ORG/NAME` means.
 
-    A registered name wins over a folder of the same name here: write ./NAME for the folder. Raises NotFound,
-    which lists what exists, and MissingDependency where the hub is needed but out of reach.
+    A registered name or alias wins over a folder of the same name here: write ./NAME for the folder. `progress` hears
+    of what is fetched. Raises NotFound, which lists what exists, and MissingDependency where the hub is needed but out
+    of reach.
     """
     if name_or_folder.startswith("hf:"):
-        return hub_folder(name_or_folder.removeprefix("hf:"))
-    if is_registered(name_or_folder, models_folder):
-        return models_folder / name_or_folder
+        return hub_folder(name_or_folder.removeprefix("hf:"), progress=progress)
     path = Path(name_or_folder).expanduser()
-    if path.exists():
+    is_name = is_registered(name_or_folder, models_folder) or name_or_folder in read_aliases(models_folder)
+    if path.exists() and not is_name:
         return model_in(path)
-    if name_or_folder in HUB_NAMES:
-        return hub_folder(*HUB_NAMES[name_or_folder])
+    if (name := registered_name(name_or_folder, models_folder)) is not None:
+        return models_folder / name
+    if (hub_name := name_or_folder.replace("_", "-")) in HUB_NAMES:
+        return hub_folder(*HUB_NAMES[hub_name], progress=progress)
     raise NotFound(_not_found(name_or_folder, models_folder))
+
+
+def registered_name(name: str, models_folder: Path) -> str | None:
+    """The registered model that a name means, also as an alias, as `gpt` or `default`, or with underscores for dashes.
+
+    None where there is none.
+    """
+    if is_registered(name, models_folder):
+        return name
+    if NAME.fullmatch(name) is None:
+        return None
+    aliases = read_aliases(models_folder)
+    if name in DEFAULT_NAMES:
+        target = default_name(aliases, registered_names(models_folder))
+    else:
+        target = aliases.get(name, name.replace("_", "-"))
+    return target if target is not None and is_registered(target, models_folder) else None
+
+
+def default_name(aliases: dict[str, str], names: list[str]) -> str | None:
+    """The default model where no server was given one: what the alias `default` says, else the only one there is."""
+    return aliases.get(DEFAULT) or (names[0] if len(names) == 1 else None)
 
 
 def is_registered(name: str, models_folder: Path) -> bool:
@@ -82,50 +104,9 @@ def model_in(path: Path) -> Path:
     )
 
 
-def hub_folder(*repositories: str) -> Path:
-    """The snapshot of the first of these repositories (one model by several names) in the hub's cache, else fetched."""
-    for repository in repositories:
-        if not REPOSITORY.fullmatch(repository):
-            raise InvalidInput(f"{repository!r} is not a repository of the hub; write hf:ORG/NAME")
-    try:
-        hub = import_module("huggingface_hub")
-    except ImportError:
-        raise MissingDependency(
-            f"{repositories[0]} comes from the Hugging Face hub: pip install 'smelt[hub]', or give a folder"
-        ) from None
-    for repository in repositories:
-        cached = _cached(hub, repository)
-        if cached is not None:
-            return cached
-    return _download(hub, repositories[0])
-
-
-def _cached(hub: Any, repository: str) -> Path | None:
-    try:
-        folder = Path(hub.snapshot_download(repository, allow_patterns=HUB_FILES, local_files_only=True))
-    except hub.errors.LocalEntryNotFoundError:
-        return None
-    # The cache may hold only part of it, e.g. the tokenizer.
-    is_whole = (folder / CONFIG_FILE).is_file() and any((folder / f).is_file() for f in (WEIGHTS_FILE, INDEX_FILE))
-    return folder if is_whole else None
-
-
-def _download(hub: Any, repository: str) -> Path:
-    try:
-        return Path(hub.snapshot_download(repository, allow_patterns=HUB_FILES))
-    except hub.errors.RepositoryNotFoundError:
-        raise NotFound(f"the Hugging Face hub has no {repository}, or it needs a login (hf auth login)") from None
-    except OSError as error:  # the library's own errors, and those of the network below it
-        reason = str(error).strip().split("\n")[0][:200]
-        raise MissingDependency(
-            f"{repository} is not in the local hub cache and cannot be fetched ({reason}). "
-            f"Fetch it where there is a network, or set HF_HOME to a cache that has it, or give a folder"
-        ) from None
-
-
 def _not_found(name: str, models_folder: Path) -> str:
     names = registered_names(models_folder)
-    close = difflib.get_close_matches(name, [*names, *HUB_NAMES], n=3)
+    close = difflib.get_close_matches(name, [*names, *read_aliases(models_folder), *HUB_NAMES], n=3)
     parts = [f"no model or folder {name!r}"]
     if close:
         parts.append(f"did you mean {' or '.join(close)}?")

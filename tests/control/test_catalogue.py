@@ -10,8 +10,8 @@ import pytest
 from families import random_state
 from smelt.configs import DecoderConfig
 from smelt.control import catalogue as module
-from smelt.control.catalogue import Catalogue
-from smelt.control.models import import_model, remove_model
+from smelt.control.catalogue import Catalogue, forget_choice
+from smelt.control.models import import_model, remove_model, set_alias
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import UnknownModel
 from smelt.models.weights import write_model
@@ -142,6 +142,77 @@ async def test_the_served_folder_wins_over_a_registered_model_of_its_name(source
     assert await names(catalogue) == ["source", "default"]
     assert (await catalogue.find("source")).context == 32
     assert (await catalogue.find("default")).name == "default"
+
+
+async def aliases(catalogue: Catalogue) -> dict[str, str]:
+    return {alias: served.name for alias, served in (await catalogue.aliases()).items()}
+
+
+async def test_an_alias_finds_its_model_and_is_seen_within_a_second(
+    source: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b-1"):
+        import_model(source, name, models, origin="x")
+    catalogue = Catalogue(models)
+    with pytest.raises(UnknownModel):
+        await catalogue.find("short")
+    set_alias("short", "a", models)
+    assert (await catalogue.find("short")).name == "a"
+    assert (await catalogue.find("b_1")).name == "b-1"
+    set_alias("short", "b-1", models)
+    monkeypatch.setattr(module, "FRESH_SECONDS", 0.0)
+    assert (await catalogue.find("short")).name == "b-1"
+    assert await names(catalogue) == ["a", "b-1"]
+    assert await aliases(catalogue) == {"short": "b-1"}
+
+
+async def test_the_default_model_has_two_more_names(
+    source: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FRESH_SECONDS", 0.0)
+    import_model(source, "a", models, origin="x")
+    catalogue = Catalogue(models)
+    assert await aliases(catalogue) == {"gpt": "a", "default": "a"}  # the only one
+    import_model(source, "b", models, origin="x")
+    assert await aliases(catalogue) == {}
+    set_alias("default", "b", models)
+    assert await aliases(catalogue) == {"gpt": "b", "default": "b"}
+    assert (await Catalogue(models, "a").find("gpt")).name == "a"  # what the server was given comes first
+
+
+async def test_a_chosen_default_outlives_the_process_but_not_the_server(source: Path, models: Path) -> None:
+    for name in ("a", "b", "c"):
+        import_model(source, name, models, origin="x")
+    set_alias("short", "b", models)
+    catalogue = Catalogue(models, "a")
+    assert (await catalogue.choose("short")).name == "b"
+    for after in (catalogue, Catalogue(models, "a")):
+        assert (await after.find("gpt")).name == (await after.find("default")).name == "b"
+    with pytest.raises(UnknownModel):
+        await catalogue.choose("nothing")
+    remove_model("b", models, force=True)
+    with pytest.raises(UnknownModel):  # never in silence another one
+        await Catalogue(models, "a").find("gpt")
+    forget_choice(models)
+    assert (await Catalogue(models, "a").find("gpt")).name == "a"
+
+
+async def test_damaged_aliases_take_no_model_away(source: Path, models: Path) -> None:
+    import_model(source, "a", models, origin="x")
+    set_alias("short", "a", models)
+    catalogue = Catalogue(models)
+    await catalogue.find("short")
+    (models / "aliases.json").write_text("{")
+    assert await names(catalogue) == ["a"]
+    assert (await catalogue.find("short")).name == "a"
+
+
+async def test_an_unknown_model_says_what_is_near(source: Path, models: Path) -> None:
+    import_model(source, "shakespeare", models, origin="x")
+    set_alias("bard", "shakespeare", models)
+    for asked, near in (("shakespear", "shakespeare"), ("bart", "bard")):
+        with pytest.raises(UnknownModel, match=rf"did you mean {near}\? there are: shakespeare"):
+            await Catalogue(models).find(asked)
 
 
 async def test_a_run_that_has_saved_nothing_is_served_once_it_has(source: Path, models: Path) -> None:

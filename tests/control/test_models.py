@@ -3,16 +3,30 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from families import random_state
+from smelt import disk
 from smelt.configs import DecoderConfig
 from smelt.control import models as control
-from smelt.control.models import export_model, import_model, list_models, new_model, remove_model, show_model
+from smelt.control.models import (
+    export_model,
+    import_model,
+    job_of,
+    list_models,
+    new_model,
+    remove_alias,
+    remove_model,
+    set_alias,
+    show_model,
+)
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
+from smelt.models.aliases import read_aliases
 from smelt.models.weights import read_model, write_model
 
 CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
@@ -95,13 +109,130 @@ def test_a_failed_import_leaves_nothing(registry: Path) -> None:
 def test_a_full_disk_is_out_of_space_and_leaves_nothing(
     source: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_source: Path, _target: Path) -> None:
+    def full(_source: Path, _target: Path) -> Iterator[int]:
+        yield 1
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(control.shutil, "copyfile", full)
+    monkeypatch.setattr(control, "_copied", full)
     with pytest.raises(OutOfSpace, match="small"):
         import_model(source, "small", registry, origin="x")
     assert [path.name for path in registry.iterdir()] == [".lock"]
+
+
+def test_what_would_not_fit_is_refused_before_it_is_copied(
+    source: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _folder: usage)
+    monkeypatch.setattr(control, "_copied", None)
+    with pytest.raises(OutOfSpace, match="free some"):
+        import_model(source, "small", registry, origin="x")
+    assert list_models(registry) == []
+
+
+def test_copying_is_told_in_bytes(source: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "PIECE_BYTES", 1000)
+    told: list[tuple[str, int, int | None]] = []
+    import_model(source, "small", registry, "x", lambda *news: told.append(news))
+    num_bytes = sum((source / path.name).stat().st_size for path in control.kept_files(source)[:1])
+    assert len(told) > num_bytes / 1000
+    stage, num_done, num_total = told[-1]
+    assert stage == "copying"
+    assert num_done == num_total
+    assert num_total is not None
+    assert num_total > num_bytes
+
+
+def test_templates_and_settings_of_chats_are_kept(source: Path, registry: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "generation_config.json", "additional_chat_templates/tool_use.jinja"):
+        (source / name).write_text('{"here": "' + name + '"}')
+    (source / "additional_chat_templates" / "evil.py").write_text("")
+    folder = import_model(source, "small", registry, origin="x")
+    for name in ("chat_template.jinja", "generation_config.json", "additional_chat_templates/tool_use.jinja"):
+        assert name in (folder / name).read_text()
+    assert not (folder / "additional_chat_templates" / "evil.py").exists()
+
+
+def test_an_import_that_goes_on_holds_up_no_other_change(source: Path, registry: Path) -> None:
+    with new_model("slow", registry, origin="x") as folder:
+        control.copy_model(source, folder)
+        import_model(source, "quick", registry, origin="x")  # which clears leftovers, but not what is being filled
+        set_alias("q", "quick", registry)
+        remove_model("quick", registry, force=True)
+    assert [info.name for info in list_models(registry)] == ["slow"]
+
+
+def test_of_two_imports_to_one_name_the_second_to_end_is_refused(source: Path, registry: Path) -> None:
+    def lose() -> None:
+        with new_model("small", registry, origin="second"):
+            import_model(source, "small", registry, origin="first")
+
+    with pytest.raises(AlreadyExists):
+        lose()
+    assert [info.origin for info in list_models(registry)] == ["first"]
+    assert not list(registry.glob(".tmp-*"))
+
+
+def test_the_job_that_made_a_model_is_known(source: Path, registry: Path) -> None:
+    import_model(source, "small", registry, origin="x", job="job-1")
+    assert job_of("small", registry) == "job-1"
+    assert job_of("other", registry) is None
+
+
+def test_an_alias_comes_moves_and_goes(source: Path, registry: Path) -> None:
+    for name in ("one", "two"):
+        import_model(source, name, registry, origin="x")
+    assert set_alias("short", "one", registry) == "one"
+    assert set_alias("shorter", "short", registry) == "one"  # of an alias: the model
+    assert show_model("short", registry) == show_model("one", registry)
+    assert show_model("one", registry).aliases == ("short", "shorter")
+    set_alias("short", "two", registry)
+    assert [info.aliases for info in list_models(registry)] == [("shorter",), ("short",)]
+    remove_alias("short", registry)
+    assert read_aliases(registry) == {"shorter": "one"}
+    with pytest.raises(NotFound, match="no alias 'short'; there are: shorter"):
+        remove_alias("short", registry)
+
+
+def test_an_alias_never_hides_a_model_nor_a_model_an_alias(source: Path, registry: Path) -> None:
+    import_model(source, "one", registry, origin="x")
+    with pytest.raises(AlreadyExists, match="a model is called 'one'"):
+        set_alias("one", "one", registry)
+    set_alias("short", "one", registry)
+    with pytest.raises(AlreadyExists, match="'short' is an alias of one"):
+        import_model(source, "short", registry, origin="x")
+    with pytest.raises(NotFound, match="no registered model 'nothing'; registered: one"):
+        set_alias("other", "nothing", registry)
+    with pytest.raises(InvalidInput, match="smelt models alias default NAME"):
+        set_alias("gpt", "one", registry)
+    with pytest.raises(InvalidInput, match=r"\.\./up"):
+        set_alias("../up", "one", registry)
+
+
+def test_a_model_with_aliases_is_removed_only_with_them(source: Path, registry: Path) -> None:
+    import_model(source, "one", registry, origin="x")
+    set_alias("short", "one", registry)
+    with pytest.raises(InvalidInput, match=r"'one' has aliases: short.*smelt models rm --force one"):
+        remove_model("one", registry)
+    assert show_model("one", registry).problem is None
+    remove_model("one", registry, force=True)
+    assert (list_models(registry), read_aliases(registry)) == ([], {})
+
+
+def test_a_killed_change_of_the_aliases_leaves_the_old_ones(
+    source: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_model(source, "one", registry, origin="x")
+    set_alias("short", "one", registry)
+
+    def die(_path: Path, _target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        set_alias("other", "one", registry)
+    assert read_aliases(registry) == {"short": "one"}
 
 
 def test_leftovers_of_a_killed_import_are_cleared_by_the_next(source: Path, registry: Path) -> None:

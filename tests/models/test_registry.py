@@ -1,13 +1,15 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import errors
 
-from smelt.errors import InvalidInput, MissingDependency, NotFound
+from smelt.errors import InvalidInput, MissingDependency, NotFound, OutOfSpace, StorageError
 from smelt.models import registry
-from smelt.models.registry import check_name, registered_names, resolve
+from smelt.models.aliases import ALIASES_FILE, read_aliases, write_aliases
+from smelt.models.registry import check_name, registered_name, registered_names, resolve
 
 
 def make_model(folder: Path) -> Path:
@@ -26,6 +28,48 @@ def test_a_registered_name_is_found_and_wins_over_a_folder_here(
     registered = make_model(tmp_path / "models" / "small")
     assert resolve("small", tmp_path / "models") == registered
     assert resolve("./small", tmp_path / "models") == here
+
+
+def test_an_alias_means_its_model_and_wins_over_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = tmp_path / "models"
+    target = make_model(models / "small-2")
+    here = make_model(tmp_path / "short")
+    assert resolve("short", models) == here
+    write_aliases({"short": "small-2"}, models)
+    assert resolve("short", models) == target
+    assert resolve("./short", models) == here
+    write_aliases({"short": "gone"}, models)
+    assert registered_name("short", models) is None
+
+
+def test_gpt_and_default_mean_the_only_model_or_the_one_that_was_named_so(tmp_path: Path) -> None:
+    only = make_model(tmp_path / "only")
+    assert resolve("gpt", tmp_path) == resolve("default", tmp_path) == only
+    other = make_model(tmp_path / "other")
+    with pytest.raises(NotFound, match="no model or folder 'gpt'"):
+        resolve("gpt", tmp_path)
+    write_aliases({"default": "other"}, tmp_path)
+    assert resolve("gpt", tmp_path) == resolve("default", tmp_path) == other
+
+
+def test_an_underscore_may_stand_for_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = tmp_path / "models"
+    medium = make_model(models / "gpt2-medium")
+    assert resolve("gpt2_medium", models) == medium
+    here = make_model(tmp_path / "gpt2_medium")
+    assert resolve("gpt2_medium", models) == here
+    large = make_model(tmp_path / "snapshot")
+    use_hub(monkeypatch, {"openai-community/gpt2-large": large}, {})
+    assert resolve("gpt2_large", models) == large
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"short": 1}'])
+def test_damaged_aliases_are_said_to_be(tmp_path: Path, text: str) -> None:
+    (tmp_path / ALIASES_FILE).write_text(text)
+    with pytest.raises(StorageError, match=r"aliases\.json"):
+        read_aliases(tmp_path)
 
 
 def test_a_run_means_its_best_checkpoint_or_else_its_last(tmp_path: Path) -> None:
@@ -79,13 +123,20 @@ class FakeHub:
     """A hub with some repositories in the cache and some on the network."""
 
     errors = errors
+    constants = SimpleNamespace(HF_HUB_CACHE="/nowhere/hub")
+    num_bytes = 1000  # of what is not in the cache
 
     def __init__(self, cached: dict[str, Path], remote: dict[str, Path | OSError]) -> None:
         self.cached, self.remote = cached, remote
 
     def snapshot_download(
-        self, repository: str, allow_patterns: tuple[str, ...], local_files_only: bool = False
-    ) -> str:
+        self,
+        repository: str,
+        allow_patterns: tuple[str, ...],
+        local_files_only: bool = False,
+        dry_run: bool = False,
+        tqdm_class: type | None = None,
+    ) -> Any:
         assert not any("*.py" in pattern or pattern == "*" for pattern in allow_patterns)
         if local_files_only:
             if repository not in self.cached:
@@ -94,11 +145,19 @@ class FakeHub:
         found = self.remote.get(repository, errors.OfflineModeIsEnabled("offline mode"))
         if isinstance(found, OSError):
             raise found
+        if dry_run:
+            return [SimpleNamespace(file_size=self.num_bytes, will_download=True)]
+        if tqdm_class is not None:
+            with tqdm_class(total=self.num_bytes, unit="B") as bar, tqdm_class(total=2) as files:
+                bar.update(self.num_bytes)
+                files.update(2)
         return str(found)
 
 
-def use_hub(monkeypatch: pytest.MonkeyPatch, cached: dict[str, Path], remote: dict[str, Path | OSError]) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(cached, remote))  # type: ignore[arg-type]
+def use_hub(monkeypatch: pytest.MonkeyPatch, cached: dict[str, Path], remote: dict[str, Path | OSError]) -> FakeHub:
+    hub = FakeHub(cached, remote)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
+    return hub
 
 
 def test_gpt2_comes_from_the_cache_by_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +180,21 @@ def test_offline_and_not_cached_names_the_remedies(tmp_path: Path, monkeypatch: 
     use_hub(monkeypatch, {}, {})
     with pytest.raises(MissingDependency, match=r"not in the local hub cache.*offline mode.*HF_HOME"):
         resolve("gpt2-xl", tmp_path)
+
+
+def test_what_is_fetched_is_told_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path / "fetched")
+    use_hub(monkeypatch, {}, {"org/name": model})
+    told: list[tuple[str, int, int | None]] = []
+    assert resolve("hf:org/name", tmp_path, lambda *news: told.append(news)) == model
+    assert told == [("fetching", 1000, 1000)]
+
+
+def test_nothing_is_fetched_that_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = use_hub(monkeypatch, {}, {"org/name": tmp_path})
+    hub.num_bytes = 1 << 60
+    with pytest.raises(OutOfSpace, match=r"/nowhere/hub needs 1,099,511,627,776 MiB"):
+        resolve("hf:org/name", tmp_path)
 
 
 def test_an_unknown_repository_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
