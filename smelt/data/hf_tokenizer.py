@@ -22,6 +22,8 @@ KEPT_FILES = (  # what a folder says about its tokenizer, kept when it is saved 
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "generation_config.json",
     "vocab.json",
     "merges.txt",
 )
@@ -97,6 +99,7 @@ class HuggingFaceTokenizer:
         """Write the files that it was read from."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
 
 
@@ -117,21 +120,26 @@ def read_huggingface_tokenizer(folder: Path) -> HuggingFaceTokenizer:
     TokenizerError where it has neither, or they are damaged.
     """
     files = {name: (folder / name).read_bytes() for name in KEPT_FILES if (folder / name).is_file()}
+    backend = read_backend(folder)
     try:
-        if TOKENIZER_FILE in files:
-            backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER_FILE])
-        elif "vocab.json" in files and "merges.txt" in files:
-            backend = _read_gpt2_files(folder)
-        else:
-            raise TokenizerError(
-                f"{folder} has no tokenizer: neither {TOKENIZER_FILE} nor vocab.json with merges.txt. transformers "
-                f"writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-            )
         return HuggingFaceTokenizer(folder.resolve().name, backend, _eot_token(files, backend), files)
-    except TokenizerError:
-        raise
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing narrower
         raise TokenizerError(f"the tokenizer in {folder} is damaged: {error}") from None
+
+
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """What `read_huggingface_tokenizer` wraps, as the library has it; the same errors."""
+    try:
+        if (folder / TOKENIZER_FILE).is_file():
+            return tokenizers.Tokenizer.from_buffer((folder / TOKENIZER_FILE).read_bytes())
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return _read_gpt2_files(folder)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise TokenizerError(f"the tokenizer in {folder} is damaged: {error}") from None
+    raise TokenizerError(
+        f"{folder} has no tokenizer: neither {TOKENIZER_FILE} nor vocab.json with merges.txt. transformers "
+        f"writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+    )
 
 
 def _read_gpt2_files(folder: Path) -> tokenizers.Tokenizer:
