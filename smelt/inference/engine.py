@@ -1,101 +1,186 @@
 """Engine: steps many sequences at once through one model; knows no text, only token ids.
 
-Each step first computes the prompts of newly admitted sequences and one more token for all that were running,
-then draws for all of them together.
+A step is one forward pass over the tokens that the scheduler chose: the newest of every sequence that is writing, and
+parts of prompts. Then one more token is drawn for each sequence that has been computed up to its end.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from smelt.errors import InvalidInput
-from smelt.inference.kv_cache import SlotCache
+from smelt.inference.block_tables import BlockTables
+from smelt.inference.kv_cache import KVCache, bytes_per_block, default_num_blocks
+from smelt.inference.prompt_logprobs import rate_prompt
 from smelt.inference.sampler import check_params, sample
-from smelt.inference.scheduler import Scheduler
+from smelt.inference.scheduler import Chunk, Scheduler
 from smelt.inference.sequence import Sequence, Status
+from smelt.inference.step_attention import attend_chunks
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
+
+BLOCK_SIZE = 16  # tokens
+MAX_RUNNING = 64
+MAX_STEP_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine is doing, and what it has done since it was made (`total_`)."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_blocks_used: int  # by sequences; what is only kept for later does not count
+    batch_size: int  # tokens of the last step
+    total_prompt_tokens: int
+    total_cached_tokens: int  # of those, which needed no computing
+    total_preempted: int
 
 
 class Engine:
     """`add` a sequence, `step` until it is finished, or `abort` it.
 
-    `vocab_size` is how many token ids the tokenizer has where the model has more: the rest are never drawn.
+    `vocab_size` is how many token ids the tokenizer has where the model has more: the rest are never drawn. The cache
+    has `num_blocks` blocks, or what `kv_bytes` hold, or else room for `max_running` contexts and at most a quarter of
+    the free memory; memory is taken as it is needed. A step computes `max_step_tokens` at most, one for each running
+    sequence at least.
     """
 
-    def __init__(self, model: Decoder, num_slots: int = 8, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        vocab_size: int | None = None,
+        *,
+        max_running: int = MAX_RUNNING,
+        num_blocks: int | None = None,
+        kv_bytes: int | None = None,
+        block_size: int = BLOCK_SIZE,
+        max_step_tokens: int = MAX_STEP_TOKENS,
+    ) -> None:
         self.model = model.eval()
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        self.max_length = model.config.block_size
-        self.device = model.embedding.weight.device
-        self.scheduler = Scheduler(num_slots)
-        self.cache = SlotCache(model.config, num_slots, model.embedding.weight.dtype, self.device)
+        weight = model.embedding.weight
+        self.device = weight.device
+        if kv_bytes is not None:
+            num_blocks = kv_bytes // bytes_per_block(model.config, block_size, weight.dtype)
+        if num_blocks is None:
+            num_blocks = default_num_blocks(model.config, block_size, weight.dtype, weight.device, max_running)
+        if num_blocks < 1:
+            raise InvalidInput(
+                f"a cache of {kv_bytes} bytes does not hold {block_size} tokens of this model, which take "
+                f"{bytes_per_block(model.config, block_size, weight.dtype)}; give it more"
+            )
+        self.cache = KVCache(model.config, num_blocks, block_size, weight.dtype, weight.device)
+        self.tables = BlockTables(num_blocks, block_size)
+        self.scheduler = Scheduler(self.tables, max_running, max(max_step_tokens, max_running))
+        self.max_length = min(model.config.block_size, num_blocks * block_size)
+        self._batch_size = self._total_prompt_tokens = self._total_cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is waiting or running."""
         return self.scheduler.has_work
 
+    @property
+    def stats(self) -> EngineStats:
+        """Figures of this moment."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            num_blocks=self.tables.num_blocks,
+            num_blocks_used=self.tables.num_used,
+            batch_size=self._batch_size,
+            total_prompt_tokens=self._total_prompt_tokens,
+            total_cached_tokens=self._total_cached_tokens,
+            total_preempted=self.scheduler.num_preempted,
+        )
+
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. InvalidInput where its prompt is empty, unknown to the model or too long for it."""
-        num_prompt = len(sequence.prompt_ids)
-        if num_prompt == 0:
+        """Queue a sequence; one that was removed goes on where it stood.
+
+        InvalidInput where its prompt is empty, unknown to the model or too long, or its settings cannot be.
+        """
+        if not sequence.prompt_ids:
             raise InvalidInput("the prompt has no tokens; begin with the end-of-text token to start from nothing")
-        if num_prompt >= self.max_length:
-            raise InvalidInput(
-                f"the prompt has {num_prompt} tokens, but the model's context is {self.max_length} and the answer "
-                f"needs at least one of them; shorten the prompt"
-            )
-        if not all(0 <= token < self.model.config.vocab_size for token in sequence.prompt_ids):
+        if sequence.num_tokens >= self.max_length:
+            raise InvalidInput(self._why_too_long(sequence.num_tokens))
+        if min(sequence.prompt_ids) < 0 or max(sequence.prompt_ids) >= self.model.config.vocab_size:
             raise InvalidInput(f"the prompt has token ids outside of 0..{self.model.config.vocab_size - 1}")
         check_params(sequence.params, self.vocab_size)
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Stop a sequence and free its slot; one that is finished stays as it is."""
+        """Stop a sequence and free its blocks; one that is finished stays as it is."""
         if sequence.status is not Status.FINISHED:
-            self._release(sequence)
+            self.scheduler.remove(sequence)
             sequence.finish("aborted")
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence that is not finished, to `add` it again later."""
+        self.scheduler.remove(sequence)
+        sequence.status = Status.WAITING
+
+    def reset(self) -> None:
+        """Forget what the cache holds, after a step that failed half-way. All sequences wait, and go on as before."""
+        self.scheduler.preempt_all()
+        self.tables.forget()
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, int]]:
-        """Draw one token for every running sequence, newly admitted ones included; [] where there is no work."""
-        num_before = len(self.scheduler.running)
-        self.scheduler.admit()
-        sequences = list(self.scheduler.running)
+        """Compute the next tokens and prompts; the sequences that have a new token, with it. [] without work."""
+        plan = self.scheduler.plan()
+        if not plan.chunks:
+            return []
+        self.cache.copy(plan.copies)
+        attend = attend_chunks(self.cache, plan.chunks, self.model.config.sliding_window)
+        hidden_NC = self.model(self._batch(plan.chunks), attend)[0]
+        self._note_computed(plan.chunks, hidden_NC)
+        return self._draw(plan.chunks, hidden_NC)
+
+    def _batch(self, chunks: list[Chunk]) -> Batch:
+        """One row with the tokens of all chunks."""
+        tokens = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.end)]
+        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        self._batch_size = len(tokens)
+        return Batch(
+            torch.tensor([tokens], device=self.device), positions=torch.from_numpy(positions)[None].to(self.device)
+        )
+
+    def _note_computed(self, chunks: list[Chunk], hidden_NC: Tensor) -> None:
+        begin = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            rate_prompt(self.model, self.vocab_size, chunk, hidden_NC[begin : begin + chunk.num_tokens])
+            self.tables.mark_computed(sequence, chunk.end)
+            begin += chunk.num_tokens
+
+    def _draw(self, chunks: list[Chunk], hidden_NC: Tensor) -> list[tuple[Sequence, int]]:
+        """The next token of each sequence whose newest one was computed."""
+        ends = np.cumsum([chunk.num_tokens for chunk in chunks])
+        rows = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
+        sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
         if not sequences:
             return []
-        hidden_BC = torch.cat([*self._decode(sequences[:num_before]), *self._prefill(sequences, num_before)])
-        logits_BV = self.model.logits(hidden_BC).float()[:, : self.vocab_size]
-        produced = list(zip(sequences, sample(logits_BV, sequences), strict=True))
-        for sequence, drawn in produced:
-            sequence.append(drawn.token, drawn.logprob, self.max_length)
+        logits_BV = self.model.logits(hidden_NC[rows]).float()[:, : self.vocab_size]
+        drawn = sample(logits_BV, sequences)
+        for sequence, (token, logprob, top) in zip(sequences, drawn, strict=True):
+            sequence.append(token, logprob, top, self.max_length)
             if sequence.status is Status.FINISHED:
-                self._release(sequence)
-        return [(sequence, drawn.token) for sequence, drawn in produced]
+                self.scheduler.remove(sequence)
+        return [(sequence, token) for sequence, (token, _, _) in zip(sequences, drawn, strict=True)]
 
-    def _decode(self, sequences: list[Sequence]) -> list[Tensor]:
-        """Hidden states (B, C) after the last drawn token of each: they fill the slots 0..B-1."""
-        if not sequences:
-            return []
-        positions = [sequence.num_tokens - 1 for sequence in sequences]
-        tokens_B1 = torch.tensor([[sequence.output_ids[-1]] for sequence in sequences], device=self.device)
-        positions_B1 = torch.tensor(positions, device=self.device)[:, None]
-        hidden_B1C = self.model(Batch(tokens_B1, positions=positions_B1), self.cache.attend_next(positions))
-        return [hidden_B1C[:, -1]]
-
-    def _prefill(self, sequences: list[Sequence], first_slot: int) -> list[Tensor]:
-        """Hidden states (1, C) after each new prompt, in order. Prompts of one length are computed together."""
-        by_length: dict[int, list[int]] = {}
-        for slot in range(first_slot, len(sequences)):
-            by_length.setdefault(len(sequences[slot].prompt_ids), []).append(slot)
-        last_hidden: dict[int, Tensor] = {}
-        for num_tokens, slots in by_length.items():
-            tokens_BT = torch.tensor([sequences[slot].prompt_ids for slot in slots], device=self.device)
-            hidden_BTC = self.model(Batch(tokens_BT), self.cache.attend_prompts(slots, num_tokens))
-            last_hidden |= {slot: hidden_BTC[row, -1:] for row, slot in enumerate(slots)}
-        return [last_hidden[slot] for slot in sorted(last_hidden)]
-
-    def _release(self, sequence: Sequence) -> None:
-        moved = self.scheduler.remove(sequence)
-        if moved is not None:
-            self.cache.move(*moved)
+    def _why_too_long(self, num_tokens: int) -> str:
+        context = self.model.config.block_size
+        if num_tokens >= context:
+            return (
+                f"the prompt has {num_tokens} tokens, but the model's context is {context} and the answer "
+                f"needs at least one of them; shorten the prompt"
+            )
+        return (
+            f"the prompt has {num_tokens} tokens, but the cache holds {self.tables.num_blocks} blocks of "
+            f"{self.tables.block_size} tokens, and the answer needs one of these; shorten the prompt or enlarge the "
+            f"cache"
+        )

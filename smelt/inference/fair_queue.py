@@ -15,6 +15,9 @@ class FairQueue(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._by_owner)
 
+    def __len__(self) -> int:
+        return sum(len(items) for items in self._by_owner.values())
+
     def push(self, owner: str, item: T) -> None:
         """Put an item at the end of its owner's."""
         self._by_owner.setdefault(owner, deque()).append(item)

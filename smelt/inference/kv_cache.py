@@ -1,91 +1,85 @@
-"""Keys and values of the running sequences, one slot each; knows no model, no sampling and no tokens.
+"""KVCache: keys and values of all sequences, in blocks; knows no model, no sequences and no order of work.
 
-Shapes: S slots, G key/value heads, L positions, D width of a head; B rows that are computed, T tokens of each.
+Shapes: G key/value heads, D width of a head, N tokens.
 """
 
+import math
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smelt.configs import DecoderConfig
-from smelt.models.layers import Attend
+from smelt.models.devices import free_memory
+from smelt.models.footprint import kv_bytes_per_token
 
-INITIAL_LENGTH = 128
+SHARE_OF_MEMORY = 0.25  # of what is free: a cache takes no more unless it is told to
+ALIGNMENT = 64  # bytes, a cache line of the processor
 
 
-class SlotCache:
-    """Room for `num_slots` sequences of at most `block_size` tokens; memory grows with the longest one so far."""
+class KVCache:
+    """`layers`: per layer keys and values, (num_blocks, G, block_size, D) each, in the weights' dtype."""
 
-    def __init__(self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.config = config
-        self.grouped = config.n_kv_head != config.n_head
-        length = min(INITIAL_LENGTH, config.block_size)
-        shape = (2, num_slots, config.n_kv_head, length, config.head_dim)
-        # Zeros, not whatever was there: a masked position has weight 0, but 0 x NaN is NaN.
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-
-    @property
-    def length(self) -> int:
-        """Positions there is room for now."""
-        return self.layers[0].shape[3]
-
-    def reserve(self, num_positions: int) -> None:
-        """Make room for so many positions in every slot, at least doubling what is there."""
-        if num_positions <= self.length:
-            return
-        grown = min(max(num_positions, 2 * self.length), self.config.block_size)
-        self.layers = [F.pad(layer, (0, 0, 0, grown - self.length)) for layer in self.layers]
+    def __init__(
+        self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.num_heads = config.n_kv_head
+        self.head_dim = config.head_dim
+        self.device = device
+        shape = (config.n_layer, 2, num_blocks, config.n_kv_head, block_size, config.head_dim)
+        self._all = _zeros(shape, dtype, device)
+        self.layers = [(layer[0], layer[1]) for layer in self._all]
 
     @torch.inference_mode()
-    def move(self, source: int, target: int) -> None:
-        """Bring a slot's content to another one."""
-        for layer in self.layers:
-            layer[:, target] = layer[:, source]
+    def copy(self, blocks: list[tuple[int, int]]) -> None:
+        """Copy what blocks hold: (from, to) pairs, all read before any is written."""
+        if blocks:
+            sources, targets = torch.tensor(blocks, device=self.device).unbind(1)
+            self._all[:, :, targets] = self._all[:, :, sources]
 
-    def attend_prompts(self, slots: list[int], num_tokens: int) -> Attend:
-        """Attention over whole prompts of one length, which are remembered in these slots."""
-        self.reserve(num_tokens)
-        window = self.config.sliding_window
-        mask = None
-        if window is not None and window < num_tokens:
-            order = torch.arange(num_tokens, device=self.layers[0].device)
-            distance = order[:, None] - order[None, :]
-            mask = (distance >= 0) & (distance < window)
+    def vector_ids(self, blocks_N: np.ndarray, offsets_N: np.ndarray) -> Tensor:
+        """(N, G): which vectors of a layer's keys, seen as (all vectors, D), are those places' in its blocks."""
+        heads_G = np.arange(self.num_heads)
+        ids_NG = (blocks_N[:, None] * self.num_heads + heads_G) * self.block_size + offsets_N[:, None]
+        return torch.from_numpy(ids_NG).to(self.device)
 
-        def attend(layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
-            cache = self.layers[layer]
-            cache[0, slots, :, :num_tokens] = k_BGTD
-            cache[1, slots, :, :num_tokens] = v_BGTD
-            return F.scaled_dot_product_attention(
-                q_BHTD, k_BGTD, v_BGTD, mask, is_causal=mask is None, enable_gqa=self.grouped
-            )
+    def write(self, layer: int, ids: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> None:
+        """Put keys and values at the places of these `vector_ids`, flattened."""
+        for cache, new in zip(self.layers[layer], (k_NGD, v_NGD), strict=True):
+            cache.view(-1, self.head_dim).index_copy_(0, ids, new.reshape(-1, self.head_dim))
 
-        return attend
+    def read(self, layer: int, ids_GN: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (G, N, D) of these `vector_ids`, copied."""
+        keys, values = self.layers[layer]
+        shape = (*ids_GN.shape, self.head_dim)
+        flat = ids_GN.reshape(-1)
+        return (
+            keys.view(-1, self.head_dim).index_select(0, flat).view(shape),
+            values.view(-1, self.head_dim).index_select(0, flat).view(shape),
+        )
 
-    def attend_next(self, positions: list[int]) -> Attend:
-        """Attention of one new token per slot 0..B-1, at these positions, to itself and all before it."""
-        num_rows, num_keys = len(positions), max(positions) + 1
-        self.reserve(num_keys)
-        device = self.layers[0].device
-        rows = torch.arange(num_rows, device=device)
-        at = torch.tensor(positions, device=device)
-        mask = self._visible_keys(positions, at, num_keys)
 
-        def attend(layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
-            keys, values = self.layers[layer]
-            keys[rows, :, at] = k_BGTD[:, :, 0]
-            values[rows, :, at] = v_BGTD[:, :, 0]
-            return F.scaled_dot_product_attention(
-                q_BHTD, keys[:num_rows, :, :num_keys], values[:num_rows, :, :num_keys], mask, enable_gqa=self.grouped
-            )
+def default_num_blocks(
+    config: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device, num_sequences: int
+) -> int:
+    """Blocks for so many whole contexts, but for one at least and beyond it no more than a share of the memory."""
+    per_context = -(-config.block_size // block_size)
+    limit = int(free_memory(device) * SHARE_OF_MEMORY) // bytes_per_block(config, block_size, dtype)
+    return max(per_context, min(num_sequences * per_context, limit))
 
-        return attend
 
-    def _visible_keys(self, positions: list[int], at: Tensor, num_keys: int) -> Tensor | None:
-        """(B, 1, 1, L) true where a row's token may look; None where every row sees every key."""
-        window = self.config.sliding_window or num_keys
-        if min(positions) + 1 == num_keys <= window:
-            return None
-        keys = torch.arange(num_keys, device=at.device)
-        visible = (keys[None, :] <= at[:, None]) & (keys[None, :] > at[:, None] - window)
-        return visible[:, None, None, :]
+def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """What a block of so many tokens takes in all layers together."""
+    return kv_bytes_per_token(config, dtype.itemsize) * block_size
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not whatever was there: a masked position has weight 0, but 0 x NaN is NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy asks the system for zeroed pages, which take no memory until they are written; torch writes them all.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return torch.from_numpy(buffer[start : start + num_bytes]).view(dtype).view(shape)

@@ -1,47 +1,164 @@
-"""Which sequences run: first come, first served, into a fixed number of slots; knows no tokens and no tensors.
+"""Scheduler: what each step computes, and who waits; knows no model and no tensors.
 
-Running sequences always fill the slots 0, 1, ... without a gap, so that a step works on a plain slice of the cache.
+A step has room for `max_step_tokens`. First comes one token for every sequence that is writing, then parts of the
+prompts, shared between their owners: a long prompt comes in chunks and holds up nobody. Where blocks run out, the
+youngest sequence gives back its own and is computed anew later.
 """
 
-from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 
+from smelt.inference.block_tables import BlockTables, Prefix
+from smelt.inference.fair_queue import FairQueue
 from smelt.inference.sequence import Sequence, Status
 
 
-class Scheduler:
-    """Waiting sequences in the order of arrival; `running[slot]` is the sequence in that slot."""
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start` up to `end` of a sequence, to be computed in one step."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.waiting: deque[Sequence] = deque()
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many these are."""
+        return self.end - self.start
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence's next token can be drawn after it."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step: what to copy in the cache, from block to block, and then what to compute; single tokens come first."""
+
+    chunks: list[Chunk]
+    copies: list[tuple[int, int]]
+
+
+class Scheduler:
+    """Waiting sequences, in turns between owners, and `running` ones, the oldest first."""
+
+    def __init__(self, tables: BlockTables, max_running: int, max_step_tokens: int) -> None:
+        self.tables = tables
+        self.max_running = max_running
+        self.max_step_tokens = max_step_tokens
         self.running: list[Sequence] = []
+        self.num_preempted = 0
+        self._queue: FairQueue[Sequence] = FairQueue()
+        self._preempted: list[Sequence] = []  # they go before all others
+        self._next: list[Sequence] = []  # taken from the queue, and waiting for room or for a prefix
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self.waiting or self.running)
+        return bool(self.running or self.num_waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks now."""
+        return len(self._preempted) + len(self._next) + len(self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
-        self.waiting.append(sequence)
+        """Put a sequence at the end of its owner's queue."""
+        sequence.status = Status.WAITING
+        self._queue.push(sequence.owner, sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Move waiting sequences into the free slots; they are the last of `running`."""
-        num_admitted = min(self.num_slots - len(self.running), len(self.waiting))
-        admitted = [self.waiting.popleft() for _ in range(num_admitted)]
-        for sequence in admitted:
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, with its blocks."""
+        for group in (self.running, self._preempted, self._next):
+            if sequence in group:
+                group.remove(sequence)
+                self.tables.release(sequence)
+                return
+        self._queue.remove(sequence.owner, sequence)
+
+    def preempt_all(self) -> None:
+        """Let all that run begin anew, in their order."""
+        for sequence in reversed(self.running.copy()):
+            self._preempt(sequence)
+
+    def plan(self) -> Plan:
+        """What to do next. The caller says what came of it: `tables.mark_computed`, `remove`."""
+        chunks = self._next_tokens()
+        copies = self._admit()
+        chunks += self._share(self.max_step_tokens - len(chunks), {chunk.sequence for chunk in chunks})
+        return Plan(sorted(chunks, key=lambda chunk: chunk.num_tokens > 1), copies)
+
+    def _next_tokens(self) -> list[Chunk]:
+        """The newest token of all that are writing. For lack of blocks the youngest have to wait."""
+        chunks = []
+        for sequence in self.running.copy():
+            if sequence.num_computed != sequence.num_tokens - 1:
+                continue
+            while sequence.block_ids and not self.tables.grow(sequence):
+                self._preempt(self.running[-1])
+            if sequence.block_ids:
+                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_tokens))
+        return chunks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.tables.release(sequence)
+        sequence.status = Status.WAITING
+        self._preempted.insert(0, sequence)
+        self.num_preempted += 1
+
+    def _admit(self) -> list[tuple[int, int]]:
+        """Let in whom there is room for, with all blocks of its prompt. Returns what to copy.
+
+        Nobody overtakes who waits for room, or large prompts would wait for ever. Who waits for a prefix that another
+        computes is overtaken.
+        """
+        copies: list[tuple[int, int]] = []
+        while len(self.running) < self.max_running and (found := self._candidate()):
+            sequence, prefix = found
+            # Room to go on for all that run: whom a new sequence drives out would only drive it out again.
+            if not self.tables.has_room(sequence, prefix, len(self.running)):
+                break
+            copies += self.tables.give(sequence, prefix)
+            if sequence in self._preempted:
+                self._preempted.remove(sequence)
+            else:
+                self._next.remove(sequence)
+                sequence.num_cached_tokens = prefix.num_tokens
             sequence.status = Status.RUNNING
-        self.running += admitted
-        return admitted
+            self.running.append(sequence)
+        return copies
 
-    def remove(self, sequence: Sequence) -> tuple[int, int] | None:
-        """Take a sequence out. Returns (from, to) where another one moved into its slot."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-            return None
-        slot = self.running.index(sequence)
-        last = self.running.pop()
-        if last is sequence:
-            return None
-        self.running[slot] = last
-        return len(self.running), slot
+    def _candidate(self) -> tuple[Sequence, Prefix] | None:
+        """Who is next, but for those that wait for a prefix, and what it finds in the cache."""
+        for sequence in chain(self._preempted, self._next, self._from_queue()):
+            prefix = self.tables.find_prefix(sequence)
+            if not prefix.is_coming:
+                return sequence, prefix
+        return None
+
+    def _from_queue(self) -> Iterator[Sequence]:
+        while self._queue and len(self._next) < self.max_running:
+            self._next.append(self._queue.pop())
+            yield self._next[-1]
+
+    def _share(self, num_tokens: int, planned: set[Sequence]) -> list[Chunk]:
+        """Parts of prompts, so many tokens in all: each owner's share is the same, the oldest of an owner's first."""
+        by_owner: dict[str, list[Sequence]] = {}
+        for sequence in self.running:
+            if sequence not in planned:
+                by_owner.setdefault(sequence.owner, []).append(sequence)
+        chunks = []
+        # Those who need least come first, so that what they leave of their share goes to the others.
+        wishes = sorted(by_owner.values(), key=lambda own: sum(s.num_tokens - s.num_computed for s in own))
+        for index, own in enumerate(wishes):
+            share = num_tokens // (len(wishes) - index)
+            for sequence in own:
+                end = min(sequence.num_tokens, sequence.num_computed + share)
+                if end > sequence.num_computed:
+                    chunks.append(Chunk(sequence, sequence.num_computed, end))
+                    share -= chunks[-1].num_tokens
+                    num_tokens -= chunks[-1].num_tokens
+        return chunks

@@ -45,6 +45,10 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, which needed no computing
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
+    # The engine's notes: the blocks of its cache, names of the full ones, and how many tokens have been computed.
+    block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
     random: Random = field(init=False)
     token_counts: TokenCounts | None = None  # the sampler's, where there are penalties
     _uniform: float | None = None  # drawn, and not used yet
@@ -57,6 +61,26 @@ class Sequence:
         """Prompt and output together."""
         return len(self.prompt_ids) + len(self.output_ids)
 
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether it asks for some that it does not have yet."""
+        wants = self.params.num_prompt_logprobs is not None
+        return wants and len(self.prompt_logprobs) < len(self.prompt_ids)
+
+    @property
+    def num_skippable(self) -> int:
+        """Tokens at the front whose outcome nobody asks for: all but the last, or those with log-probabilities."""
+        if self.lacks_prompt_logprobs:
+            return max(0, len(self.prompt_logprobs) - 1)
+        return self.num_tokens - 1
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Those of prompt and output together from `start` up to `end`."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : end - num_prompt]
+        return self.prompt_ids[start:end] + self.output_ids[: max(0, end - num_prompt)]
+
     def uniform(self) -> float:
         """The number that decides the next token: the same one until it is appended, so that a step can be redone."""
         if self._uniform is None:
@@ -64,17 +88,25 @@ class Sequence:
         return self._uniform
 
     def resumed(self, context: list[int], num_left: int) -> "Sequence":
-        """What goes on from this context where this sequence stopped, with its luck."""
-        sequence = Sequence(context, replace(self.params, max_tokens=num_left))
+        """What goes on from this context where this sequence stopped, with its luck and its grammar."""
+        params = replace(self.params, max_tokens=num_left, num_prompt_logprobs=None)
+        sequence = Sequence(context, params, self.owner, self.adapter, self.grammar)
         sequence.random, sequence._uniform = self.random, self._uniform
         return sequence
 
-    def append(self, token: int, logprob: float, max_length: int) -> None:
-        """Take a drawn token, and finish where it, the asked-for number or the context's end says so."""
+    def append(self, token: int, logprob: float, top: Alternatives, max_length: int) -> None:
+        """Take a drawn token, and finish where it, the asked-for number or the context's end says so.
+
+        `top`: the most likely tokens there, with their log-probabilities.
+        """
+        is_stop = token in self.params.stop_token_ids
+        if self.grammar is not None and not is_stop:
+            self.grammar.accept(token)
         self._uniform = None
         self.output_ids.append(token)
         self.logprobs.append(logprob)
-        if token in self.params.stop_token_ids:
+        self.top_logprobs.append(top)
+        if is_stop:
             self.finish("stop")
         elif len(self.output_ids) >= self.params.max_tokens or self.num_tokens >= max_length:
             self.finish("length")

@@ -33,7 +33,7 @@ class TextModel:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, num_slots: int = 8) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.engine = Engine(model, num_slots, tokenizer.vocab_size)
+        self.engine = Engine(model, tokenizer.vocab_size, max_running=num_slots)
         self._answers: dict[Sequence, Answer] = {}
         self._lock = threading.Lock()
 
@@ -50,7 +50,7 @@ class TextModel:
     @property
     def num_free(self) -> int:
         """How many more answers would be computed at once."""
-        return self.engine.scheduler.num_slots - len(self._answers)
+        return self.engine.scheduler.max_running - len(self._answers)
 
     def generate(self, prompt: str = "", num_samples: int = 1, **sampling: Any) -> str | list[str]:
         """What the model writes after the prompt: a text, or a list where `num_samples` is more than 1.
@@ -122,7 +122,9 @@ class TextModel:
         """Forget all that runs, after a step that failed half-way; an answer goes on once it is resumed."""
         with self._lock:
             self._answers.clear()
-            self.engine = Engine(self.model, self.engine.scheduler.num_slots, self.engine.vocab_size)
+            self.engine = Engine(
+                self.model, self.engine.vocab_size, max_running=self.engine.scheduler.max_running
+            )
 
     def resume(self, answer: Answer) -> None:
         """Go on with an answer where it stood before `restart`: to the same text."""

@@ -58,7 +58,7 @@ def logprobs_without_cache(model: Decoder, sequence: Sequence) -> list[float]:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama 3 rope", "mistral sliding", "qwen2", "qwen3"])
 def test_greedy_output_equals_transformers_token_for_token(name: str, tmp_path: Path) -> None:
     reference = save_reference(name, tmp_path)
-    engine = Engine(read_model(tmp_path), num_slots=3)
+    engine = Engine(read_model(tmp_path), max_running=3)
     for sequence in run(engine, [Sequence(prompt, GREEDY) for prompt in PROMPTS]):
         assert sequence.output_ids == greedy_reference(reference, sequence.prompt_ids, 20)
 
@@ -68,7 +68,7 @@ def test_logprobs_are_those_of_a_forward_pass_without_cache(name: str, tmp_path:
     make_reference(name).save_pretrained(tmp_path)
     decoder = read_model(tmp_path)
     params = SamplingParams(max_tokens=30, temperature=1.3, top_k=20, top_p=0.9, seed=4)
-    for sequence in run(Engine(decoder, num_slots=3), [Sequence(prompt, params) for prompt in PROMPTS]):
+    for sequence in run(Engine(decoder, max_running=3), [Sequence(prompt, params) for prompt in PROMPTS]):
         expected = logprobs_without_cache(decoder, sequence)
         assert sequence.logprobs == pytest.approx(expected, abs=1e-5)
 
@@ -87,9 +87,9 @@ def test_an_answer_does_not_depend_on_its_company(model: Decoder) -> None:
             for i, (prompt, kind) in enumerate(zip(PROMPTS, kinds, strict=True))
         ]
 
-    alone = [run(Engine(model, num_slots=1), [sequence])[0] for sequence in sequences()]
+    alone = [run(Engine(model, max_running=1), [sequence])[0] for sequence in sequences()]
     for num_slots in (2, 3, 8):
-        together = run(Engine(model, num_slots=num_slots), sequences()[::-1])[::-1]
+        together = run(Engine(model, max_running=num_slots), sequences()[::-1])[::-1]
         for one, other in zip(alone, together, strict=True):
             assert one.output_ids == other.output_ids
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
@@ -107,7 +107,7 @@ def test_seeds_decide(model: Decoder) -> None:
 
 
 def test_a_sequence_may_join_while_others_run(model: Decoder) -> None:
-    engine = Engine(model, num_slots=2)
+    engine = Engine(model, max_running=2)
     early = Sequence(PROMPTS[0], GREEDY)
     engine.add(early)
     engine.step()
@@ -119,7 +119,7 @@ def test_a_sequence_may_join_while_others_run(model: Decoder) -> None:
 
 
 def test_step_reports_each_new_token_once_in_order(model: Decoder) -> None:
-    engine = Engine(model, num_slots=2)
+    engine = Engine(model, max_running=2)
     sequences = [Sequence(prompt, GREEDY) for prompt in PROMPTS]
     for sequence in sequences:
         engine.add(sequence)
@@ -132,7 +132,7 @@ def test_step_reports_each_new_token_once_in_order(model: Decoder) -> None:
 
 
 def test_the_first_to_come_are_the_first_to_run(model: Decoder) -> None:
-    engine = Engine(model, num_slots=2)
+    engine = Engine(model, max_running=2)
     sequences = [Sequence([1], SamplingParams(max_tokens=2)) for _ in range(5)]
     for sequence in sequences:
         engine.add(sequence)
@@ -158,7 +158,7 @@ def test_max_tokens_and_stop_tokens_and_the_context_end_a_sequence(model: Decode
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_abort_frees_the_slot_and_leaves_the_others_alone(model: Decoder, num_steps: int) -> None:
-    engine = Engine(model, num_slots=3)
+    engine = Engine(model, max_running=3)
     sequences = [Sequence(prompt, GREEDY) for prompt in PROMPTS]
     for sequence in sequences:
         engine.add(sequence)
@@ -181,7 +181,7 @@ def test_the_cache_grows_past_its_first_length() -> None:
     decoder.initialize(1)
     params = SamplingParams(max_tokens=290, temperature=1.0, seed=0)
     sequences = run(
-        Engine(decoder, num_slots=2), [Sequence([1, 2], params), Sequence([3], SamplingParams(max_tokens=40))]
+        Engine(decoder, max_running=2), [Sequence([1, 2], params), Sequence([3], SamplingParams(max_tokens=40))]
     )
     assert len(sequences[0].output_ids) == 290
     assert sequences[0].logprobs == pytest.approx(logprobs_without_cache(decoder, sequences[0]), abs=1e-5)

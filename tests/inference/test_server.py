@@ -45,10 +45,13 @@ class CountingModel(Decoder):
 
     def forward(self, batch: Any, attend: Any = None) -> torch.Tensor:
         self.num_passes += 1
-        self.max_rows = max(self.max_rows, batch.tokens.shape[0])
         if self.poison is not None and (batch.tokens == self.poison).any():
             raise self.error
         return super().forward(batch, attend)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.max_rows = max(self.max_rows, hidden.shape[0])
+        return super().logits(hidden)
 
 
 def make_model(num_slots: int = 4, block_size: int = 64) -> TextModel:

@@ -38,11 +38,9 @@ class ScriptedDecoder(Decoder):
     def forward(self, batch: Any, attend: Any = None) -> torch.Tensor:
         """One-hot of the next byte, found by the number of the token that was fed last."""
         num_rows, num_tokens = batch.tokens.shape
-        if num_tokens > 1 or batch.positions is None:
+        if batch.positions[0, 0] == 0:  # a prompt
             self.start = num_tokens
-            at = 0
-        else:
-            at = int(batch.positions[0, 0]) - self.start + 1
+        at = int(batch.positions[0, -1]) - self.start + 1
         hidden = torch.zeros(num_rows, num_tokens, 257)
         hidden[:, -1, self.script[min(at, len(self.script) - 1)]] = 1.0
         return hidden

@@ -1,0 +1,37 @@
+"""Log-probabilities of prompts, from the hidden states of their chunks; knows no cache and no order of work."""
+
+import torch
+from torch import Tensor
+
+from smelt.inference.sampler import rate
+from smelt.inference.scheduler import Chunk
+from smelt.inference.sequence import Sequence
+from smelt.models.decoder import Decoder
+
+SLICE = 64  # positions whose logits are in memory at once
+
+
+def rate_prompt(model: Decoder, vocab_size: int, chunk: Chunk, hidden_TC: Tensor) -> None:
+    """Write into the chunk's sequence how likely its prompt's tokens were, where it asks for that and lacks it.
+
+    A hidden state tells of the next token, so a chunk's last one may tell of a token that comes with the next chunk.
+    """
+    sequence = chunk.sequence
+    if not sequence.lacks_prompt_logprobs:
+        return
+    if not sequence.prompt_logprobs:
+        sequence.prompt_logprobs.append(None)
+        sequence.prompt_top_logprobs.append(())
+    first = len(sequence.prompt_logprobs) - 1
+    last = min(chunk.end, len(sequence.prompt_ids) - 1)
+    for start in range(first, last, SLICE):
+        end = min(start + SLICE, last)
+        logits_TV = model.logits(hidden_TC[start - chunk.start : end - chunk.start]).float()[:, :vocab_size]
+        _take(sequence, logits_TV, sequence.prompt_ids[start + 1 : end + 1])
+
+
+def _take(sequence: Sequence, logits_TV: Tensor, next_ids: list[int]) -> None:
+    num_alternatives = [sequence.params.num_prompt_logprobs or 0] * len(next_ids)
+    for _, logprob, top in rate(logits_TV, torch.tensor(next_ids, device=logits_TV.device), num_alternatives):
+        sequence.prompt_logprobs.append(logprob)
+        sequence.prompt_top_logprobs.append(top)

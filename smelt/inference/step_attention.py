@@ -1,0 +1,116 @@
+"""Attention of one step, in which many sequences compute different numbers of tokens; knows no weights.
+
+All tokens of a step lie in one row, chunk after chunk. Each layer first writes the new keys and values into their
+blocks; then each token looks at the blocks of its own sequence, up to itself. So a token's outcome does not depend on
+how its prompt was cut into chunks, nor on what others compute beside it.
+
+Shapes: N tokens of the step, T of a chunk, L positions that a chunk looks at, H query heads, G key/value heads, D
+width of a head, B chunks of a single token.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smelt.inference.kv_cache import KVCache
+from smelt.inference.scheduler import Chunk
+from smelt.models.layers import Attend
+from smelt.models.paged_attention import attend_paged
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A chunk of several tokens: where it lies in the step, and what it looks at."""
+
+    place: slice
+    ids_GL: Tensor | None  # vectors in the cache; None where it looks at nothing but itself
+    mask_TL: Tensor | None  # None: plain causal attention
+
+
+def attend_chunks(cache: KVCache, chunks: list[Chunk], window: int | None) -> Attend:
+    """For `Decoder.forward`, with the tokens of these chunks: those of a single token come first."""
+    new_ids = _new_ids(cache, chunks)
+    num_singles = sum(chunk.num_tokens == 1 for chunk in chunks)
+    tables_BN, lengths_B = _tables(chunks[:num_singles], cache.device)
+    spans = _spans(cache, chunks[num_singles:], num_singles, window)
+
+    def attend(layer: int, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor) -> Tensor:
+        cache.write(layer, new_ids, k_1GND[0].transpose(0, 1), v_1GND[0].transpose(0, 1))
+        keys, values = cache.layers[layer]
+        q_NHD = q_1HND[0].transpose(0, 1)
+        if not spans:
+            return attend_paged(q_NHD, keys, values, tables_BN, lengths_B, window).transpose(0, 1)[None]
+        mixed_NHD = q_NHD.new_empty(q_NHD.shape)
+        if num_singles:
+            single_q = q_NHD[:num_singles]
+            mixed_NHD[:num_singles] = attend_paged(single_q, keys, values, tables_BN, lengths_B, window)
+        for span in spans:
+            k_GLD, v_GLD = k_1GND[0, :, span.place], v_1GND[0, :, span.place]
+            if span.ids_GL is not None:
+                k_GLD, v_GLD = cache.read(layer, span.ids_GL)
+            mixed_NHD[span.place] = _attend_span(q_1HND[0, :, span.place], k_GLD, v_GLD, span.mask_TL)
+        return mixed_NHD.transpose(0, 1)[None]
+
+    return attend
+
+
+def _attend_span(q_HTD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
+    """(T, H, D)."""
+    mixed_HTD = F.scaled_dot_product_attention(
+        q_HTD[None],
+        k_GLD[None],
+        v_GLD[None],
+        mask_TL,
+        is_causal=mask_TL is None,
+        enable_gqa=q_HTD.shape[0] != k_GLD.shape[0],
+    )[0]
+    return mixed_HTD.transpose(0, 1)
+
+
+def _new_ids(cache: KVCache, chunks: list[Chunk]) -> Tensor:
+    """(N * G,) vectors of the cache that the step's tokens are written to."""
+    places = [_places(chunk, chunk.start, cache.block_size) for chunk in chunks]
+    blocks_N, offsets_N = (np.concatenate(parts) for parts in zip(*places, strict=True))
+    return cache.vector_ids(blocks_N, offsets_N).view(-1)
+
+
+def _places(chunk: Chunk, start: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks, and offsets in them, of a sequence's positions from `start` to the end of its chunk."""
+    first = start // block_size
+    blocks = np.array(chunk.sequence.block_ids[first : (chunk.end - 1) // block_size + 1])
+    positions = np.arange(start, chunk.end)
+    return blocks[positions // block_size - first], positions % block_size
+
+
+def _tables(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, most blocks of one), and lengths (B,), both int32."""
+    tables = [chunk.sequence.block_ids for chunk in chunks]
+    tables_BN = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int32)
+    for row, blocks in enumerate(tables):
+        tables_BN[row, : len(blocks)] = blocks
+    lengths_B = np.array([chunk.end for chunk in chunks], dtype=np.int32)
+    return torch.from_numpy(tables_BN).to(device), torch.from_numpy(lengths_B).to(device)
+
+
+def _spans(cache: KVCache, chunks: list[Chunk], begin: int, window: int | None) -> list[Span]:
+    spans = []
+    for chunk in chunks:
+        place = slice(begin, begin + chunk.num_tokens)
+        first = 0 if window is None else max(0, chunk.start - window + 1)  # the first position that it looks at
+        is_whole = chunk.start == 0
+        ids_GL = None if is_whole else cache.vector_ids(*_places(chunk, first, cache.block_size)).t()
+        is_causal = is_whole and (window is None or window >= chunk.end)
+        mask_TL = None if is_causal else _mask(chunk, first, window).to(cache.device)
+        spans.append(Span(place, ids_GL, mask_TL))
+        begin = place.stop
+    return spans
+
+
+def _mask(chunk: Chunk, first: int, window: int | None) -> Tensor:
+    """(T, L) true where a token of the chunk may look, at positions from `first` on."""
+    distances_TL = torch.arange(chunk.start, chunk.end)[:, None] - torch.arange(first, chunk.end)[None, :]
+    visible_TL = distances_TL >= 0
+    return visible_TL if window is None else visible_TL & (distances_TL < window)
