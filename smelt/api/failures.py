@@ -111,7 +111,16 @@ def detail_error(error: BaseException, request_id: str = "") -> dict[str, Any]:
     return {"detail": message_of(error, request_id)}
 
 
-BODIES: dict[Shape, Callable[[BaseException, str], dict[str, Any]]] = {"openai": openai_error, "detail": detail_error}
+def success_error(error: BaseException, request_id: str = "") -> dict[str, Any]:
+    """An error of ours in the shape of what lies below /api."""
+    return {"success": False, "error": message_of(error, request_id)}
+
+
+BODIES: dict[Shape, Callable[[BaseException, str], dict[str, Any]]] = {
+    "openai": openai_error,
+    "detail": detail_error,
+    "success": success_error,
+}
 
 
 def response_to(error: BaseException, shape: Shape, request_id: str = "") -> Response:
@@ -132,16 +141,17 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
-    """What pydantic found: the first fault by name in OpenAI's shape, all of them elsewhere."""
+    """What pydantic found: all faults in FastAPI's shape, the first one by name elsewhere."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
-    if shape_of(request.url.path) == "openai":
-        param = _place(faults[0])
-        message = f"{param}: {faults[0]['msg']}" if param else str(faults[0]["msg"])
-        return _json_response(400, openai_body(400, message, param))
-    # What was sent is left out: it may be long, or secret.
-    detail = [{name: fault[name] for name in ("type", "loc", "msg")} for fault in faults]
-    return _json_response(422, {"detail": detail})
+    shape = shape_of(request.url.path)
+    if shape == "detail":
+        # What was sent is left out: it may be long, or secret.
+        detail = [{name: fault[name] for name in ("type", "loc", "msg")} for fault in faults]
+        return _json_response(422, {"detail": detail})
+    param = _place(faults[0])
+    message = f"{param}: {faults[0]['msg']}" if param else str(faults[0]["msg"])
+    return response_to(errors.InvalidInput(message, param), shape)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
@@ -149,10 +159,12 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code in (204, 304):
         return Response(status_code=error.status_code, headers=error.headers)
-    shape = shape_of(request.url.path)
-    if shape == "openai":
-        return _json_response(error.status_code, openai_body(error.status_code, str(error.detail)), error.headers)
-    return _json_response(error.status_code, {"detail": error.detail}, error.headers)
+    bodies = {
+        "openai": openai_body(error.status_code, str(error.detail)),
+        "detail": {"detail": error.detail},
+        "success": {"success": False, "error": str(error.detail)},
+    }
+    return _json_response(error.status_code, bodies[shape_of(request.url.path)], error.headers)
 
 
 def _place(fault: Mapping[str, Any]) -> str | None:

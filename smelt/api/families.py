@@ -8,21 +8,32 @@ from typing import Literal
 
 from smelt.control.keys import SCOPES
 
-Shape = Literal["openai", "detail"]
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+Shape = Literal["openai", "detail", "success"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Routes below one path. Any one of `scopes` opens them; `public` ones need no key."""
+    """Routes below one path. Any one of `scopes` opens them; `public` ones need no key.
+
+    `changing`: what opens methods that change something, where that takes another scope than to look.
+    """
 
     scopes: frozenset[str] = frozenset()
     shape: Shape = "detail"
     public: bool = False
     page: bool = False  # for people: a browser that is not logged in is sent to the login page
     always: bool = False  # answered however many requests there are
+    changing: frozenset[str] | None = None
+
+    def scopes_for(self, method: str) -> frozenset[str]:
+        """The scopes of which one opens a route to a method."""
+        return self.scopes if self.changing is None or method in SAFE_METHODS else self.changing
 
 
 ANY = frozenset(SCOPES)
+ADMIN = frozenset({"admin"})
 OPENAI = Family(frozenset({"inference"}), "openai")
 PAGE = Family(ANY, page=True)
 PUBLIC = Family(public=True)
@@ -35,13 +46,17 @@ FAMILIES: dict[str, Family] = {
     "/openapi.json": Family(ANY),
     "/health": Family(ANY),
     "/healthz": Family(public=True, always=True),
-    "/metrics": Family(frozenset({"admin"})),  # it tells of everybody's use
+    "/metrics": Family(ADMIN),  # it tells of everybody's use
     "/login": Family(public=True, page=True),
     "/logout": Family(public=True, page=True),
     "/static": PUBLIC,
-    "/v1/models": Family(ANY, "openai"),
+    "/v1/models": Family(ANY, "openai", changing=ADMIN),
+    "/v1/aliases": Family(ANY, changing=ADMIN),
+    "/v1/imports": Family(ADMIN),
+    "/api/model": Family(ANY, "success", changing=ADMIN),
     "/v1/completions": OPENAI,
     "/v1/chat/completions": OPENAI,
+    "/v1/embeddings": OPENAI,
     "/v1/runs": Family(frozenset({"training"})),
     "/v1/workers": Family(ANY),
 }

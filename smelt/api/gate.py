@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from smelt.api import telemetry
 from smelt.api.bodies import Bodies, Body
 from smelt.api.exchange import CLIENT_LEFT, Exchange
-from smelt.api.families import Family
+from smelt.api.families import SAFE_METHODS, Family
 from smelt.api.hosts import PREFLIGHT_HEADERS, Hosts
 from smelt.api.limits import Limits
 from smelt.api.sessions import Sessions, cookie_in
@@ -27,7 +27,6 @@ from smelt.settings import Settings
 from smelt.transport.addresses import is_loopback
 
 MAX_HEADERS = 100
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # HTTP itself says whether there is a body: one of these headers announces it.
 LENGTH, CHUNKED = b"content-length", b"transfer-encoding"
 
@@ -187,8 +186,9 @@ def presented_key(headers: dict[bytes, bytes]) -> bytes | None:
 def _check_scopes(exchange: Exchange, family: Family | None) -> None:
     if family is None:
         raise NotFound(f"nothing is at {exchange.path!r}; /docs lists what is there")
-    if family.scopes.isdisjoint(exchange.caller.scopes):
-        needed = " or ".join(sorted(family.scopes))
+    scopes = family.scopes_for(exchange.method)
+    if scopes.isdisjoint(exchange.caller.scopes):
+        needed = " or ".join(sorted(scopes))
         raise Forbidden(f"this API key's scopes do not open {exchange.path}; it would need: {needed}")
 
 

@@ -1,16 +1,18 @@
 """What the routes stand on, put together once by the process (or by a test); knows no route."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from sqlalchemy import Engine
 
+from smelt.control.catalogue import Catalogue
 from smelt.control.model_server import ModelServer
 from smelt.settings import Settings
 from smelt.storage.futures import Ledger
 from smelt.storage.writer import Writer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Services:
     """Everything a route may ask. `default_model` is the name or folder given to `smelt serve`, if any."""
 
@@ -20,3 +22,8 @@ class Services:
     ledger: Ledger
     model_server: ModelServer
     default_model: str | None = None
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The models that may be asked: one for all routes, so that a change by one is seen by the others."""
+        return Catalogue(self.settings.models, self.default_model)
