@@ -2,30 +2,41 @@
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from gated import services_in
 from smelt.api.services import Services
 from smelt.control.model_server import WorkerInfo
 from smelt.storage.futures import Ledger
-from smelt.transport.messages import Finish, Generate, TextChunk
+from smelt.transport.messages import Embed, Embedded, Finish, Generate, TextChunk
+from smelt.types import TokenLogprob
 
-Script = Callable[[Generate], AsyncGenerator[str | Finish, None]]
+Script = Callable[[Generate], AsyncGenerator[str | TextChunk | Finish, None]]
 
 CONTEXT = 48  # tokens of the served model
+WIDTH = 2  # of the vectors of its embeddings
+NUM_PROMPT, NUM_CACHED = 3, 2  # tokens of every prompt
 
 
 class Scripted:
-    """Implements ModelServer. A script gives texts, each of them one token, and may end with a Finish or an error."""
+    """Implements ModelServer. A script gives texts, each of them one token, and may end with a Finish or an error.
+
+    Each sample of a request has its run of the script, one after the other; where log-probabilities are asked for, a
+    token has had the alternatives "x", "xx", ... Texts are embedded as (their length, -1).
+    """
 
     workers: list[WorkerInfo] = []
 
     def __init__(self, script: Script, ledger: Ledger | None = None) -> None:
         self.script = script
         self.asked: list[Generate] = []
+        self.embedded: list[Embed] = []
         self.num_running = 0
         self.num_written = 0
         self._ledger = ledger
@@ -34,23 +45,55 @@ class Scripted:
         self.loop = asyncio.get_running_loop()
         self.asked.append(request)
         self.num_running += 1
-        num_tokens = 0
         try:
-            async for piece in self.script(request):
-                if isinstance(piece, Finish):
+            for index in range(request.num_samples):
+                async for piece in self._sample(request, index):
                     yield piece
-                    return
-                num_tokens += 1
-                self.num_written += 1
-                yield TextChunk(request.request_id, piece, (num_tokens,))
-            reason = "length" if num_tokens >= request.params.max_tokens else "stop"
-            yield Finish(request.request_id, reason, 3, num_tokens)
         finally:
             self.num_running -= 1
+
+    async def _sample(self, request: Generate, index: int) -> AsyncGenerator[TextChunk | Finish, None]:
+        num_tokens = 0
+        async for piece in self.script(request):
+            if isinstance(piece, Finish):
+                yield piece if piece.failure else msgspec.structs.replace(piece, index=index)
+                return
+            num_tokens += 1
+            self.num_written += 1
+            if isinstance(piece, TextChunk):
+                yield msgspec.structs.replace(piece, index=index)
+            else:
+                logprobs = _logprobs(piece, num_tokens, request.params.num_logprobs)
+                yield TextChunk(request.request_id, piece, (num_tokens,), index, logprobs)
+        reason = "length" if num_tokens >= request.params.max_tokens else "stop"
+        yield Finish(
+            request.request_id, reason, NUM_PROMPT, num_tokens, index=index, num_cached_tokens=NUM_CACHED + index
+        )
+
+    async def embed(self, request: Embed) -> tuple[Embedded, Finish]:
+        self.embedded.append(request)
+        vectors = struct.pack(
+            f"<{WIDTH * len(request.inputs)}f", *[f for text in request.inputs for f in (len(text), -1)]
+        )
+        num_tokens = sum(map(len, request.inputs))
+        return Embedded(request.request_id, vectors, WIDTH), Finish(request.request_id, "stop", num_tokens, 0)
+
+    async def load_model(self, model: str) -> None:
+        raise NotImplementedError
+
+    async def unload_model(self, model: str) -> int:
+        raise NotImplementedError
 
     async def cancel(self, owner: str, future_id: str) -> bool:
         assert self._ledger is not None
         return await self._ledger.cancel(owner, future_id)
+
+
+def _logprobs(text: str, token_id: int, num: int | None) -> tuple[TokenLogprob, ...]:
+    if num is None:
+        return ()
+    likely = tuple(TokenLogprob(100 + place, b"x" * place, -place / 2) for place in range(1, num + 1))
+    return (TokenLogprob(token_id, text.encode(), -0.25, likely),)
 
 
 async def words(request: Generate) -> AsyncGenerator[str | Finish, None]:

@@ -11,6 +11,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -154,12 +155,17 @@ async def _in_time() -> AsyncIterator[None]:
         raise ClientLeft from None
 
 
-async def json_body(receive: Receive, content_type: bytes, max_bytes: int) -> bytes:
+async def json_body(request: Request, max_bytes: int) -> bytes:
     """The whole body of a request. UnsupportedEncoding where it is no JSON, TooLarge, ClientLeft."""
-    kind = content_type.partition(b";")[0].strip().lower()
-    if kind != b"application/json":
+    content_type = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
+    if content_type.partition(b";")[0].strip().lower() != b"application/json":
         # A page of another site can send any other type without being asked who it is.
         raise UnsupportedEncoding("send the body with the header `Content-Type: application/json`")
+    return await whole_body(request.receive, max_bytes)
+
+
+async def whole_body(receive: Receive, max_bytes: int) -> bytes:
+    """The body of a request, whatever it is. TooLarge, ClientLeft."""
     pieces: list[bytes] = []
     num_bytes, arriving = 0, True
     while arriving:

@@ -49,6 +49,7 @@ class Promise:
     status: Status
     model: str = ""  # "" once it has expired
     is_chat: bool | None = None
+    has_logprobs: bool = False
     completions: tuple[Completion, ...] = ()  # one for each choice
     failure: Failure | None = None
 
@@ -158,7 +159,8 @@ def _promise(future: Future) -> Promise:
     if future.request is None:  # forgotten together with the result
         return Promise(future.id, future.created, status)
     request = msgspec.msgpack.decode(future.request, type=Generate)
-    promise = Promise(future.id, future.created, status, request.model, bool(request.messages))
+    has_logprobs = request.params.num_logprobs is not None
+    promise = Promise(future.id, future.created, status, request.model, bool(request.messages), has_logprobs)
     if status == "completed" and future.result is not None:
         return replace(promise, completions=msgspec.msgpack.decode(future.result, type=tuple[Completion, ...]))
     if status == "failed":

@@ -12,11 +12,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gated import client_of, make_key
 from scripted import Scripted, scripted
+from smelt.api import telemetry
 from smelt.api.app import create_app
+from smelt.api.metering import count_background
 from smelt.api.services import Services
 from smelt.storage.futures import MAX_INLINE, Granted
 from smelt.storage.transitions import Submission
-from smelt.transport.messages import Completion, Failure, Generate
+from smelt.transport.messages import Completion, Failure, Generate, Result
+from smelt.types import TokenLogprob, ToolCall
 from spine import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
@@ -75,7 +78,8 @@ async def test_an_answer_is_promised_written_and_fetched(client: httpx.AsyncClie
     last = await fetched(client, TEXT, first["id"])
     assert (last["status"], last["created"]) == ("completed", first["created"])
     assert last["choices"] == [{"index": 0, "text": "written", "finish_reason": "stop", "logprobs": None}]
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert last["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 async def test_the_ledger_has_the_whole_request_and_a_seed(client: httpx.AsyncClient, services: Services) -> None:
@@ -85,6 +89,37 @@ async def test_the_ledger_has_the_whole_request_and_a_seed(client: httpx.AsyncCl
     assert (request.model, request.owner, request.messages[0].content) == ("tiny", "local", "Hi")
     assert (request.params.max_tokens, request.params.temperature) == (5, 0.5)
     assert request.params.seed is not None
+
+
+async def test_several_choices_with_log_probabilities_and_calls(client: httpx.AsyncClient, services: Services) -> None:
+    asked = {"n": 2, "logprobs": True, "tools": [{"type": "function", "function": {"name": "now"}}]}
+    first = await accepted(client, CHAT, {**HI, **asked})
+    row, epoch = await granted(services)
+    request = msgspec.msgpack.decode(row.request or b"", type=Generate)
+    assert (request.num_samples, request.params.num_logprobs, len(request.tools)) == (2, 0, 1)
+    answers = [
+        Completion("a", "length", 3, 1, 2, (TokenLogprob(1, b"a", -0.5),)),
+        Completion("", "stop", 3, 4, 3, tool_calls=(ToolCall("c1", "now", "{}"),)),
+    ]
+    await services.ledger.finish(row.id, epoch, msgspec.msgpack.encode(answers))
+    last = await fetched(client, CHAT, first["id"])
+    assert [choice["finish_reason"] for choice in last["choices"]] == ["length", "tool_calls"]
+    assert last["choices"][0]["logprobs"]["content"][0]["logprob"] == -0.5
+    assert last["choices"][1]["message"]["tool_calls"][0]["id"] == "c1"
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (3, 5)
+
+
+def test_answers_in_the_background_are_counted() -> None:
+    def count(kind: str) -> float:
+        return telemetry.tokens.labels("tiny", kind)._value.get()
+
+    before = {kind: count(kind) for kind in ("prompt", "cached_prompt", "output")}
+    request = msgspec.msgpack.encode(Generate("r", "ann", "tiny", num_samples=2, best_of=2))
+    done = Result("f", 1, msgspec.msgpack.encode([Completion("a", "stop", 3, 4, 2), Completion("b", "stop", 3, 5, 3)]))
+    count_background(Granted("f", "ann", "generate", None, None, 0, request), done)
+    count_background(Granted("f", "ann", "train", None, None, 0, b"?"), done)
+    count_background(Granted("f", "ann", "generate", None, None, 0, request), Result("f", 1, failure=Failure("x", "y")))
+    assert {kind: count(kind) - was for kind, was in before.items()} == {"prompt": 3, "cached_prompt": 2, "output": 9}
 
 
 async def test_a_poll_waits_for_the_answer(client: httpx.AsyncClient, services: Services) -> None:

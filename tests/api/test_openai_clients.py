@@ -10,14 +10,16 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from live import serving
-from scripted import Script, Scripted, endless, scripted, silent
+from scripted import Script, Scripted, endless, scripted, silent, words
 from smelt.api import streaming
 from smelt.api.app import create_app
-from smelt.errors import Unavailable, WorkerLost
+from smelt.errors import Overloaded, Unavailable, WorkerLost
 from smelt.transport.messages import Finish, Generate
+from smelt.types import Grammar, ToolCall
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -89,6 +91,134 @@ def test_the_client_streams_both(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 3
 
 
+def test_the_client_passes_every_parameter_on(client: openai.OpenAI, model_server: Scripted) -> None:
+    drawing: Any = {
+        "n": 2, "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"7": -100}, "stop": ["\n"],
+        "seed": 5, "temperature": 0.5, "top_p": 0.9, "max_tokens": 3, "user": "ann",
+        "extra_body": {"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "stop_token_ids": [2]},
+    }  # fmt: skip
+    text = client.completions.create(model="tiny", prompt=["a", "b"], best_of=3, echo=True, logprobs=2, **drawing)
+    assert [choice.index for choice in text.choices] == [0, 1, 2, 3]
+    assert text.choices[0].logprobs is not None
+    assert text.choices[0].logprobs.tokens == ["<a>", " two", " three"]
+    assert text.choices[0].logprobs.top_logprobs is not None
+    assert set(text.choices[0].logprobs.top_logprobs[0]) == {"<a>", "x", "xx"}
+    assert text.usage is not None
+    assert text.usage.prompt_tokens_details is not None
+    assert text.usage.prompt_tokens_details.cached_tokens == 4
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        logprobs=True,
+        top_logprobs=1,
+        response_format={"type": "json_object"},
+        **drawing,
+    )
+    assert len(chat.choices) == 2
+    assert chat.choices[1].logprobs is not None
+    assert chat.choices[1].logprobs.content is not None
+    assert chat.choices[1].logprobs.content[0].top_logprobs[0].token == "x"
+    first, *_, last = model_server.asked
+    assert (first.best_of, first.echo, first.params.num_prompt_logprobs) == (3, True, 2)
+    for request in (first, last):
+        params = request.params
+        assert (params.top_k, params.min_p, params.repetition_penalty, params.ignore_eos) == (4, 0.1, 1.1, True)
+        assert (params.presence_penalty, params.frequency_penalty, params.logit_bias) == (0.5, -0.5, ((7, -100.0),))
+        assert (request.num_samples, params.stop_token_ids, params.seed) == (2, frozenset({2}), 5)
+    assert last.params.grammar == Grammar("json")
+
+
+class Shade(pydantic.BaseModel):
+    name: str
+    share: float
+
+
+async def a_shade(request: Generate) -> AsyncGenerator[str | Finish, None]:
+    yield '{"name": "red",'
+    yield ' "share": 0.5}'
+
+
+def test_the_client_parses_what_it_asked_for(client: openai.OpenAI, model_server: Scripted) -> None:
+    model_server.script = a_shade
+    chat = client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Shade)
+    assert chat.choices[0].message.parsed == Shade(name="red", share=0.5)
+    grammar = model_server.asked[0].params.grammar
+    assert grammar is not None
+    assert (grammar.kind, json.loads(grammar.text)["required"]) == ("json_schema", ["name", "share"])
+
+
+async def calling(request: Generate) -> AsyncGenerator[str | Finish, None]:
+    yield "Let me see."
+    calls = (ToolCall("call_1", "add", '{"a": 2}'), ToolCall("call_2", "now", "{}"))
+    yield Finish("r", "stop", 3, 9, tool_calls=calls)
+
+
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+def test_the_client_calls_tools_and_streams_them(client: openai.OpenAI, model_server: Scripted) -> None:
+    model_server.script = calling
+    chat = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice="auto")
+    (choice,) = chat.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    with client.chat.completions.stream(model="tiny", messages=MESSAGES, tools=TOOLS) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert streamed.finish_reason == "tool_calls"
+    for message in (choice.message, streamed.message):
+        assert message.content == "Let me see."
+        assert message.tool_calls is not None
+        calls = [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls]  # type: ignore[union-attr]
+        assert calls == [("call_1", "add", '{"a": 2}'), ("call_2", "now", "{}")]
+    model_server.script = words
+    result: Any = {"role": "tool", "tool_call_id": "call_1", "content": "4"}
+    after: Any = [*MESSAGES, choice.message, result]
+    assert client.chat.completions.create(model="tiny", messages=after).choices[0].message.content == "<4> two three"
+    assert model_server.asked[-1].messages[1].tool_calls[0] == ToolCall("call_1", "add", '{"a": 2}')
+
+
+def test_the_client_streams_several_choices_with_log_probabilities(client: openai.OpenAI) -> None:
+    texts = dict.fromkeys(range(4), "")
+    ends = {}
+    tokens = 0
+    for chunk in client.completions.create(model="tiny", prompt=["a", "b"], n=2, logprobs=1, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        ends[choice.index] = choice.finish_reason
+        tokens += len(choice.logprobs.tokens or ()) if choice.logprobs else 0
+    assert list(texts.values()) == ["<a> two three"] * 2 + ["<b> two three"] * 2
+    assert (ends, tokens) == (dict.fromkeys(range(4), "stop"), 12)
+    with client.chat.completions.stream(model="tiny", messages=MESSAGES, n=2, logprobs=True) as stream:
+        whole = stream.get_final_completion()
+    assert [choice.message.content for choice in whole.choices] == ["<Hi> two three"] * 2
+    assert whole.choices[1].logprobs is not None
+    assert [token.token for token in whole.choices[1].logprobs.content or ()] == ["<Hi>", " two", " three"]
+
+
+def test_the_client_embeds(client: openai.OpenAI, model_server: Scripted) -> None:
+    for extra in ({}, {"encoding_format": "float"}):  # base64 is its own choice
+        answer = client.embeddings.create(model="tiny", input=["abc", "de"], **extra)  # type: ignore[arg-type]
+        assert [item.embedding for item in answer.data] == [[3.0, -1.0], [2.0, -1.0]]
+        assert answer.usage.prompt_tokens == 5
+    assert client.embeddings.create(model="tiny", input=[5, 6, 7]).data[0].embedding == [3.0, -1.0]
+    assert model_server.embedded[-1].inputs == ((5, 6, 7),)
+
+
+def test_a_full_queue_is_a_rate_limit(client: openai.OpenAI, model_server: Scripted) -> None:
+    async def full(request: Generate) -> AsyncGenerator[str | Finish, None]:
+        raise Overloaded("512 requests wait already", 5)
+        yield ""
+
+    model_server.script = full
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="tiny", prompt="x", stream=stream)
+        assert (refused.value.code, refused.value.response.headers["retry-after"]) == ("overloaded", "5")
+
+
 def test_the_documentations_example_works(
     started: tuple[str, Scripted], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,7 +236,7 @@ def test_the_clients_own_helpers_for_streams_work(client: openai.OpenAI) -> None
 
 def test_mistakes_are_the_clients_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
+        client.chat.completions.create(model="tiny", messages=MESSAGES, n=17)
     assert refused.value.param == "n"
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-9", prompt="x")
