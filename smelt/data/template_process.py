@@ -99,7 +99,7 @@ class TemplateProcess:
             ) from None
         except (OSError, EOFError, msgspec.MsgspecError):
             self._kill()
-            raise UnsupportedModel("the model's chat template takes too much memory") from None
+            raise UnsupportedModel("the model's chat template takes too much memory or processor time") from None
         except BaseException:  # an interrupt in between would leave an answer for the next request
             self._kill()
             raise
@@ -198,7 +198,7 @@ def _renew_cpu_seconds() -> None:
     """Few seconds for the next rendering: the kernel ends one that nobody is left to kill."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     used = int(usage.ru_utime + usage.ru_stime)
-    resource.setrlimit(resource.RLIMIT_CPU, (used + 2 * int(MAX_SECONDS) + 1, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (used + int(MAX_SECONDS) + 1, resource.RLIM_INFINITY))
 
 
 if __name__ == "__main__":
