@@ -161,6 +161,11 @@ class Ledger:
         """How a request stands. NotFound where the owner has none."""
         return await asyncio.to_thread(self._read, owner, future_id)
 
+    async def recent(self, owner: str, kind: str, limit: int) -> list[Future]:
+        """How the owner's last requests of a kind stand, newest first."""
+        rows = await asyncio.to_thread(self._query, partial(transitions.recent, owner, kind, limit))
+        return [await asyncio.to_thread(self._future, row) for row in rows]
+
     async def wait(self, owner: str, future_id: str, timeout_s: float) -> Future:
         """How a request stands when it is finished, or when the time is over. NotFound where the owner has none."""
         with self._listening(future_id) as finished:
@@ -218,7 +223,9 @@ class Ledger:
         return Granted(row.id, row.owner, row.kind, row.lane, row.seq, row.attempts, request)
 
     def _read(self, owner: str, future_id: str) -> Future:
-        row = self._query(partial(transitions.row, owner, future_id))
+        return self._future(self._query(partial(transitions.row, owner, future_id)))
+
+    def _future(self, row: AnyRow) -> Future:
         result = row.result if row.result_file is None else self._files.read(row.result_file)
         return Future(
             row.id,

@@ -2,6 +2,7 @@
 
 import hashlib
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,6 +170,12 @@ def referenced_files(connection: Connection) -> set[str]:
         for column in (futures.c.request_file, futures.c.result_file)
         for name in connection.execute(select(column).where(column.is_not(None))).scalars()
     }
+
+
+def recent(owner: str, kind: str, limit: int, connection: Connection) -> Sequence[AnyRow]:
+    """The owner's futures of a kind, newest first."""
+    of_kind = select(futures).where(futures.c.owner == owner, futures.c.kind == kind)
+    return connection.execute(of_kind.order_by(futures.c.number.desc()).limit(limit)).all()
 
 
 def row(owner: str, future_id: str, connection: Connection) -> AnyRow:
