@@ -45,6 +45,11 @@ class BlockPool:
         self._idle.pop(block, None)
         self._num_users[block] += 1
 
+    def touch(self, block: int) -> None:
+        """What it holds was of use just now: it is to be forgotten last."""
+        if block in self._idle:
+            self._idle.move_to_end(block)
+
     def name(self, block: int, key: bytes) -> None:
         """Let others find what a block holds. The first block of that name stays the one that is found."""
         if key not in self._block_of:

@@ -85,7 +85,10 @@ class BlockTables:
             for key in self._prompt_keys(sequence):
                 if self._pool.find(key) is None:
                     self._coming.setdefault(key, sequence)
-        return [] if prefix.copied is None else [(prefix.copied, sequence.block_ids[len(prefix.shared)])]
+        if prefix.copied is None:
+            return []
+        self._pool.touch(prefix.copied)
+        return [(prefix.copied, sequence.block_ids[len(prefix.shared)])]
 
     def grow(self, sequence: Sequence) -> bool:
         """See that its newest token has a block. False where all are in use."""
