@@ -73,11 +73,12 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the server is doing; among the events whenever it has changed."""
+    """What the server is doing; among the events when it has changed, a few times a second at most."""
 
     models: tuple[str, ...] = ()
-    num_running: int = 0
+    num_running: int = 0  # answers
     num_waiting: int = 0
+    model_bytes: tuple[int, ...] = ()  # of memory that each model may take
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,50 +1,35 @@
-"""InferenceServer: one thread that owns the models and writes all answers; knows no sockets and no event loop.
+"""InferenceServer: one thread that owns the models and does all jobs; knows no sockets and no event loop.
 
-    any thread:   submit, cancel          -> commands
+    any thread:   submit, embed, load, unload, cancel  -> commands
     own thread:   commands, then one step of each model with work, then what came of it -> `deliver`
-    side threads: loading a model, turning a prompt into tokens; neither holds up the steps of the others
+    side threads: loading a model, turning text into tokens; neither holds up the steps of the others
 
 Without work the thread sleeps. A request that fails takes no other with it.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
 
-from smelt.errors import SmeltError, Unavailable
+from smelt.errors import Overloaded
 from smelt.inference.answer import Answer
-from smelt.inference.events import End, Event, Load, Piece, Request
-from smelt.inference.fair_queue import FairQueue
+from smelt.inference.events import EmbedRequest, End, Event, Load, Request
+from smelt.inference.jobs import Embedding, Job, Loading, Writing, explained
+from smelt.inference.memory import Upkeep
+from smelt.inference.residents import Resident, Residents
+from smelt.inference.sequence import Status
 from smelt.inference.service import TextModel
-from smelt.types import FinishReason
+
+MAX_WAITING = 512  # requests of one model that have not begun
+REPORT_SECONDS = 0.25  # between two reports of the load, at least
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """A request that has not ended. `answer` is there once its prompt is tokens, and begun once it `runs`."""
-
-    key: str
-    request: Request
-    answer: Answer | None = None
-    runs: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Served:
-    """A model, loaded or on its way (`model` is None), and who wants it."""
-
-    model: TextModel | None = None
-    arrived: list[Job] = field(default_factory=list)  # before the model did
-    waiting: FairQueue[Job] = field(default_factory=FairQueue)
-    running: dict[Answer, Job] = field(default_factory=dict)
 
 
 class InferenceServer:
@@ -54,47 +39,69 @@ class InferenceServer:
     the server's thread: it must not block.
     """
 
-    def __init__(self, load: Callable[[str], TextModel], deliver: Callable[[list[Event]], None]) -> None:
-        self._load = load
+    def __init__(
+        self,
+        load: Callable[[str], TextModel],
+        deliver: Callable[[list[Event]], None],
+        upkeep: Upkeep | None = None,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
         self._deliver = deliver
+        self._max_waiting = max_waiting
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._jobs: dict[str, Job] = {}
-        self._served: dict[str, Served] = {}
+        self._jobs: dict[str, tuple[Job, Resident]] = {}
+        self._residents = Residents(load, upkeep or Upkeep(), self._commands.put, self._greet)
         self._events: list[Event] = []
         self._last_load = Load()
+        self._looked_at = float("-inf")
+        self._owes_load = False
         self.ended: Future[None] = Future()
-        # One model at a time: two at once would not be there sooner, and need the memory of both.
-        self._loader = ThreadPoolExecutor(1, "model-loader")
+        # Two, so that short texts need not wait for a long one.
         self._encoder = ThreadPoolExecutor(1, "prompt-encoder")
+        self._long_encoder = ThreadPoolExecutor(1, "long-prompt-encoder")
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
     def submit(self, key: str, request: Request) -> None:
-        """Have a request answered: Pieces, then one End, all with this key, which no other has had."""
-        self._commands.put(partial(self._accept, key, request))
+        """Have a request answered: Pieces, then an End of each answer, all with this key, which no other has had."""
+        self._commands.put(partial(self._accept, Writing(key, request), request.model))
+
+    def embed(self, key: str, request: EmbedRequest) -> None:
+        """Have texts turned into vectors: Vectors, then one End."""
+        self._commands.put(partial(self._accept, Embedding(key, request), request.model))
+
+    def load(self, key: str, model: str) -> None:
+        """Have a model ready to answer. An End says when it is, or why it cannot be."""
+        self._commands.put(partial(self._accept, Loading(key), model))
+
+    def unload(self, key: str, model: str) -> None:
+        """Give a model's memory back once what it works on has ended. An End says when."""
+        self._commands.put(partial(self._unload, key, model))
 
     def cancel(self, key: str) -> None:
-        """End an answer now; one that has ended already stays as it is."""
+        """End a request now; one that has ended already stays as it is."""
         self._commands.put(partial(self._cancel, key))
 
     def preload(self, model: str) -> None:
-        """Load a model before anybody asks for it."""
-        self._commands.put(partial(self._begin_loading, model))
+        """Load a model before anybody asks for it, and keep it."""
+        self._commands.put(partial(self._residents.pin, model))
 
     def close(self) -> None:
         """Drop what is running, and end the thread. Nothing is delivered any more."""
         self._commands.put(None)
         self._thread.join()
-        for pool in (self._loader, self._encoder):
+        self._residents.close()
+        for pool in (self._encoder, self._long_encoder):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    # --- The thread ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
             while self._obey():
-                for served in self._served.values():
-                    self._admit(served)
-                    if served.running:
-                        self._step(served)
+                for resident in self._residents:
+                    self._step(resident)
+                self._residents.tend()
                 self._report()
         except Exception as bug:  # noqa: BLE001 - a thread that dies in silence would leave everybody waiting
             self.ended.set_exception(bug)
@@ -103,166 +110,213 @@ class InferenceServer:
 
     def _obey(self) -> bool:
         """Do all commands that have come; without work wait for one. False at the end."""
-        is_idle = not any(served.running or served.waiting for served in self._served.values())
         try:
-            while True:
-                command = self._commands.get(block=is_idle)
-                if command is None:
-                    return False
+            command = self._commands.get(timeout=self._seconds_to_sleep())
+            while command is not None:
                 command()
-                is_idle = False
+                command = self._commands.get_nowait()
         except Empty:
             return True
+        return False
+
+    def _seconds_to_sleep(self) -> float | None:
+        """None for as long as no command comes."""
+        if any(resident.writing or resident.embedding for resident in self._residents):
+            return 0
+        wakes = [self._residents.next_tending(), self._looked_at + REPORT_SECONDS if self._owes_load else None]
+        times = [wake for wake in wakes if wake is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _step(self, resident: Resident) -> None:
+        if resident.writing:
+            for answer in self._stepped(resident):
+                job = resident.writing[answer]
+                if answer.finish_reason is not None:
+                    del resident.writing[answer]
+                self._events += job.events_of(answer)
+                if job.has_ended:
+                    self._forget(job)
+        if resident.embedding:
+            self._embed_slice(resident)
+
+    def _stepped(self, resident: Resident) -> list[Answer]:
+        assert resident.model is not None, "only a model that is loaded has running answers"
+        try:
+            return resident.model.step()
+        except Exception:
+            log.exception("a step of %d answers failed; each goes on alone", len(resident.writing))
+            return self._step_one_by_one(resident, resident.model)
+
+    def _step_one_by_one(self, resident: Resident, model: TextModel) -> list[Answer]:
+        """Find the answer that fails, and fail its request alone; the others go on where they stood."""
+        stepped: list[Answer] = []
+        suspects = [answer for answer in resident.writing if answer.sequence.status is not Status.WAITING]
+        for answer in suspects:
+            if answer not in resident.writing:
+                continue  # its request has failed
+            try:
+                stepped += _step_alone(model, answer)
+            except Exception as error:  # noqa: BLE001 - whatever it was, it is this request's
+                _forget_all(model)
+                self._fail(resident.writing[answer], error)
+        _forget_all(model)
+        for answer in resident.writing:
+            if answer.finish_reason is None:
+                model.resume(answer)
+        return [answer for answer in stepped if answer in resident.writing]
+
+    def _embed_slice(self, resident: Resident) -> None:
+        """One slice of the oldest; the others follow in turns."""
+        job = resident.embedding.popleft()
+        try:
+            events = job.step()
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is this request's
+            self._fail(job, error)
+            return
+        self._events += events
+        if events:
+            self._forget(job)
+        else:
+            resident.embedding.append(job)
+
+    # --- Requests ------------------------------------------------------------------------------------------
+
+    def _accept(self, job: Job, name: str) -> None:
+        assert job.key not in self._jobs, "a key is used once"
+        resident = self._residents.find(name)
+        num_waiting = len(resident.arrived) + sum(not other.has_begun for other in resident.jobs)
+        if num_waiting >= self._max_waiting:
+            error = Overloaded(f"{num_waiting} requests wait for {name} already; try again in a moment", 5)
+            self._events.append(job.aborted(error))
+            return
+        self._jobs[job.key] = job, resident
+        if resident.model is None or resident.leavers:
+            resident.arrived.append(job)
+        else:
+            self._hand_over(job, resident, resident.model)
+
+    def _greet(self, resident: Resident, error: BaseException | None) -> None:
+        """A model has come, or cannot."""
+        jobs, resident.arrived = resident.arrived, []
+        for job in jobs:
+            if resident.model is None:
+                self._fail(job, error or RuntimeError("no model"))
+            else:
+                self._hand_over(job, resident, resident.model)
+        self._rest(resident)
+
+    def _hand_over(self, job: Job, resident: Resident, model: TextModel) -> None:
+        """A long prompt takes its time to become tokens; meanwhile the answers of others go on."""
+        if isinstance(job, Loading):
+            del self._jobs[job.key]
+            self._events.append(End(job.key, "stop"))
+            return
+        resident.jobs.add(job)
+        encoder = self._long_encoder if job.is_long else self._encoder
+        prepared = encoder.submit(job.prepare, model)
+        prepared.add_done_callback(lambda done: self._commands.put(partial(self._begin, job, resident, done)))
+
+    def _begin(self, job: Writing | Embedding, resident: Resident, prepared: "Future[None]") -> None:
+        if job.key not in self._jobs:
+            return  # cancelled meanwhile
+        error = prepared.exception()
+        if error is None and isinstance(job, Embedding):
+            resident.embedding.append(job)
+        elif error is None and isinstance(job, Writing):
+            error = self._begin_writing(job, resident)
+        if error is not None:
+            self._fail(job, error)
+
+    def _begin_writing(self, job: Writing, resident: Resident) -> Exception | None:
+        assert resident.model is not None, "a model does not leave while it has jobs"
+        try:
+            for answer in job.answers:
+                resident.model.begin(answer)
+                resident.writing[answer] = job
+        except Exception as error:  # noqa: BLE001 - what is wrong with the request
+            return error
+        return None
+
+    def _unload(self, key: str, name: str) -> None:
+        resident = self._residents.known(name)
+        if resident is None:
+            self._events.append(End(key, "stop"))
+        else:
+            resident.leavers.append(key)
+            self._rest(resident)
+
+    def _cancel(self, key: str) -> None:
+        if key in self._jobs:
+            job, _ = self._jobs[key]
+            self._abort(job)
+            self._events.append(job.aborted())
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        self._abort(job)
+        self._events.append(job.aborted(explained(error, job.key)))
+
+    def _abort(self, job: Job) -> None:
+        """Take a job out of wherever it is."""
+        _, resident = self._jobs[job.key]
+        if job in resident.arrived:
+            resident.arrived.remove(job)
+        if isinstance(job, Embedding) and job in resident.embedding:
+            resident.embedding.remove(job)
+        for answer in job.answers if isinstance(job, Writing) else ():
+            if resident.writing.pop(answer, None) is not None and resident.model is not None:
+                resident.model.abort(answer)
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        """A job has ended."""
+        _, resident = self._jobs.pop(job.key)
+        resident.jobs.discard(job)
+        self._rest(resident)
+
+    def _rest(self, resident: Resident) -> None:
+        self._events += [End(key, "stop") for key in self._residents.rest(resident)]
+
+    # --- The load ------------------------------------------------------------------------------------------
 
     def _report(self) -> None:
-        load = Load(
-            tuple(name for name, served in self._served.items() if served.model is not None),
-            num_running := sum(len(served.running) for served in self._served.values()),
-            len(self._jobs) - num_running,
-        )
-        if load != self._last_load:
-            self._last_load = load
-            self._events.append(load)
+        """Deliver what there is; the load too, a few times a second at most unless models have come or gone."""
+        now = time.monotonic()
+        loaded = [resident for resident in self._residents if resident.model is not None]
+        is_early = now - self._looked_at < REPORT_SECONDS
+        self._owes_load = is_early and tuple(resident.name for resident in loaded) == self._last_load.models
+        if not self._owes_load:
+            self._looked_at = now
+            self._report_load(loaded)
         events, self._events = self._events, []
         if events:
             self._deliver(events)
 
-    def _accept(self, key: str, request: Request) -> None:
-        assert key not in self._jobs, "a key is used once"
-        job = self._jobs[key] = Job(key, request)
-        self._begin_loading(request.model)
-        served = self._served[request.model]
-        if served.model is None:
-            served.arrived.append(job)
-        else:
-            self._encode(job, served.model)
-
-    def _begin_loading(self, name: str) -> None:
-        """Unless that is done, or under way."""
-        if name not in self._served:
-            self._served[name] = Served()
-            loading = self._loader.submit(self._load, name)
-            loading.add_done_callback(lambda done: self._commands.put(partial(self._take_model, name, done)))
-
-    def _take_model(self, name: str, loading: Future[TextModel]) -> None:
-        served = self._served[name]
-        jobs, served.arrived = served.arrived, []
-        if error := loading.exception():
-            del self._served[name]  # the next request tries again
-            log.warning("cannot load %s: %s", name, error)
-            for job in jobs:
-                self._fail(job, error)
-            return
-        served.model = loading.result()
-        for job in jobs:
-            self._encode(job, served.model)
-
-    def _encode(self, job: Job, model: TextModel) -> None:
-        """A long prompt takes its time; meanwhile the answers of others go on."""
-        encoding = self._encoder.submit(_answer_to, model, job.request)
-        encoding.add_done_callback(lambda done: self._commands.put(partial(self._queue, job, done)))
-
-    def _queue(self, job: Job, encoding: Future[Answer]) -> None:
-        if job.key not in self._jobs:
-            return  # cancelled meanwhile
-        if error := encoding.exception():
-            self._fail(job, error)
-            return
-        job.answer = encoding.result()
-        self._served[job.request.model].waiting.push(job.request.owner, job)
-
-    def _admit(self, served: Served) -> None:
-        """Fill the free places. Nobody waits inside the engine, where it would be first come, first served."""
-        model = served.model
-        while model is not None and served.waiting and model.num_free > 0:
-            job = served.waiting.pop()
-            assert job.answer is not None, "who waits has tokens"
-            try:
-                model.begin(job.answer)
-            except SmeltError as error:
-                self._fail(job, error)
-                continue
-            job.runs = True
-            served.running[job.answer] = job
-
-    def _step(self, served: Served) -> None:
-        model = served.model
-        assert model is not None, "only a model that is loaded has running answers"
-        try:
-            stepped = model.step()
-        except Exception:
-            log.exception("a step of %d answers failed; each goes on alone", len(served.running))
-            stepped = self._step_one_by_one(served, model)
-        self._tell(served, stepped)
-
-    def _step_one_by_one(self, served: Served, model: TextModel) -> list[Answer]:
-        """Find the answer that fails, and fail it alone; the others go on where they stood."""
-        stepped: list[Answer] = []
-        for answer, job in list(served.running.items()):
-            _forget_all(model)
-            try:
-                model.resume(answer)
-                stepped += model.step()
-            except Exception as error:  # noqa: BLE001 - whatever it was, it is this request's
-                del served.running[answer]
-                self._fail(job, error)
-        _forget_all(model)
-        for answer in served.running:
-            if answer.finish_reason is None:
-                model.resume(answer)
-        return stepped
-
-    def _tell(self, served: Served, stepped: Iterable[Answer]) -> None:
-        for answer in stepped:
-            job = served.running[answer]
-            text, token_ids = answer.news()
-            self._events.append(Piece(job.key, text, token_ids))
-            if answer.finish_reason is not None:
-                del served.running[answer]
-                self._end(job, answer.finish_reason)
-
-    def _cancel(self, key: str) -> None:
-        job = self._jobs.get(key)
-        if job is None:
-            return
-        served = self._served[job.request.model]
-        if job.answer is None:
-            served.arrived = [other for other in served.arrived if other is not job]
-        elif job.runs:
-            assert served.model is not None, "it runs there"
-            served.model.abort(job.answer)
-            del served.running[job.answer]
-        else:
-            served.waiting.remove(job.request.owner, job)
-        self._end(job, "aborted")
-
-    def _fail(self, job: Job, error: BaseException) -> None:
-        if not isinstance(error, SmeltError):
-            log.error("request %s failed", job.key, exc_info=error)
-        self._end(job, "aborted", _explained(error))
-
-    def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> None:
-        del self._jobs[job.key]
-        answer = job.answer
-        num_prompt, num_output = (answer.num_prompt_tokens, answer.num_tokens) if answer else (0, 0)
-        self._events.append(End(job.key, reason, num_prompt, num_output, error))
+    def _report_load(self, loaded: list[Resident]) -> None:
+        answers = [answer for resident in loaded for answer in resident.writing]
+        num_waiting = sum(answer.sequence.status is Status.WAITING for answer in answers)
+        num_preparing = sum(not isinstance(job, Writing) or not job.answers for job, _ in self._jobs.values())
+        load = Load(
+            tuple(resident.name for resident in loaded),
+            len(answers) - num_waiting,
+            num_waiting + num_preparing,
+            tuple(resident.candidate.num_bytes for resident in loaded),
+        )
+        if load != self._last_load:
+            self._last_load = load
+            self._events.append(load)
 
 
-def _answer_to(model: TextModel, request: Request) -> Answer:
-    if request.messages:
-        return model.answer_to_chat(request.messages, request.params)
-    return model.answer_to(request.prompt, request.params)
+def _step_alone(model: TextModel, answer: Answer) -> list[Answer]:
+    """Go on with one answer until it has a token more: its prompt may take several steps."""
+    _forget_all(model)
+    model.resume(answer)
+    stepped: list[Answer] = []
+    while not stepped:
+        stepped = model.step()
+    return stepped
 
 
 def _forget_all(model: TextModel) -> None:
     model.restart()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of what the failed step had taken
-
-
-def _explained(error: BaseException) -> Exception:
-    """Memory that is short is not a bug, and may be there again in a moment."""
-    words = ("out of memory", "allocate memory")
-    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
-        return Unavailable("there is not enough memory for this now; ask for less, or try again", retry_after_s=10)
-    return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)

@@ -8,26 +8,33 @@ import threading
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from smelt.configs import DecoderConfig
 from smelt.data.chat import parse_messages, render_prompt, stop_strings
 from smelt.data.tokenizers import StreamDecoder, Tokenizer
 from smelt.errors import InvalidInput, TokenizerError
 from smelt.inference.answer import Answer
+from smelt.inference.embeddings import check_inputs, embed_in_slices, join_vectors
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence, Status
 from smelt.inference.stop_strings import StopStrings
 from smelt.inference.whitespace import OuterSpace
 from smelt.models.decoder import Decoder
-from smelt.types import ChatMessage, SamplingParams
+from smelt.types import LOCAL_OWNER, ChatMessage, SamplingParams
+
+LONG_TEXT = 20_000  # characters: above a few milliseconds of encoding
 
 
 class TextModel:
     """A model with its tokenizer. Threads may share one: their answers are computed together.
 
-    `generate`, `stream`, `streams` and `chat` are for whoever wants a text. They stand on `answer_to` or
-    `answer_to_chat`, `begin`, `step` and `abort`, from which a server makes its own loop.
+    `generate`, `stream`, `streams`, `chat` and `embed` are for whoever wants a text or vectors. They stand on
+    `answers_to` or `answers_to_chat`, `begin`, `step` and `abort`, from which a server makes its own loop.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, num_slots: int = 8) -> None:
@@ -47,11 +54,6 @@ class TextModel:
         """Those that have begun and not ended, oldest first."""
         return list(self._answers.values())
 
-    @property
-    def num_free(self) -> int:
-        """How many more answers would be computed at once."""
-        return self.engine.scheduler.max_running - len(self._answers)
-
     def generate(self, prompt: str = "", num_samples: int = 1, **sampling: Any) -> str | list[str]:
         """What the model writes after the prompt: a text, or a list where `num_samples` is more than 1.
 
@@ -67,7 +69,7 @@ class TextModel:
     def chat(self, messages: Items[ChatMessage | Mapping[str, str]], **sampling: Any) -> str:
         """The assistant's answer to a conversation of {role, content} messages."""
         turns = parse_messages([asdict(turn) if isinstance(turn, ChatMessage) else turn for turn in messages])
-        answer = self.answer_to_chat(turns, _params(sampling))
+        [answer] = self.answers_to_chat(turns, _params(sampling))
         self.begin(answer)
         return "".join(self._read(answer))
 
@@ -75,24 +77,62 @@ class TextModel:
         """Several answers to one prompt, computed together whichever is read first. Sample i uses seed + i."""
         if num_samples < 1:
             raise InvalidInput(f"num_samples must be at least 1, not {num_samples}")
-        prompt_ids, params = self._prompt_ids(prompt), _params(sampling)
-        seeds = [None if params.seed is None else params.seed + index for index in range(num_samples)]
-        answers = [self.answer_to(prompt_ids, replace(params, seed=seed)) for seed in seeds]
+        answers = self.answers_to(prompt, _params(sampling), num_samples)
         for answer in answers:
             self.begin(answer)
         return [self._read(answer) for answer in answers]
 
-    def answer_to(self, prompt: str | Items[int], params: SamplingParams, trims: bool = False) -> Answer:
-        """An answer to a text or to token ids, to be begun; `trims` takes the white space around it away."""
-        params = replace(params, stop_token_ids=params.stop_token_ids | self._end_ids())
-        prompt_ids = self._prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
-        decoder, stops = StreamDecoder(self.tokenizer), StopStrings(params.stop)
-        return Answer(Sequence(prompt_ids, params), params, decoder, stops, OuterSpace(trims), len(prompt_ids))
+    def embed(self, texts: Items[str | Items[int]]) -> NDArray[np.float32]:
+        """A vector for each text (or its token ids), (N, C): the mean of the last hidden states over its tokens.
 
-    def answer_to_chat(self, messages: Items[ChatMessage], params: SamplingParams) -> Answer:
-        """The assistant's next turn in a conversation, to be begun."""
+        InvalidInput for one that has no tokens, or more than the model's context.
+        """
+        inputs = self.encode_inputs(texts)
+        return join_vectors(embed_in_slices(self.model, inputs), len(inputs), self.config.n_embd)
+
+    def encode_inputs(self, texts: Items[str | Items[int]]) -> list[list[int]]:
+        """The tokens of texts that are to become vectors; InvalidInput names the one that cannot."""
+        inputs = [self._encode(text) if isinstance(text, str) else list(text) for text in texts]
+        check_inputs(inputs, self.config)
+        return inputs
+
+    def answers_to(
+        self,
+        prompt: str | Items[int],
+        params: SamplingParams,
+        num_answers: int = 1,
+        *,
+        echo: bool = False,
+        owner: str = LOCAL_OWNER,
+        adapter: str | None = None,
+    ) -> list[Answer]:
+        """Answers to a text or to token ids, to be begun: answer i draws with seed + i.
+
+        With `echo` they begin with the prompt; then `max_tokens` 0 only scores it. Encoding a long text takes its time.
+        """
+        prompt_ids = self._prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt_ids)
+        return [
+            self._answer(Sequence(prompt_ids, drawn_by, owner, adapter), shown_by, echo=text if echo else None)
+            for drawn_by, shown_by in self._settings(params, num_answers, echo)
+        ]
+
+    def answers_to_chat(
+        self,
+        messages: Items[ChatMessage],
+        params: SamplingParams,
+        num_answers: int = 1,
+        *,
+        owner: str = LOCAL_OWNER,
+        adapter: str | None = None,
+    ) -> list[Answer]:
+        """The assistant's next turn in a conversation, to be begun, as often as asked."""
+        prompt_ids = self._encode(render_prompt(messages))
         params = replace(params, stop=(*params.stop, *stop_strings()))
-        return self.answer_to(render_prompt(messages), params, trims=True)
+        return [
+            self._answer(Sequence(prompt_ids, drawn_by, owner, adapter), shown_by, trims=True)
+            for drawn_by, shown_by in self._settings(params, num_answers)
+        ]
 
     def begin(self, answer: Answer) -> None:
         """Let the next steps write it. InvalidInput where the model or the engine cannot."""
@@ -122,16 +162,17 @@ class TextModel:
         """Forget all that runs, after a step that failed half-way; an answer goes on once it is resumed."""
         with self._lock:
             self._answers.clear()
-            self.engine = Engine(
-                self.model, self.engine.vocab_size, max_running=self.engine.scheduler.max_running
-            )
+            self.engine = Engine(self.model, self.engine.vocab_size, max_running=self.engine.scheduler.max_running)
 
     def resume(self, answer: Answer) -> None:
         """Go on with an answer where it stood before `restart`: to the same text."""
         with self._lock:
             sequence = answer.sequence
             context = sequence.prompt_ids + sequence.output_ids
-            self._run(answer, sequence.resumed(context, answer.num_left))
+            resumed = sequence.resumed(context, answer.num_left)
+            if not sequence.output_ids:
+                resumed.params = sequence.params  # its prompt may have to be scored yet
+            self._run(answer, resumed)
 
     def _run(self, answer: Answer, sequence: Sequence) -> None:
         self.engine.add(sequence)
@@ -151,7 +192,7 @@ class TextModel:
         try:
             while True:
                 with self._lock:  # another thread's step may be writing it
-                    (text, _), has_ended = answer.news(), answer.finish_reason is not None
+                    text, has_ended = answer.news().text, answer.finish_reason is not None
                 if text:
                     yield text
                 if has_ended:
@@ -161,16 +202,58 @@ class TextModel:
         finally:
             self.abort(answer)
 
+    def _settings(
+        self, params: SamplingParams, num_answers: int, echo: bool = False
+    ) -> Iterator[tuple[SamplingParams, SamplingParams]]:
+        """For each answer how its sequence is drawn, and how that is shown."""
+        ends = frozenset() if params.ignore_eos else self._end_ids()
+        num_prompt_logprobs = params.num_logprobs if echo else None
+        params = replace(params, stop_token_ids=params.stop_token_ids | ends, num_prompt_logprobs=num_prompt_logprobs)
+        for index in range(num_answers):
+            shown_by = params if params.seed is None else replace(params, seed=params.seed + index)
+            # The engine draws after every prompt: where only that is scored, a token that nobody sees.
+            only_scores = echo and params.max_tokens == 0
+            yield replace(shown_by, max_tokens=1, stop_token_ids=frozenset()) if only_scores else shown_by, shown_by
+
+    def _answer(
+        self, sequence: Sequence, params: SamplingParams, *, echo: str | None = None, trims: bool = False
+    ) -> Answer:
+        return Answer(
+            sequence,
+            params,
+            StreamDecoder(self.tokenizer),
+            StopStrings(params.stop),
+            OuterSpace(trims),
+            lambda token: self.tokenizer.decode_bytes([token]),
+            echo,
+            len(sequence.prompt_ids),
+        )
+
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Without a prompt: the end of the text before, or a new line, or where there is neither the first token."""
         if prompt:
-            return self.tokenizer.encode(prompt)
+            return self._encode(prompt)
         if ends := self._end_ids():
             return list(ends)
         try:
             return self.tokenizer.encode("\n")
         except TokenizerError:
             return [0]
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a text; a long one that cannot fit is refused before it costs anything."""
+        limit = self.config.block_size * self._longest_token if len(text) > LONG_TEXT else LONG_TEXT
+        if len(text) > limit:
+            raise InvalidInput(
+                f"the prompt has {len(text):,} characters, but the model's context of {self.config.block_size} tokens "
+                f"holds {limit:,} at most; shorten the prompt"
+            )
+        return self.tokenizer.encode(text)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes, and so characters at most, of the longest token."""
+        return max(len(self.tokenizer.decode_bytes([token])) for token in range(self.tokenizer.vocab_size))
 
     def _end_ids(self) -> frozenset[int]:
         """The end-of-text token, where the model has a row for it (vocabularies made elsewhere may not)."""

@@ -29,6 +29,11 @@ class Ask:
     owner: str = "ann"
     messages: tuple[ChatMessage, ...] = ()
     params: SamplingParams = SamplingParams(max_tokens=30, temperature=1.0, seed=1)
+    tools: tuple[dict[str, Any], ...] = ()
+    num_samples: int = 1
+    best_of: int = 1
+    echo: bool = False
+    adapter: str | None = None
 
 
 def asked(prompt: str, seed: int = 1, max_tokens: int = 30, **changes: Any) -> Ask:
@@ -36,7 +41,7 @@ def asked(prompt: str, seed: int = 1, max_tokens: int = 30, **changes: Any) -> A
 
 
 class CountingModel(Decoder):
-    """Counts forward passes and rows; fails where told to."""
+    """Counts forward passes and rows that are drawn together; fails where told to."""
 
     num_passes = 0
     max_rows = 0
@@ -115,6 +120,11 @@ class Client:
         while len(self.pieces.get(key, ())) < num_pieces:
             self.take_round()
 
+    def until_load(self, *models: str, num_running: int = 0, num_waiting: int = 0) -> None:
+        """Return when the server has told that this is what it does."""
+        while (self.load.models, self.load.num_running, self.load.num_waiting) != (models, num_running, num_waiting):
+            self.take_round()
+
     def text(self, key: str) -> str:
         self.end(key)
         return "".join(piece.text for piece in self.pieces.get(key, ()))
@@ -158,12 +168,12 @@ def test_conversations_and_token_ids(client: Client) -> None:
     assert client.text("ids") == alone(asked("Hello"))
 
 
-def test_cancel_frees_the_place_within_a_step(client: Client) -> None:
+def test_cancel_frees_the_place_within_a_step() -> None:
+    client = Client(gpt=make_model(block_size=8192))
     for key in "abcd":
-        client.server.submit(key, asked(key, max_tokens=100_000))
+        client.server.submit(key, asked(key, max_tokens=8000))
     client.server.submit("waits", asked("w", max_tokens=3))
-    client.begun("d")
-    assert (client.load.num_running, client.load.num_waiting) == (4, 1)
+    client.until_load("gpt", num_running=4, num_waiting=1)
     client.server.cancel("b")
     end = client.end("b")
     assert (end.reason, end.error) == ("aborted", None)
@@ -173,9 +183,9 @@ def test_cancel_frees_the_place_within_a_step(client: Client) -> None:
         client.server.cancel(key)
     for key in "acd":
         client.end(key)
-    while client.load != Load(("gpt",)):
-        client.take_round()
+    client.until_load("gpt")
     assert not client.models["gpt"].engine.has_work
+    client.server.close()
 
 
 def test_cancelled_before_it_ran_it_never_runs() -> None:
@@ -192,13 +202,12 @@ def test_cancelled_before_it_ran_it_never_runs() -> None:
 
 
 def test_owners_take_turns() -> None:
-    client = Client(gpt=make_model(num_slots=1))
-    client.server.submit("a1", asked("a1", max_tokens=500, owner="a"))
+    client = Client(gpt=make_model(num_slots=1, block_size=8192))
+    client.server.submit("a1", asked("a1", max_tokens=1000, owner="a"))
     client.begun("a1")
     for key in ("a2", "a3", "a4", "b1", "b2"):
         client.server.submit(key, asked(key, max_tokens=2, owner=key[0]))
-    while client.load.num_waiting < 5:
-        client.take_round()
+    client.until_load("gpt", num_running=1, num_waiting=5)
     client.end("a4")
     assert list(client.ends) == ["a1", "a2", "b1", "a3", "b2", "a4"]
     client.server.close()
@@ -214,12 +223,12 @@ def test_loading_a_model_holds_up_no_other() -> None:
     assert client.text("now") == alone(asked("x"))
     client.server.submit("then", asked("y"))
     assert client.text("then") == alone(asked("y"))
-    assert client.load.models == ("gpt",)
+    client.until_load("gpt", num_waiting=2)
     assert set(client.ends) == {"now", "then"}
     may_load.set()
     assert [client.text("1"), client.text("2")] == [alone(asked("x")), alone(asked("y"))]
     assert client.num_loads == 2
-    assert client.load.models == ("gpt", "slow")
+    client.until_load("gpt", "slow")
     client.server.close()
 
 
@@ -238,8 +247,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_requests_and_is_tried_again(cli
 
 def test_preloading_is_loading_once(client: Client) -> None:
     client.server.preload("gpt")
-    while not client.load.models:
-        client.take_round()
+    client.until_load("gpt")
     client.server.submit("1", asked("x"))
     client.end("1")
     assert client.num_loads == 1

@@ -188,7 +188,7 @@ def finished(model: TextModel, *answers: Answer) -> list[str]:
 @pytest.mark.parametrize("num_steps", [0, 3, 60])
 def test_answers_resume_after_a_restart_to_the_same_text(num_steps: int) -> None:
     def begun(seed: int) -> Answer:
-        answer = model.answer_to("Hello", SamplingParams(max_tokens=100, temperature=1.0, seed=seed))
+        [answer] = model.answers_to("Hello", SamplingParams(max_tokens=100, temperature=1.0, seed=seed))
         model.begin(answer)
         return answer
 
@@ -198,7 +198,7 @@ def test_answers_resume_after_a_restart_to_the_same_text(num_steps: int) -> None
     for _ in range(num_steps):
         model.step()
     model.restart()
-    assert (model.answers, model.num_free) == ([], 8)
+    assert model.answers == []
     for answer in answers:
         model.resume(answer)
     assert finished(model, *answers) == expected
@@ -209,7 +209,7 @@ def test_a_step_that_failed_half_way_changes_no_answer(monkeypatch: pytest.Monke
     model = TextModel(make_model(257), ByteTokenizer())
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=4)
     expected = model.generate("x", max_tokens=20, temperature=1.0, seed=4)
-    answer = model.answer_to("x", params)
+    [answer] = model.answers_to("x", params)
     model.begin(answer)
     model.step()
     with monkeypatch.context() as broken:
@@ -223,16 +223,16 @@ def test_a_step_that_failed_half_way_changes_no_answer(monkeypatch: pytest.Monke
 
 def test_all_that_was_drawn_is_counted(text_model: TextModel) -> None:
     model = scripted("one two END three")
-    answer = model.answer_to([120, 121], SamplingParams(max_tokens=50, temperature=0, stop=("END",)))
+    [answer] = model.answers_to([120, 121], SamplingParams(max_tokens=50, temperature=0, stop=("END",)))
     model.begin(answer)
     assert finished(model, answer) == ["one two "]
     assert (answer.finish_reason, answer.num_prompt_tokens, answer.num_tokens) == ("stop", 2, 11)
-    assert model.num_free == 8
+    assert not model.engine.has_work
 
 
 def test_a_conversation_streams_what_chat_answers() -> None:
     model = scripted(" \n Fine,  thanks. \n\nUser: And you?")
     turns = [ChatMessage("user", "How are you?")]
-    answer = model.answer_to_chat(turns, SamplingParams(max_tokens=60, temperature=0))
+    [answer] = model.answers_to_chat(turns, SamplingParams(max_tokens=60, temperature=0))
     model.begin(answer)
     assert finished(model, answer) == ["Fine,  thanks."] == [model.chat(turns, max_tokens=60, temperature=0)]

@@ -1,0 +1,147 @@
+"""Jobs: what an InferenceServer was asked for and has not ended; knows no threads and no other jobs.
+
+A job is prepared beside the server's thread (text becomes tokens there), and then gives events until its End.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smelt.errors import SmeltError, Unavailable
+from smelt.inference.answer import Answer
+from smelt.inference.embeddings import Slice, embed_in_slices
+from smelt.inference.events import EmbedRequest, End, Event, Piece, Request, Vectors
+from smelt.inference.service import LONG_TEXT, TextModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Writing:
+    """The answers to one prompt. Where the likeliest of more are asked for, nothing is told before all are whole."""
+
+    key: str
+    request: Request
+    answers: list[Answer] = field(default_factory=list)
+    has_begun: bool = False
+
+    @property
+    def is_long(self) -> bool:
+        """Whether others should not wait for its encoding."""
+        turns = sum(len(message.content) for message in self.request.messages)
+        return turns + (len(self.request.prompt) if isinstance(self.request.prompt, str) else 0) > LONG_TEXT
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of its answers have."""
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    def prepare(self, model: TextModel) -> None:
+        """Turn the prompt into tokens, once for all answers."""
+        request = self.request
+        num_answers = max(request.num_samples, request.best_of)
+        if request.messages:
+            answers_to = partial(model.answers_to_chat, request.messages)
+        else:
+            answers_to = partial(model.answers_to, request.prompt, echo=request.echo)
+        self.answers = answers_to(request.params, num_answers, owner=request.owner, adapter=request.adapter)
+
+    def events_of(self, answer: Answer) -> list[Event]:
+        """What to tell after a step that went on with this answer."""
+        self.has_begun = True
+        if self.request.best_of <= self.request.num_samples:
+            return self._tell(answer, self.answers.index(answer))
+        if not self.has_ended:
+            return []
+        likeliest = sorted(self.answers, key=lambda answer: -answer.mean_logprob)[: self.request.num_samples]
+        return [event for index, answer in enumerate(likeliest) for event in self._tell(answer, index)]
+
+    def aborted(self, error: Exception | None = None) -> End:
+        """The end of all that has not ended."""
+        num_tokens = sum(answer.num_tokens for answer in self.answers)
+        num_prompt = self.answers[0].num_prompt_tokens if self.answers else 0
+        return End(self.key, "aborted", num_prompt, num_tokens, error)
+
+    def _tell(self, answer: Answer, index: int) -> list[Event]:
+        news = answer.news()
+        piece = Piece(self.key, news.text, news.token_ids, index, news.logprobs)
+        if answer.finish_reason is None:
+            return [piece]
+        end = End(
+            self.key,
+            answer.finish_reason,
+            answer.num_prompt_tokens,
+            answer.num_tokens,
+            index=index,
+            num_cached_tokens=self.answers[0].num_cached_tokens,
+        )
+        return [piece, end]
+
+
+@dataclass(eq=False, slots=True)
+class Embedding:
+    """Texts on their way to vectors, a slice of work at a time."""
+
+    key: str
+    request: EmbedRequest
+    num_tokens: int = 0
+    has_begun: bool = False
+    _vectors_NC: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    _slices: Iterator[Slice] = iter(())
+
+    @property
+    def is_long(self) -> bool:
+        """Whether others should not wait for its encoding."""
+        return sum(map(len, self.request.inputs)) > LONG_TEXT
+
+    def prepare(self, model: TextModel) -> None:
+        """Turn the texts into tokens."""
+        inputs = model.encode_inputs(self.request.inputs)
+        self.num_tokens = sum(map(len, inputs))
+        self._vectors_NC = np.empty((len(inputs), model.config.n_embd), "<f4")
+        self._slices = embed_in_slices(model.model, inputs)
+
+    def step(self) -> list[Event]:
+        """Do one slice; the vectors once all are there."""
+        self.has_begun = True
+        finished = next(self._slices, None)
+        if finished is None:
+            vectors = Vectors(self.key, self._vectors_NC.tobytes(), self._vectors_NC.shape[1])
+            return [vectors, End(self.key, "stop", self.num_tokens)]
+        for number, vector in finished:
+            self._vectors_NC[number] = vector.cpu().numpy()
+        return []
+
+    def aborted(self, error: Exception | None = None) -> End:
+        """Its end without vectors."""
+        return End(self.key, "aborted", self.num_tokens, error=error)
+
+
+@dataclass(eq=False, slots=True)
+class Loading:
+    """Somebody waits for a model to be ready."""
+
+    key: str
+    has_begun: bool = False
+
+    def aborted(self, error: Exception | None = None) -> End:
+        """Its end without a model."""
+        return End(self.key, "aborted", error=error)
+
+
+Job: TypeAlias = Writing | Embedding | Loading
+
+
+def explained(error: BaseException, key: str) -> Exception:
+    """What to tell of an error. Memory that is short is not a bug, and may be there again in a moment."""
+    if not isinstance(error, SmeltError):
+        log.error("request %s failed", key, exc_info=error)
+    words = ("out of memory", "allocate memory")
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        return Unavailable("there is not enough memory for this now; ask for less, or try again", retry_after_s=10)
+    return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)

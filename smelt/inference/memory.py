@@ -1,0 +1,74 @@
+"""How much memory models take and there is: predicted before anything is loaded; knows no names and no requests."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from smelt.configs import DecoderConfig
+from smelt.models.devices import free_memory
+from smelt.models.footprint import weights_bytes
+
+MIB = 2**20
+MARGIN = 0.1  # of what is free, for whatever else the machine does
+STEP_TOKENS = 512  # that one step computes at most, about
+
+Stamp = tuple[tuple[str, int, int], ...]  # names, sizes and times of files
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that could be loaded: what changes when its files do, and the memory it would take."""
+
+    stamp: Stamp = ()
+    num_bytes: int = 0
+
+
+def stamp_of(folder: Path) -> Stamp:
+    """Names, sizes and times of a folder's files, or of a file."""
+    paths = [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else [folder]
+    stats = [(path.name, path.stat()) for path in paths]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+def predicted_bytes(config: DecoderConfig, dtype: torch.dtype, cache_bytes: int, quantized: bool = False) -> int:
+    """Weights, cache, and what one step holds beside them."""
+    return weights_bytes(config, dtype.itemsize, quantized) + cache_bytes + step_bytes(config, dtype)
+
+
+def step_bytes(config: DecoderConfig, dtype: torch.dtype, num_rows: int = 32) -> int:
+    """Logits in fp32 of as many rows as are drawn at once, and the widest activations of a step's tokens."""
+    widest = 3 * config.n_inner + 4 * config.n_embd + (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    return num_rows * config.vocab_size * 4 * 2 + STEP_TOKENS * widest * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """How models come and go. `examine` raises why there is no model of a name, without loading anything.
+
+    `limit_bytes` None takes what is free on the device. A model that nobody asked for in `keep_alive_s` is unloaded.
+    """
+
+    examine: Callable[[str], Candidate] = lambda _: Candidate()
+    limit_bytes: int | None = None
+    keep_alive_s: float = 300.0
+    patience_s: float = 60.0  # that requests wait for memory which running answers hold
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Room:
+    """What models may take together. What is free on the machine is judged twice: what was free at first less what
+    the loaded ones will take (a cache fills later), and what is free now (others use the machine too)."""
+
+    def __init__(self, upkeep: Upkeep) -> None:
+        self._limit = upkeep.limit_bytes
+        self._device = upkeep.device
+        self._free_at_first = free_memory(upkeep.device)
+
+    def left(self, num_taken: int) -> int:
+        """Bytes for one more model beside those that take so many."""
+        if self._limit is not None:
+            return self._limit - num_taken
+        return int(min(self._free_at_first - num_taken, free_memory(self._device)) * (1 - MARGIN))
