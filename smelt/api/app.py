@@ -7,10 +7,11 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from smelt import __version__
-from smelt.api import docs, failures, health, login, openai, resources
+from smelt.api import completions_by_query, docs, failures, health, login, models, openai, resources, text_generation
 from smelt.api.gate import Gate
 from smelt.api.services import Services
 from smelt.api.sessions import Sessions
+from smelt.control.imports import Imports
 from smelt.control.keyring import KeyRing
 from smelt.dashboard import pages
 
@@ -24,11 +25,17 @@ def create_app(services: Services) -> ASGIApp:
 
 def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> FastAPI:
     """The routes without the gate; nobody serves these."""
+    imports = Imports(services.settings, services.ledger)
     # FastAPI's own pages load their scripts from somebody else's server.
-    app = FastAPI(title="smelt", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="smelt", version=__version__, docs_url=None, redoc_url=None, lifespan=lambda _app: imports.running()
+    )
     failures.install(app)
     for routes in (
         openai.router(services),
+        completions_by_query.router(services),
+        text_generation.router(services),
+        models.router(services, imports),
         resources.router(services),
         health.router(services),
         pages.router(),

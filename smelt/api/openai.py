@@ -1,4 +1,4 @@
-"""OpenAI's API: models, completions, chats and embeddings; computes nothing, renders no template."""
+"""OpenAI's API: completions, chats and embeddings; computes nothing, renders no template."""
 
 import time
 import uuid
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from smelt.api.openai_answers import CHAT, TEXT, Head, ModelCard, ModelList, Shapes
+from smelt.api.openai_answers import CHAT, TEXT, Head, Shapes
 from smelt.api.openai_chat_types import ChatBody
 from smelt.api.openai_desk import Call, Desk, DirectRoute
 from smelt.api.openai_embeddings import add_embeddings
@@ -36,20 +36,7 @@ def router(services: Services) -> APIRouter:
     _add_writing(routes, "/completions", TEXT, CompletionBody, Desk(completions, partial(_text_call, catalogue)))
     _add_writing(routes, "/chat/completions", CHAT, ChatBody, Desk(completions, partial(_chat_call, catalogue)))
     add_embeddings(routes, catalogue, services.model_server)
-    _add_models(routes, catalogue)
     return routes
-
-
-def _add_models(routes: APIRouter, catalogue: Catalogue) -> None:
-    @routes.get("/models")
-    async def list_models() -> ModelList:
-        """The models that may be asked."""
-        return ModelList([_card(served) for served in await catalogue.all()])
-
-    @routes.get("/models/{model}")
-    async def show_model(model: str) -> ModelCard:
-        """One of them."""
-        return _card(await catalogue.find(model))
 
 
 def _add_writing(routes: APIRouter, path: str, shapes: Shapes, body_class: type[SamplingBody], desk: Desk) -> None:
@@ -135,7 +122,3 @@ def _head(shapes: Shapes, served: Served, body: SamplingBody) -> Head:
     answer_id = shapes.prefix + uuid.uuid4().hex
     has_logprobs = body.num_logprobs is not None
     return Head(shapes, answer_id, int(time.time()), served.name, body.num_samples, has_logprobs)
-
-
-def _card(served: Served) -> ModelCard:
-    return ModelCard(served.name, served.created)

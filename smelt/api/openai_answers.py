@@ -145,24 +145,6 @@ class PromisedChat(ChatCompletion):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
-    """A model that may be asked."""
-
-    id: str
-    created: int
-    object: Literal["model"] = "model"
-    owned_by: str = "smelt"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelList:
-    """All of them."""
-
-    data: list[ModelCard]
-    object: Literal["list"] = "list"
-
-
-@dataclass(frozen=True, slots=True)
 class Shapes:
     """How one of the two APIs says things. The functions make a choice, or that of a chunk."""
 

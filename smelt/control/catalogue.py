@@ -94,8 +94,12 @@ class Catalogue:
         """Make a model the default one for as long as this server lives, through restarts of its processes too."""
         served = await self.find(name)
         await asyncio.to_thread(write_whole, self._models_folder / CHOICE_FILE, json.dumps(served.name))
-        await asyncio.to_thread(self._read, 0.0)
+        await self.refresh()
         return served
+
+    async def refresh(self) -> None:
+        """See at once what this process has changed."""
+        await asyncio.to_thread(self._read, 0.0)
 
     @property
     def _age(self) -> float:

@@ -66,7 +66,7 @@ def hear(chunks: openai.Stream[Any], heard: list[str]) -> None:
 
 
 def test_the_client_lists_completes_and_chats(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "default", "gpt"]
     assert client.models.retrieve("tiny").owned_by == "smelt"
     text = client.completions.create(model="tiny", prompt="Hello", max_tokens=2, seed=1, stop=["\n"])
     assert (text.choices[0].text, text.choices[0].finish_reason) == ("<Hello> two", "length")

@@ -1,0 +1,199 @@
+"""Models over HTTP: what is listed, loaded, removed, named and imported, by whom, and with which errors."""
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from families import random_state
+from gated import client_of, make_key, services_in
+from smelt.api.app import create_app, create_routes
+from smelt.api.services import Services
+from smelt.api.sessions import Sessions
+from smelt.configs import DecoderConfig
+from smelt.control import keyring
+from smelt.control.keyring import KeyRing
+from smelt.control.model_server import WorkerInfo
+from smelt.control.models import import_model, set_alias
+from smelt.data.characters import ByteTokenizer
+from smelt.errors import Unavailable
+from smelt.models.aliases import read_aliases
+from smelt.models.weights import write_model
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
+
+
+class Holding:
+    """A model server whose one worker holds what it is told to; without it nobody is there."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.is_there = True
+
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        return [WorkerInfo("here:1", 1, "cpu", tuple(self.held), 0, 0)] if self.is_there else []
+
+    async def load_model(self, model: str) -> None:
+        if not self.is_there:
+            raise Unavailable("no worker is connected")
+        self.held.append(model)
+
+    async def unload_model(self, model: str) -> int:
+        if not self.is_there:
+            raise Unavailable("no worker is connected")
+        num = self.held.count(model)
+        self.held = [held for held in self.held if held != model]
+        return num
+
+
+@pytest.fixture
+def holding() -> Holding:
+    return Holding()
+
+
+@pytest.fixture
+def services(tmp_path: Path, holding: Holding) -> Iterator[Services]:
+    """A server with the models `one` and `two`."""
+    source = tmp_path / "source"
+    write_model(CONFIG, random_state(CONFIG), source)
+    ByteTokenizer().save(source)
+    for name in ("one", "two"):
+        import_model(source, name, tmp_path / "home" / "models", origin="x")
+    with services_in(tmp_path / "home") as services:
+        yield replace(services, model_server=holding)
+
+
+@pytest.fixture
+async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(create_app(services)) as client:
+        yield client
+
+
+async def test_models_and_aliases_are_listed_and_shown(
+    services: Services, holding: Holding, client: httpx.AsyncClient
+) -> None:
+    set_alias("short", "one", services.settings.models)
+    set_alias("default", "two", services.settings.models)
+    holding.held = ["one"]
+    listed = (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    cards = {card["id"]: card for card in listed["data"]}
+    assert list(cards) == ["one", "two", "default", "gpt", "short"]
+    assert {name: card["alias_of"] for name, card in cards.items()} == {
+        "one": None, "two": None, "default": "two", "gpt": "two", "short": "one"
+    }  # fmt: skip
+    one = cards["one"]
+    assert (one["object"], one["owned_by"], one["loaded_by"]) == ("model", "smelt", ["here:1"])
+    assert (one["architecture"], one["context"], one["num_parameters"]) == ("gpt2", 16, CONFIG.num_parameters)
+    assert one["num_bytes"] > 4 * CONFIG.num_parameters
+    assert cards["two"]["loaded_by"] == []
+    for name, card in cards.items():
+        assert (await client.get(f"/v1/models/{name}")).json() == card
+
+
+async def test_an_unknown_model_is_not_found_in_openais_shape_with_what_is_near(client: httpx.AsyncClient) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/load"), ("POST", "/unload")):
+        answer = await client.request(method, f"/v1/models/onn{path}")
+        assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert "did you mean one?" in error["message"]
+
+
+async def test_a_model_is_loaded_and_unloaded(holding: Holding, client: httpx.AsyncClient, services: Services) -> None:
+    set_alias("short", "one", services.settings.models)
+    assert (await client.post("/v1/models/short/load")).json()["loaded_by"] == ["here:1"]
+    assert holding.held == ["one"]
+    assert (await client.post("/v1/models/one/unload")).json()["loaded_by"] == []
+    holding.is_there = False
+    for verb in ("load", "unload"):
+        answer = await client.post(f"/v1/models/one/{verb}")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+
+
+async def test_a_model_is_removed_from_the_disk_and_from_memory(
+    services: Services, holding: Holding, client: httpx.AsyncClient
+) -> None:
+    holding.held = ["one", "two"]
+    assert (await client.delete("/v1/models/one")).json() == {"id": "one", "object": "model", "deleted": True}
+    assert holding.held == ["two"]
+    assert not (services.settings.models / "one").exists()
+    assert (await client.get("/v1/models/one")).status_code == 404
+    holding.is_there = False
+    assert (await client.delete("/v1/models/two")).status_code == 200
+
+
+async def test_a_model_with_aliases_is_removed_only_with_them(services: Services, client: httpx.AsyncClient) -> None:
+    set_alias("short", "one", services.settings.models)
+    refused = await client.delete("/v1/models/one")
+    assert (refused.status_code, "short" in refused.json()["error"]["message"]) == (400, True)
+    assert "another name of one" in (await client.delete("/v1/models/short")).json()["error"]["message"]
+    assert (await client.delete("/v1/models/one?force=true")).status_code == 200
+    assert read_aliases(services.settings.models) == {}
+
+
+async def test_an_alias_is_made_moved_and_removed(services: Services, client: httpx.AsyncClient) -> None:
+    made = await client.put("/v1/aliases/short", json={"target": "one"})
+    assert (made.status_code, made.json()) == (200, {"alias": "short", "target": "one"})
+    assert (await client.get("/v1/models/short")).json()["alias_of"] == "one"
+    await client.put("/v1/aliases/short", json={"target": "two"})
+    assert (await client.get("/v1/models/short")).json()["alias_of"] == "two"  # at once
+    assert (await client.get("/v1/aliases")).json() == {"data": [{"alias": "short", "target": "two"}]}
+    assert (await client.delete("/v1/aliases/short")).status_code == 204
+    assert (await client.get("/v1/models/short")).status_code == 404
+    for path, target, code in (("one", "two", 409), ("gpt", "one", 400), ("new", "nothing", 404), ("..x", "one", 400)):
+        answer = await client.put(f"/v1/aliases/{path}", json={"target": target})
+        assert (answer.status_code, list(answer.json())) == (code, ["detail"])
+    assert (await client.delete("/v1/aliases/short")).status_code == 404
+    assert (await client.put("/v1/aliases/short", json={})).status_code == 422
+
+
+async def test_an_import_is_accepted_followed_and_done(services: Services) -> None:
+    app = create_routes(services, KeyRing(services.database), Sessions(services.settings.home))
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+    ):
+        answer = await client.post("/v1/imports", json={"source": "models/one", "name": "three"})
+        assert answer.status_code == 202
+        job = answer.json()
+        done = (await client.get(f"/v1/imports/{job['id']}?wait=10")).json()
+        assert done["status"] == "completed"
+        assert (await client.get("/v1/models/three")).json()["context"] == 16
+        assert [each["id"] for each in (await client.get("/v1/imports")).json()["data"]] == [job["id"]]
+        assert (await client.delete(f"/v1/imports/{job['id']}")).json()["status"] == "completed"
+
+
+async def test_an_import_from_elsewhere_is_refused(client: httpx.AsyncClient) -> None:
+    for source in ("/etc", "../x", "https://example.org/model"):
+        answer = await client.post("/v1/imports", json={"source": source, "name": "three"})
+        assert (answer.status_code, "hf:ORG/NAME" in answer.json()["detail"]) == (400, True)
+    taken = await client.post("/v1/imports", json={"source": "models/one", "name": "two"})
+    assert (taken.status_code, (await client.get("/v1/imports/nothing")).status_code) == (409, 404)
+
+
+async def test_only_an_administrator_changes_something(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "MAX_AGE_S", 0.0)
+    changes = (
+        ("DELETE", "/v1/models/one", None),
+        ("POST", "/v1/models/one/load", None),
+        ("POST", "/v1/models/one/unload", None),
+        ("PUT", "/v1/aliases/short", {"target": "one"}),
+        ("DELETE", "/v1/aliases/short", None),
+        ("POST", "/v1/imports", {"source": "models/one", "name": "three"}),
+        ("POST", "/api/model/load", {"model_type": "one"}),
+    )
+    async with client_of(create_app(services), make_key(services, scopes=["inference", "training"])) as client:
+        for path in ("/v1/models", "/v1/models/one", "/v1/aliases", "/api/model/info"):
+            assert (await client.get(path)).status_code == 200
+        for method, path, body in changes:
+            assert (await client.request(method, path, json=body)).status_code == 403, path
+    async with client_of(create_app(services), make_key(services, "root", scopes=["admin"])) as client:
+        for method, path, body in changes[1:5]:
+            assert (await client.request(method, path, json=body)).status_code < 300, path
