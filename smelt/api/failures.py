@@ -64,6 +64,8 @@ OPENAI_NAMES: dict[int, tuple[str, str | None]] = {
 
 # What OpenAI has a `code` of its own for, whatever its status.
 OPENAI_CODES: dict[type[BaseException], str] = {
+    errors.Banned: "banned",
+    errors.BannedPrompt: "banned_prompt",
     errors.Overloaded: "overloaded",
     errors.SeqReused: "idempotency_key_reused",
     errors.UnknownModel: "model_not_found",
@@ -116,10 +118,16 @@ def success_error(error: BaseException, request_id: str = "") -> dict[str, Any]:
     return {"success": False, "error": message_of(error, request_id)}
 
 
+def status_code_error(error: BaseException, request_id: str = "") -> dict[str, Any]:
+    """An error of ours in the shape of /completions."""
+    return {"Status Code": status_of(error), "Error": message_of(error, request_id)}
+
+
 BODIES: dict[Shape, Callable[[BaseException, str], dict[str, Any]]] = {
     "openai": openai_error,
     "detail": detail_error,
     "success": success_error,
+    "status_code": status_code_error,
 }
 
 
@@ -163,6 +171,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         "openai": openai_body(error.status_code, str(error.detail)),
         "detail": {"detail": error.detail},
         "success": {"success": False, "error": str(error.detail)},
+        "status_code": {"Status Code": error.status_code, "Error": str(error.detail)},
     }
     return _json_response(error.status_code, bodies[shape_of(request.url.path)], error.headers)
 

@@ -10,7 +10,7 @@ from smelt.control.keys import SCOPES
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
-Shape = Literal["openai", "detail", "success"]
+Shape = Literal["openai", "detail", "success", "status_code"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Family:
 
 ANY = frozenset(SCOPES)
 ADMIN = frozenset({"admin"})
-OPENAI = Family(frozenset({"inference"}), "openai")
+INFERENCE = frozenset({"inference"})
+OPENAI = Family(INFERENCE, "openai")
 PAGE = Family(ANY, page=True)
 PUBLIC = Family(public=True)
 
@@ -57,6 +58,8 @@ FAMILIES: dict[str, Family] = {
     "/v1/completions": OPENAI,
     "/v1/chat/completions": OPENAI,
     "/v1/embeddings": OPENAI,
+    "/completions": Family(INFERENCE, "status_code"),
+    "/api/generate": Family(INFERENCE, "success"),
     "/v1/runs": Family(frozenset({"training"})),
     "/v1/workers": Family(ANY),
 }

@@ -64,12 +64,16 @@ class Desk:
             if call.body.stream:
                 words = partial(error_event, request_id=_request_id(request))
                 return EventStream(events(call, self._pieces(call)), words)
-            completions = await self._whole(call, request)
+            completions = await self._written(call, request)
         except ClientLeft:
             return NoAnswer()
         return json_response(whole(call.head, completions))
 
-    async def _whole(self, call: Call, request: Request) -> list[Completion]:
+    async def write(self, request: Request) -> list[Completion]:
+        """The answers, for whoever has shapes of his own. ClientLeft."""
+        return await self._written(await self._understand(request), request)
+
+    async def _written(self, call: Call, request: Request) -> list[Completion]:
         pieces = self._pieces(call)
         async with aclosing(pieces), Presence(request.receive):
             return await gathered(pieces, call.num_choices)

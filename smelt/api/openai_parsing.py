@@ -6,6 +6,7 @@ What we do not support is refused unless its value asks for what happens anyway.
 from functools import cache
 from typing import Any, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smelt.errors import InvalidInput
@@ -33,6 +34,17 @@ def parse(body_class: type[B], raw: bytes, alternatives: dict[str, str]) -> B:
         return body_class.model_validate_json(raw)
     except ValidationError as report:
         raise _explained(report, alternatives) from None
+
+
+def object_of(raw: bytes) -> dict[str, Any]:
+    """A JSON object as it came, without what is null. InvalidInput where it is none."""
+    try:
+        given = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidInput(f"the body is not JSON that we can read: {error}") from None
+    if not isinstance(given, dict):
+        raise InvalidInput("the body must be a JSON object")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_neutral(given: dict[str, Any] | None, neutral: Neutral, place: str = "") -> None:

@@ -157,11 +157,16 @@ async def _in_time() -> AsyncIterator[None]:
 
 async def json_body(request: Request, max_bytes: int) -> bytes:
     """The whole body of a request. UnsupportedEncoding where it is no JSON, TooLarge, ClientLeft."""
+    check_json(request)
+    return await whole_body(request.receive, max_bytes)
+
+
+def check_json(request: Request) -> None:
+    """UnsupportedEncoding where a body is not said to be JSON."""
     content_type = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
     if content_type.partition(b";")[0].strip().lower() != b"application/json":
         # A page of another site can send any other type without being asked who it is.
         raise UnsupportedEncoding("send the body with the header `Content-Type: application/json`")
-    return await whole_body(request.receive, max_bytes)
 
 
 async def whole_body(receive: Receive, max_bytes: int) -> bytes:
