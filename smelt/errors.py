@@ -10,6 +10,7 @@ SmeltError
 │   ├── UnsafeFile        a file that could run code when loaded
 │   ├── SeqReused         another request has that place in its lane
 │   ├── SeqAbandoned      the lane waited for that place, and has gone on without it
+│   ├── BannedPrompt      a prompt that a rule of the operator forbids
 │   ├── TooLarge          a body, or what it asks for, is beyond a limit
 │   ├── SlowBody          the rest of a body did not come in time
 │   └── UnsupportedEncoding  a body is packed in a way that we do not unpack
@@ -18,6 +19,7 @@ SmeltError
 ├── AlreadyExists         a name that is taken
 ├── Unauthorized          no API key, or one that is unknown or revoked
 ├── Forbidden             a key that may not do this, or an origin that may not ask
+│   ├── Banned            whoever asks has broken such rules too often
 │   └── WrongHost         the request calls this server by a name that is not its own
 ├── Unavailable           not now: the message says when to try again
 │   ├── RateLimited       this caller has had its share for the moment
@@ -79,6 +81,10 @@ class SeqAbandoned(InvalidInput):
     """A seq came so late that its lane has gone on without it."""
 
 
+class BannedPrompt(InvalidInput):
+    """A prompt holds what a rule of this server's operator forbids; whoever asked has got a strike."""
+
+
 class TooLarge(InvalidInput):
     """A body, or something that a request asks for, is beyond a limit; the message names the limit."""
 
@@ -111,6 +117,10 @@ class Unauthorized(SmeltError):
 
 class Forbidden(SmeltError):
     """The key's scopes do not cover this, or the Origin may not ask."""
+
+
+class Banned(Forbidden):
+    """A key, or somebody who uses it, is banned; the message says why, and whom to ask."""
 
 
 class WrongHost(Forbidden):

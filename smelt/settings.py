@@ -46,9 +46,12 @@ class Settings(BaseSettings):
     worker_key: Path | None = Field(None, description="file of the key they must know (HOME/worker.key)")
     tls_certificate: Path | None = Field(None, description="PEM file: what the server shows them, and they trust")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key")
+    ban_rules: Path | None = Field(None, description="YAML file of rules for prompts and answers (none)")
+    ban_strikes: int = Field(10, ge=1, description="broken rules after which a key, or one of its users, is banned")
+    ban_key_strikes: int = Field(100, ge=1, description="broken rules of all its users after which a key is banned")
     fault: str | None = Field(None, description="for tests: POINT:NTH, where the API's process shall die")
 
-    @field_validator("home", "worker_key", "tls_certificate", "tls_key")
+    @field_validator("home", "ban_rules", "worker_key", "tls_certificate", "tls_key")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return value.expanduser().absolute() if value else None

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # every command imports this file, and few need NumPy
 
 LOCAL_OWNER = "local"  # who owns what was asked for on this machine without a key
 
-FinishReason = Literal["stop", "length", "aborted"]
+FinishReason = Literal["stop", "length", "aborted", "content_filter"]
 
 
 @dataclass(frozen=True, slots=True)

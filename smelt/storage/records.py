@@ -87,6 +87,24 @@ class Key(Record):
     max_concurrent: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Strike(Record):
+    """A rule that was broken with a key ("local": without one), for a user that the key named ("": for none)."""
+
+    key_id: str
+    user: str
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ban(Record):
+    """A key ("local": whoever has none), or one of its users, that may ask for nothing."""
+
+    key_id: str
+    user: str  # "": the key, for whomever
+    reason: str
+
+
 TABLES: dict[type[Record], Table] = {
     Model: tables.models,
     Adapter: tables.adapters,
@@ -94,6 +112,8 @@ TABLES: dict[type[Record], Table] = {
     Checkpoint: tables.checkpoints,
     Dataset: tables.datasets,
     Key: tables.keys,
+    Strike: tables.strikes,
+    Ban: tables.bans,
 }
 
 R = TypeVar("R", bound=Record)
@@ -142,8 +162,14 @@ def delete(connection: Connection, kind: type[Record], owner: str, record_id: st
 
 def all_keys(connection: Connection) -> list[Key]:
     """Every key, whoever owns it, oldest first: the one question whose answer is the owner."""
-    query = select(tables.keys).order_by(tables.keys.c.created, tables.keys.c.id)
-    return [_record(Key, row) for row in connection.execute(query).mappings()]
+    return of_all_owners(connection, Key)
+
+
+def of_all_owners(connection: Connection, kind: type[R], **equal: Any) -> list[R]:
+    """Whoever owns them, oldest first: for what the operator alone asks."""
+    table = TABLES[kind]
+    query = select(table).filter_by(**equal).order_by(table.c.created, table.c.id)
+    return [_record(kind, row) for row in connection.execute(query).mappings()]
 
 
 def _record(kind: type[R], row: RowMapping) -> R:

@@ -150,6 +150,32 @@ datasets = Table(
     UniqueConstraint("owner", "name"),
 )
 
+# A rule that was broken, by a key or ("local") by whoever needs none, and by the user that the key named ("": none).
+strikes = Table(
+    "strikes",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("user", Text, nullable=False),
+    Column("rule", Text, nullable=False),
+    Index("ix_strikes_key_id", "key_id"),
+)
+
+# A key, or one of its users, that may ask for nothing any more.
+bans = Table(
+    "bans",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("user", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    UniqueConstraint("key_id", "user"),
+)
+
 keys = Table(
     "keys",
     metadata,

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Engine
 
 from smelt.errors import AlreadyExists, NotFound, StorageError
 from smelt.storage import records
-from smelt.storage.records import Adapter, Checkpoint, Dataset, Key, Model, Record, Run
+from smelt.storage.records import Adapter, Ban, Checkpoint, Dataset, Key, Model, Record, Run, Strike
 from smelt.storage.writer import Writer
 
 MODEL = Model(owner="ann", id="m", created=1.0, name="gpt", path="models/gpt")
@@ -19,6 +19,8 @@ EXAMPLES: list[Record] = [
     Checkpoint(owner="ann", run_id="r", step=10, path="runs/r/10"),
     Dataset(owner="ann", name="text", path="datasets/text"),
     Key(owner="ann", name="laptop", digest="abc", scopes=["read", "train"]),
+    Strike(owner="ann", key_id="k", user="eve", rule="spam"),
+    Ban(owner="ann", key_id="k", user="eve", reason="spam"),
 ]
 
 
