@@ -35,8 +35,6 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         openai.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
-        completions_by_query.router(services),
-        text_generation.router(services),
         models.router(services, imports),
         resources.router(services),
         health.router(services),
