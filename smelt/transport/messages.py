@@ -7,6 +7,7 @@ them and what they answer:
     live requests           Generate, Cancel ->  <- TextChunk ..., Finish for each answer
                             Embed, Cancel ->     <- Embedded, Finish
                             LoadModel, UnloadModel -> <- Finish
+    training sessions       LogPart ->           <- LogWanted, SnapshotTaken
     what is going on        Ping ->              <- Pong, WorkerStatus
 
 A body travels in its frame, whatever its size: both ends hold it in memory anyway, and a file would tie workers to
@@ -21,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from smelt.transport.operations import LogEntry
 from smelt.types import ChatMessage, FinishReason, SamplingParams, TokenLogprob, ToolCall
 
 
@@ -155,6 +157,29 @@ class Cancel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     request_id: str
 
 
+class LogWanted(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A worker was granted an operation of a lane that it does not hold: what came before, after seq `after`?"""
+
+    lane: str
+    after: int
+    before: int
+
+
+class LogPart(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Operations of a lane in order; another part follows unless this `is_last`."""
+
+    lane: str
+    entries: tuple[LogEntry, ...]
+    is_last: bool
+
+
+class SnapshotTaken(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A session's state after that seq is on the disk: the log behind the snapshot before it may be forgotten."""
+
+    lane: str
+    seq: int
+
+
 class Ping(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Asks for a Pong: a process that hangs, or a machine without power, sends no end of file."""
 
@@ -187,6 +212,9 @@ Message = (
     | Embedded
     | LoadModel
     | UnloadModel
+    | LogWanted
+    | LogPart
+    | SnapshotTaken
     | Cancel
     | Ping
     | Pong

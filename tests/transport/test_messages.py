@@ -18,14 +18,18 @@ from smelt.transport.messages import (
     Generate,
     Grant,
     LoadModel,
+    LogPart,
+    LogWanted,
     Message,
     Ping,
     Pong,
     Result,
+    SnapshotTaken,
     TextChunk,
     UnloadModel,
     WorkerStatus,
 )
+from smelt.transport.operations import LogEntry
 from smelt.types import ChatMessage, Grammar, SamplingParams, TokenLogprob, ToolCall
 
 PARAMS = SamplingParams(
@@ -50,6 +54,9 @@ EXAMPLES = [
     Embedded("r5", b"\x00\x00\x80\x3f", 1),
     LoadModel("r6", "gpt"),
     UnloadModel("r7", "gpt"),
+    LogWanted("s:train:0", 4, 9),
+    LogPart("s:train:0", (LogEntry(5, "optim_step", b"x"), LogEntry(6, "forward_backward", b"", failed=True)), True),
+    SnapshotTaken("s:train:0", 8),
     Cancel("r1"),
     Ping(12.5),
     Pong(12.5),
