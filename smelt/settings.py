@@ -17,7 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from smelt.configs import Dtype, explained, read_config_file
+from smelt.configs import Dtype, Quantize, explained, read_config_file
 from smelt.errors import ConfigError
 
 CONFIG_FILE = "smelt.yaml"
@@ -34,7 +34,12 @@ class Settings(BaseSettings):
     home: Path = Field(Path("~/.smelt"), description="folder of datasets, models and runs")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = Field("auto", description="auto picks the fastest that is safe on the device")
+    quantize: Quantize = Field("none", description="int8 rounds the weights of models that are served")
     threads: int | None = Field(None, ge=1, description="CPU threads (all the machine's cores)")
+    model_memory_mb: int | None = Field(None, ge=1, description="MiB for all models of a worker (what is free)")
+    kv_cache_mb: int | None = Field(None, ge=1, description="MiB for the cache of each model (a quarter of the free)")
+    max_running: int = Field(64, ge=1, description="answers that a model writes at once")
+    keep_alive_s: float = Field(300.0, ge=0, description="seconds after which a model that nobody asks is unloaded")
 
     host: str = Field("127.0.0.1", description="address to serve on; any but this machine's own needs an API key")
     port: int = Field(8000, ge=0, le=65535, description="port to serve on; 0 picks a free one")
@@ -83,6 +88,11 @@ class Settings(BaseSettings):
     def runs(self) -> Path:
         """Folder with one folder per run that was not given a place of its own."""
         return self.home / "runs"
+
+    @property
+    def kernels(self) -> Path:
+        """Folder of what was compiled for this machine's processor."""
+        return self.home / "kernels"
 
     @property
     def database_url(self) -> str:
