@@ -7,7 +7,18 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from smelt import __version__
-from smelt.api import completions_by_query, docs, failures, health, login, models, openai, resources, text_generation
+from smelt.api import (
+    completions_by_query,
+    docs,
+    failures,
+    health,
+    loaded_model,
+    login,
+    models,
+    openai,
+    resources,
+    text_generation,
+)
 from smelt.api.gate import Gate
 from smelt.api.services import Services
 from smelt.api.sessions import Sessions
@@ -36,6 +47,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         completions_by_query.router(services),
         text_generation.router(services),
         models.router(services, imports),
+        loaded_model.router(services, imports),
         resources.router(services),
         health.router(services),
         pages.router(),

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -20,8 +20,8 @@ import msgspec
 from smelt.control.completions import STATUSES, Status
 from smelt.control.models import check_free, import_model, job_of, kept_files
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, OutOfSpace, SmeltError, StaleEpoch, StorageError
-from smelt.models.hub import REPOSITORY
-from smelt.models.registry import model_in, resolve
+from smelt.models.hub import REPOSITORY, hub_folder
+from smelt.models.registry import HUB_NAMES, model_in
 from smelt.settings import Settings
 from smelt.storage.futures import Future, Granted, Ledger
 from smelt.storage.transitions import Submission
@@ -64,6 +64,7 @@ class ImportJob:
     status: Status
     progress: Progress
     error: str | None = None
+    error_type: str | None = None  # the name of a class of smelt.errors
 
 
 class _GivenUpError(SmeltError):
@@ -80,15 +81,17 @@ class Imports:
         self._given_up: set[str] = set()
 
     async def create(self, source: str, name: str) -> ImportJob:
-        """Accept an import: when this returns it will be done, whatever dies.
+        """Accept an import: when this returns it will be done, whatever dies. One that is under way is the same one.
 
-        Raises InvalidInput, NotFound and UnsafeFile for a source that cannot be meant, AlreadyExists where the name is
-        taken, or is being given.
+        Raises InvalidInput and NotFound for a source that cannot be meant, AlreadyExists where the name is taken, or is
+        being given to another source.
         """
         await asyncio.to_thread(self._check, source, name)
         for job in await self.all():
             if job.name == name and job.status in ("queued", "in_progress"):
-                raise AlreadyExists(f"{name!r} is being imported already: {job.id}")
+                if job.source == source:
+                    return job
+                raise AlreadyExists(f"{name!r} is being imported from {job.source} already: {job.id}")
         body = msgspec.msgpack.encode(ImportRequest(source, name))
         submission = Submission(LOCAL_OWNER, KIND, hashlib.sha256(body).hexdigest(), body)
         return await self.read(await self._ledger.accept(submission))
@@ -177,7 +180,7 @@ class Imports:
             return None
         try:
             progress = partial(self._note, job_id)
-            folder = _folder_in(self._settings.home, source) or resolve(source, models, progress)
+            folder = _folder_in(self._settings.home, source) or hub_folder(*_repositories(source), progress=progress)
             import_model(folder, name, models, source, progress, job_id)
         except AlreadyExists as error:
             return None if job_of(name, models) == job_id else failure_of(error)
@@ -199,23 +202,23 @@ class Imports:
 
     def _job(self, future: Future) -> ImportJob:
         request = msgspec.msgpack.decode(future.request or b"", type=ImportRequest)
-        error = None
-        if future.state == "failed":
-            error = msgspec.msgpack.decode(future.result, type=Failure).message if future.result else "it failed"
         progress = self._progress.get(future.id, Progress())
-        return ImportJob(
-            future.id, future.created, request.source, request.name, STATUSES[future.state], progress, error
-        )
+        job = ImportJob(future.id, future.created, request.source, request.name, STATUSES[future.state], progress)
+        if future.state != "failed":
+            return job
+        failure = msgspec.msgpack.decode(future.result or b"", type=Failure)
+        return replace(job, error=failure.message, error_type=failure.error)
 
 
 def _folder_in(home: Path, source: str) -> Path | None:
     """The model folder that a source means below the home folder; None where it means a model of the hub.
 
-    InvalidInput for anything else, NotFound where there is none, UnsafeFile for a checkpoint that has to be converted.
+    InvalidInput for anything else, and for a checkpoint that has to be converted; NotFound where there is none.
     """
-    if source.startswith(HUB):
-        if not REPOSITORY.fullmatch(source.removeprefix(HUB)):
-            raise InvalidInput(f"{source!r} is not a model of the hub; write hf:ORG/NAME", param="source")
+    if source in HUB_NAMES or source.startswith(HUB):
+        for repository in _repositories(source):
+            if not REPOSITORY.fullmatch(repository):
+                raise InvalidInput(f"{source!r} is not a model of the hub; write hf:ORG/NAME", param="source")
         return None
     path = PurePosixPath(source)
     if not source.isprintable() or "://" in source or path.is_absolute() or {"..", "~"} & {*path.parts, source[:1]}:
@@ -244,6 +247,11 @@ def _folder_in(home: Path, source: str) -> Path | None:
     if not all(file.resolve().is_relative_to(real_home) for file in (folder, *files)):
         raise nothing
     return folder
+
+
+def _repositories(source: str) -> tuple[str, ...]:
+    """What the hub may call it."""
+    return HUB_NAMES.get(source, (source.removeprefix(HUB),))
 
 
 def _settle(ended: "asyncio.Future[Failure | None]", failure: Failure | None) -> None:

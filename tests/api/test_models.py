@@ -1,71 +1,39 @@
 """Models over HTTP: what is listed, loaded, removed, named and imported, by whom, and with which errors."""
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
-from families import random_state
-from gated import client_of, make_key, services_in
+from gated import client_of, make_key
+from holding import CONFIG, Holding, holding_server
 from smelt.api.app import create_app, create_routes
+from smelt.api.gate import Gate
 from smelt.api.services import Services
 from smelt.api.sessions import Sessions
-from smelt.configs import DecoderConfig
 from smelt.control import keyring
 from smelt.control.keyring import KeyRing
-from smelt.control.model_server import WorkerInfo
-from smelt.control.models import import_model, set_alias
-from smelt.data.characters import ByteTokenizer
-from smelt.errors import Unavailable
+from smelt.control.models import set_alias
 from smelt.models.aliases import read_aliases
-from smelt.models.weights import write_model
 
 pytestmark = pytest.mark.anyio
 
-CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
 
-
-class Holding:
-    """A model server whose one worker holds what it is told to; without it nobody is there."""
-
-    def __init__(self) -> None:
-        self.held: list[str] = []
-        self.is_there = True
-
-    @property
-    def workers(self) -> list[WorkerInfo]:
-        return [WorkerInfo("here:1", 1, "cpu", tuple(self.held), 0, 0)] if self.is_there else []
-
-    async def load_model(self, model: str) -> None:
-        if not self.is_there:
-            raise Unavailable("no worker is connected")
-        self.held.append(model)
-
-    async def unload_model(self, model: str) -> int:
-        if not self.is_there:
-            raise Unavailable("no worker is connected")
-        num = self.held.count(model)
-        self.held = [held for held in self.held if held != model]
-        return num
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Services, Holding]]:
+    with holding_server(tmp_path / "home") as server:
+        yield server
 
 
 @pytest.fixture
-def holding() -> Holding:
-    return Holding()
+def services(server: tuple[Services, Holding]) -> Services:
+    return server[0]
 
 
 @pytest.fixture
-def services(tmp_path: Path, holding: Holding) -> Iterator[Services]:
-    """A server with the models `one` and `two`."""
-    source = tmp_path / "source"
-    write_model(CONFIG, random_state(CONFIG), source)
-    ByteTokenizer().save(source)
-    for name in ("one", "two"):
-        import_model(source, name, tmp_path / "home" / "models", origin="x")
-    with services_in(tmp_path / "home") as services:
-        yield replace(services, model_server=holding)
+def holding(server: tuple[Services, Holding]) -> Holding:
+    return server[1]
 
 
 @pytest.fixture
@@ -154,12 +122,10 @@ async def test_an_alias_is_made_moved_and_removed(services: Services, client: ht
 
 
 async def test_an_import_is_accepted_followed_and_done(services: Services) -> None:
-    app = create_routes(services, KeyRing(services.database), Sessions(services.settings.home))
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
-    ):
+    ring, sessions = KeyRing(services.database), Sessions(services.settings.home)
+    app = create_routes(services, ring, sessions)
+    gate = Gate(app, services.settings, ring, sessions)
+    async with app.router.lifespan_context(app), client_of(gate) as client:
         answer = await client.post("/v1/imports", json={"source": "models/one", "name": "three"})
         assert answer.status_code == 202
         job = answer.json()

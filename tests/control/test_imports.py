@@ -86,15 +86,16 @@ async def test_a_model_of_the_hub_is_imported(
 ) -> None:
     asked: list[str] = []
 
-    def resolve(source: str, _models: Path, _progress: object) -> Path:
-        asked.append(source)
+    def hub_folder(*repositories: str, progress: object) -> Path:
+        asked.extend(repositories)
         return run / "best"
 
-    monkeypatch.setattr(module, "resolve", resolve)
+    monkeypatch.setattr(module, "hub_folder", hub_folder)
     imports = Imports(settings, ledger)
     async with imports.running():
         assert (await ended(imports, await imports.create("hf:org/name", "theirs"))).status == "completed"
-    assert asked == ["hf:org/name"]
+        assert (await ended(imports, await imports.create("gpt2", "gpt2"))).status == "completed"
+    assert asked == ["org/name", "openai-community/gpt2", "gpt2"]
     assert show_model("theirs", settings.models).origin == "hf:org/name"
 
 
@@ -137,6 +138,7 @@ async def test_what_fails_says_why(settings: Settings, ledger: Ledger, run: Path
     assert job.status == "failed"
     assert job.error is not None
     assert "not a readable safetensors file" in job.error
+    assert job.error_type == "UnsupportedModel"
 
 
 async def test_a_name_that_is_taken_or_being_given_is_refused(
@@ -152,8 +154,9 @@ async def test_a_name_that_is_taken_or_being_given_is_refused(
         await imports.create("runs/run-1", "../up")
     async with imports.running():
         job = await imports.create("runs/run-1", "two")
+        assert (await imports.create("runs/run-1", "two")).id == job.id  # asked again: the same
         with pytest.raises(AlreadyExists, match=job.id):
-            await imports.create("runs/run-1", "two")
+            await imports.create("runs/run-1/best", "two")
         blocked.go.set()
         await ended(imports, job)
 
