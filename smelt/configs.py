@@ -20,6 +20,7 @@ RUN_LOG = "log.txt"
 
 Architecture = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8"]
 
 
 class Config(BaseModel):
