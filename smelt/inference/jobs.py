@@ -28,6 +28,7 @@ class Writing:
     key: str
     request: Request
     answers: list[Answer] = field(default_factory=list)
+    num_ended: int = 0
     has_begun: bool = False
 
     @property
@@ -38,8 +39,8 @@ class Writing:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all of its answers have."""
-        return all(answer.finish_reason is not None for answer in self.answers)
+        """Whether all of its answers have, and `events_of` has heard of it."""
+        return self.num_ended == len(self.answers)
 
     def prepare(self, model: TextModel) -> None:
         """Turn the prompt into tokens, once for all answers."""
@@ -54,6 +55,7 @@ class Writing:
     def events_of(self, answer: Answer) -> list[Event]:
         """What to tell after a step that went on with this answer."""
         self.has_begun = True
+        self.num_ended += answer.finish_reason is not None
         if self.request.best_of <= self.request.num_samples:
             return self._tell(answer, self.answers.index(answer))
         if not self.has_ended:
