@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smelt.configs import DecoderConfig
 from smelt.models.batch import NO_TARGET, Batch
-from smelt.models.layers import Attend, Block, attend_within, make_norm, rope_frequencies
+from smelt.models.layers import Attend, Block, attend_within, make_norm, rotary_tables
 from smelt.models.linear import Linear
 
 
@@ -59,13 +59,10 @@ class Decoder(nn.Module):
         return vectors
 
     def _rotary_tables(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, (B or 1, T, D), computed in fp32 whatever the weights are."""
         positions = batch.positions
         if positions is None:
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
-        angles = positions[..., None].float() * rope_frequencies(self.config, positions.device)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return rotary_tables(self.config, positions, dtype)
 
     @property
     def output_weight(self) -> Tensor:
