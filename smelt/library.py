@@ -16,28 +16,35 @@ if TYPE_CHECKING:
     from smelt.training.metrics import RunSummary, Sink
 
 
-def load(name_or_folder: str, device: str | None = None, dtype: str | None = None) -> "TextModel":
+def load(
+    name_or_folder: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+) -> "TextModel":
     """A model that writes text: a registered name, a model folder, a run's out_dir, `gpt2`... or `hf:ORG/NAME`.
 
     `device` and `dtype` None: as `smelt.yaml` or SMELT_DEVICE and SMELT_DTYPE say, else the fastest that is safe.
+    `quantize` "int8" rounds the weights: about twice the speed of bf16 for one answer at a time on a CPU.
     Raises NotFound, UnsupportedModel, UnsafeFile, MissingDependency, or TokenizerError where it has no tokenizer.
     """
     import torch
 
     from smelt.inference.service import TextModel
+    from smelt.models import quantization
     from smelt.models.devices import pick_device, pick_dtype
+    from smelt.models.kernels import start_build
     from smelt.models.loading import load_model
     from smelt.models.registry import resolve
 
-    settings = load_settings(device=device, dtype=dtype)
+    settings = load_settings(device=device, dtype=dtype, quantize=quantize)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     path = resolve(str(name_or_folder), settings.models)
     place = pick_device(settings.device)
+    if place.type == "cpu":
+        start_build(settings.kernels)
     model, tokenizer = load_model(path, pick_dtype(settings.dtype, place), place)
     if tokenizer is None:
         raise TokenizerError(f"{path} has no tokenizer; put its tokenizer.json beside the weights")
-    return TextModel(model, tokenizer)
+    return TextModel(quantization.quantize(model, settings.quantize), tokenizer)
 
 
 def train(config: TrainConfig | dict[str, Any] | None = None, **fields: Any) -> "RunSummary":

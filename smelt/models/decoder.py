@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from smelt.configs import DecoderConfig
 from smelt.models.batch import NO_TARGET, Batch
 from smelt.models.layers import Attend, Block, attend_within, make_norm, rotary_tables
-from smelt.models.linear import Linear
+from smelt.models.linear import Linear, product
 
 
 class Decoder(nn.Module):
@@ -30,6 +30,7 @@ class Decoder(nn.Module):
             self.positions = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer, dropout) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
+        self.head: nn.Module | None = None  # tied: the embedding again
         if not config.tied:
             self.head = Linear(config.n_embd, config.vocab_size, bias=False)
 
@@ -64,14 +65,11 @@ class Decoder(nn.Module):
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
         return rotary_tables(self.config, positions, dtype)
 
-    @property
-    def output_weight(self) -> Tensor:
-        """(V, C): the head, or the embedding where they are tied."""
-        return self.embedding.weight if self.config.tied else self.head.weight
-
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in the weights' dtype."""
-        return F.linear(hidden, self.output_weight)
+        if self.head is None:
+            return product(hidden, self.embedding.weight)
+        return self.head(hidden)
 
     def target_logprobs(self, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
         """log p(target) in fp32, (B, T); 0 where the target is NO_TARGET."""

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smelt.models.kernels import kernels
+
 
 def attend_paged(
     q_BHD: Tensor, keys: Tensor, values: Tensor, tables_BN: Tensor, lengths_B: Tensor, window: int | None
@@ -17,7 +19,25 @@ def attend_paged(
     (int32; what lies beyond a row's length may be any block's number). The query is at the last position; with a
     `window` it sees only that many positions, its own included.
     """
-    return attend_gathered(q_BHD, keys, values, tables_BN, lengths_B, window)
+    fast = kernels() if suits_kernel(q_BHD, keys, values, tables_BN, lengths_B) else None
+    attend = attend_gathered if fast is None else fast.attend
+    return attend(q_BHD, keys, values, tables_BN, lengths_B, window)
+
+
+def suits_kernel(q_BHD: Tensor, keys: Tensor, values: Tensor, tables_BN: Tensor, lengths_B: Tensor) -> bool:
+    """Whether the compiled attention takes these: on the CPU, in fp32 or bf16, heads of 16 and each in one piece."""
+    num_kv_heads, block_size, width = keys.shape[1:]
+    return (
+        q_BHD.device.type == "cpu"
+        and q_BHD.dtype in (torch.float32, torch.bfloat16)
+        and q_BHD.dtype == keys.dtype == values.dtype
+        and width % 16 == 0
+        and q_BHD.stride()[1:] == (width, 1)
+        and keys.stride() == values.stride()
+        and keys.stride()[1:] == (block_size * width, width, 1)
+        and q_BHD.shape[1] % num_kv_heads == 0
+        and all(x.dtype == torch.int32 and x.is_contiguous() for x in (tables_BN, lengths_B))
+    )
 
 
 def attend_gathered(

@@ -1,0 +1,207 @@
+"""Kernels: compiles `kernels.cpp` where there is a compiler, once per machine, and calls it; knows no model.
+
+Torch is used instead until `start_build` was called, and for good where there is no compiler. The kernels share the
+OpenMP library that torch has loaded, so that there is one pool of threads.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock, Thread
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
+BUILD_SECONDS = 120.0
+WHOLE_ROW = 1 << 62  # as a window: no limit
+
+log = logging.getLogger(__name__)
+
+Address, Count, Threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_LINEAR = [Address] * 4 + [Count] * 3 + [Threads]
+_LINEAR_INT8 = [Address] * 5 + [Count] * 3 + [Threads]
+_ATTEND = [Address, Count, Address, Address, Count, Address, Count, Address, Count, Address] + [Count] * 5 + [Threads]
+
+
+class Kernels:
+    """The compiled functions. They take contiguous CPU tensors in fp32 or bf16, and trust their shapes."""
+
+    def __init__(self, library: Path) -> None:
+        functions = ctypes.CDLL(str(library))
+        self._linear = _by_dtype(functions, "linear", _LINEAR)
+        self._linear_int8 = _by_dtype(functions, "linear_int8", _LINEAR_INT8)
+        self._attend = _by_dtype(functions, "attend", _ATTEND)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in) -> (..., out): x W^T + b, all of one dtype, summed in fp32."""
+        num_out, width = weight.shape
+        y = x.new_empty((*x.shape[:-1], num_out))
+        self._linear[x.dtype](
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.numel() // width,
+            num_out,
+            width,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def linear_int8(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with int8 weights and an fp32 scale for each output. x may be rounded to int8 too."""
+        num_out, width = weight.shape
+        y = x.new_empty((*x.shape[:-1], num_out))
+        self._linear_int8[x.dtype](
+            x.data_ptr(),
+            weight.data_ptr(),
+            scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.numel() // width,
+            num_out,
+            width,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def attend(
+        self, q_BHD: Tensor, keys: Tensor, values: Tensor, tables_BN: Tensor, lengths_B: Tensor, window: int | None
+    ) -> Tensor:
+        """As `paged_attention.attend_paged`, whose `suits_kernel` says what it takes."""
+        num_rows, num_heads, width = q_BHD.shape
+        out_BHD = q_BHD.new_empty(q_BHD.shape)
+        self._attend[q_BHD.dtype](
+            q_BHD.data_ptr(),
+            q_BHD.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0),
+            tables_BN.data_ptr(),
+            tables_BN.shape[1],
+            lengths_B.data_ptr(),
+            WHOLE_ROW if window is None else window,
+            out_BHD.data_ptr(),
+            num_rows,
+            num_heads,
+            keys.shape[1],
+            keys.shape[2],
+            width,
+            torch.get_num_threads(),
+        )
+        return out_BHD
+
+
+def _by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[type]) -> dict[torch.dtype, Callable[..., None]]:
+    found: dict[torch.dtype, Callable[..., None]] = {}
+    for dtype, suffix in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        function = functions[f"{name}_{suffix}"]
+        function.argtypes, function.restype = types, None
+        found[dtype] = function
+    return found
+
+
+class _Build:
+    """The one build of this process, and what came of it."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.future: Future[Kernels | None] | None = None
+
+
+_BUILD = _Build()
+
+
+def start_build(folder: Path) -> None:
+    """Have the kernels ready soon, compiled into this folder unless they lie there. Later calls do nothing."""
+    with _BUILD.lock:
+        if _BUILD.future is not None:
+            return
+        _BUILD.future = Future()
+    Thread(target=_build_into, args=(folder, _BUILD.future), name="smelt-kernels", daemon=True).start()
+
+
+def kernels() -> Kernels | None:
+    """The kernels, after waiting for their build; None where none was started or they cannot be had."""
+    return None if _BUILD.future is None else _BUILD.future.result()
+
+
+def _build_into(folder: Path, future: "Future[Kernels | None]") -> None:
+    try:
+        future.set_result(_built(folder))
+    except BaseException as error:  # noqa: BLE001  (whoever waits gets it)
+        future.set_exception(error)
+
+
+def _built(folder: Path) -> Kernels | None:
+    compiler, openmp = shutil.which("g++"), loaded_openmp()
+    if compiler is None or openmp is None:
+        log.info("no g++ or no OpenMP of torch's here: products of few rows are left to torch")
+        return None
+    try:
+        return Kernels(compiled(folder, compiler, openmp))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning("the CPU kernels could not be built, torch computes in their place: %s", reason)
+        return None
+
+
+def compiled(folder: Path, compiler: str, openmp: Path) -> Path:
+    """The library of this source, compiler and processor. OSError, or SubprocessError where the compiler fails."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), version, _instructions(), str(openmp), *FLAGS]).encode())
+    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder):
+        if not library.is_file():
+            _compile(compiler, openmp, library)
+    return library
+
+
+def _compile(compiler: str, openmp: Path, library: Path) -> None:
+    unlinked, unnamed = (library.with_suffix(f".{os.getpid()}.{suffix}") for suffix in ("o", "so"))
+    compiling = [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unlinked)]
+    # Linked without -fopenmp, which would bring the compiler's own library beside torch's.
+    linking = [compiler, "-shared", str(unlinked), str(openmp), "-o", str(unnamed)]
+    try:
+        for command in (compiling, linking):
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
+        unnamed.replace(library)
+    finally:
+        for path in (unlinked, unnamed):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def loaded_openmp() -> Path | None:
+    """The GNU OpenMP library that torch brought into this process; None elsewhere than on Linux."""
+    maps = Path("/proc/self/maps")
+    if sys.platform != "linux" or not maps.is_file():
+        return None
+    files = (line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines())
+    return next((Path(file) for file in files if "libgomp" in Path(file).name), None)
+
+
+def _instructions() -> str:
+    """What `-march=native` depends on: a home folder may be shared by machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))
