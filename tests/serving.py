@@ -20,10 +20,11 @@ CONFIG = DecoderConfig(vocab_size=256, block_size=64, n_layer=1, n_head=2, n_emb
 ROLES = {"api": "smelt.api.server", "launcher": "smelt.cluster.launcher", "worker": " smelt worker "}
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """A model folder with random weights, whose tokens are bytes."""
+def write_tiny_model(folder: Path, vocab_size: int = CONFIG.vocab_size) -> Path:
+    """A model folder with random weights, whose tokens are bytes; 128 of them are characters of ASCII."""
     folder.mkdir(parents=True)
-    write_model(CONFIG, random_state(CONFIG), folder)
+    config = CONFIG.model_copy(update={"vocab_size": vocab_size})
+    write_model(config, random_state(config), folder)
     ByteTokenizer().save(folder)
     return folder
 
