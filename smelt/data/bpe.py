@@ -97,6 +97,10 @@ class BpeTokenizer:
         token_bytes = self._token_bytes
         return b"".join([token_bytes.get(token, b"") for token in ids])
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each id; special tokens have none."""
+        return [self._token_bytes.get(token, b"") for token in range(self.vocab_size)]
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what tells `load_tokenizer` about it."""
         write_tokenizer_files(self._backend, folder, kind="bpe", name=self.name, pattern=self.pattern)

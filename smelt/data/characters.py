@@ -44,6 +44,10 @@ class ByteTokenizer:
         """Bytes of the ids; the end of a document, and ids beyond, are none."""
         return bytes(token for token in ids if token < 256)
 
+    def token_bytes(self) -> list[bytes]:
+        """The byte of each id; the end of a document has none."""
+        return [self.decode_bytes([token]) for token in range(self.vocab_size)]
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what tells `load_tokenizer` about it."""
         backend = tokenizers.Tokenizer(models.BPE(vocab={s: b for b, s in enumerate(byte_symbols())}, merges=[]))
@@ -112,6 +116,10 @@ class CharTokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text of the ids in UTF-8."""
         return self.decode(int(token) for token in ids).encode("utf-8")
+
+    def token_bytes(self) -> list[bytes]:
+        """The character of each id in UTF-8; the end of a document, and ids without one, have none."""
+        return [self.decode_bytes([token]) for token in range(self.vocab_size)]
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and what tells `load_tokenizer` about it."""

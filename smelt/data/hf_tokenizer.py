@@ -70,6 +70,12 @@ class HuggingFaceTokenizer:
         token_bytes = self._token_bytes
         return b"".join([token_bytes.get(token, b"") for token in ids])
 
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of each id, none for special tokens; None where they depend on the neighbours (WordPiece)."""
+        if (token_bytes := self._token_bytes) is None:
+            return None
+        return [token_bytes.get(token, b"") for token in range(self.vocab_size)]
+
     @cached_property
     def _decoder_types(self) -> set[str]:
         state = json.loads(self._backend.decoder.__getstate__()) if self._backend.decoder else {}

@@ -51,6 +51,9 @@ class Tokenizer(Protocol):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of the ids; special tokens, and ids beyond the vocabulary, are none."""
 
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of each id, none for special tokens; None where they depend on the neighbours (WordPiece)."""
+
     def save(self, folder: Path) -> None:
         """Write the files that `load_tokenizer` and transformers read."""
 

@@ -359,3 +359,26 @@ def test_fingerprints_tell_vocabularies_apart(bpe):
     assert fingerprint(other) != fingerprint(bpe)
     assert isinstance(bpe, BpeTokenizer)
     assert np.array(bpe.encode("x")).max() < bpe.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["bytes", "char", "bpe", "saved bpe", "sentencepiece"])
+def test_the_bytes_of_tokens_make_up_a_text(kind, bpe, tmp_path):
+    if kind == "char":
+        tokenizer = CharTokenizer.learn([TEXT])
+    elif kind == "sentencepiece":
+        sentencepiece_like().save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path)
+    else:
+        tokenizer = tokenizer_of(kind.replace("bpe", "bpe:400"), bpe, tmp_path)
+    text = "aé" if kind == "sentencepiece" else TEXT
+    table = tokenizer.token_bytes()
+    assert len(table) == tokenizer.vocab_size
+    assert b"".join(table[token] for token in tokenizer.encode(text)).lstrip(b" ") == text.encode("utf-8")
+    assert tokenizer.eot_id is None or table[tokenizer.eot_id] == b""
+
+
+def test_wordpieces_have_no_bytes_of_their_own(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).token_bytes() is None
