@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smelt.errors import InvalidInput
 from smelt.inference.block_tables import BlockTables
-from smelt.inference.kv_cache import KVCache, bytes_per_block, default_num_blocks
+from smelt.inference.kv_cache import KVCache, default_num_blocks, num_blocks_in
 from smelt.inference.prompt_logprobs import rate_prompt
 from smelt.inference.sampler import check_params, sample
 from smelt.inference.scheduler import Chunk, Scheduler
@@ -65,19 +65,14 @@ class Engine:
         weight = model.embedding.weight
         self.device = weight.device
         if kv_bytes is not None:
-            num_blocks = kv_bytes // bytes_per_block(model.config, block_size, weight.dtype)
+            num_blocks = num_blocks_in(kv_bytes, model.config, block_size, weight.dtype)
         if num_blocks is None:
-            num_blocks = default_num_blocks(model.config, block_size, weight.dtype, weight.device, max_running)
-        if num_blocks < 1:
-            raise InvalidInput(
-                f"a cache of {kv_bytes} bytes does not hold {block_size} tokens of this model, which take "
-                f"{bytes_per_block(model.config, block_size, weight.dtype)}; give it more"
-            )
+            num_blocks = default_num_blocks(max_running, model.config, block_size, weight.dtype, weight.device)
         self.cache = KVCache(model.config, num_blocks, block_size, weight.dtype, weight.device)
         self.tables = BlockTables(num_blocks, block_size)
         self.scheduler = Scheduler(self.tables, max_running, max(max_step_tokens, max_running))
         self.max_length = min(model.config.block_size, num_blocks * block_size)
-        self._batch_size = self._total_prompt_tokens = self._total_cached_tokens = 0
+        self._batch_size = 0
 
     @property
     def has_work(self) -> bool:
@@ -93,9 +88,9 @@ class Engine:
             num_blocks=self.tables.num_blocks,
             num_blocks_used=self.tables.num_used,
             batch_size=self._batch_size,
-            total_prompt_tokens=self._total_prompt_tokens,
-            total_cached_tokens=self._total_cached_tokens,
-            total_preempted=self.scheduler.num_preempted,
+            total_prompt_tokens=self.scheduler.total_prompt_tokens,
+            total_cached_tokens=self.scheduler.total_cached_tokens,
+            total_preempted=self.scheduler.total_preempted,
         )
 
     def add(self, sequence: Sequence) -> None:

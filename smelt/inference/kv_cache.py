@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smelt.configs import DecoderConfig
+from smelt.errors import InvalidInput
 from smelt.models.devices import free_memory
 from smelt.models.footprint import kv_bytes_per_token
 
@@ -60,18 +61,25 @@ class KVCache:
         )
 
 
+def num_blocks_in(num_bytes: int, config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Blocks that so many bytes hold. InvalidInput where that is not one."""
+    per_block = kv_bytes_per_token(config, dtype.itemsize) * block_size
+    if num_bytes < per_block:
+        raise InvalidInput(
+            f"a cache of {num_bytes} bytes does not hold {block_size} tokens of this model, which take {per_block}; "
+            f"give it more"
+        )
+    return num_bytes // per_block
+
+
 def default_num_blocks(
-    config: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device, num_sequences: int
+    num_sequences: int, config: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Blocks for so many whole contexts, but for one at least and beyond it no more than a share of the memory."""
     per_context = -(-config.block_size // block_size)
-    limit = int(free_memory(device) * SHARE_OF_MEMORY) // bytes_per_block(config, block_size, dtype)
+    per_block = kv_bytes_per_token(config, dtype.itemsize) * block_size
+    limit = int(free_memory(device) * SHARE_OF_MEMORY) // per_block
     return max(per_context, min(num_sequences * per_context, limit))
-
-
-def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
-    """What a block of so many tokens takes in all layers together."""
-    return kv_bytes_per_token(config, dtype.itemsize) * block_size
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -49,7 +49,7 @@ class Scheduler:
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
         self.running: list[Sequence] = []
-        self.num_preempted = 0
+        self.total_prompt_tokens = self.total_cached_tokens = self.total_preempted = 0
         self._queue: FairQueue[Sequence] = FairQueue()
         self._preempted: list[Sequence] = []  # they go before all others
         self._next: list[Sequence] = []  # taken from the queue, and waiting for room or for a prefix
@@ -107,7 +107,7 @@ class Scheduler:
         self.tables.release(sequence)
         sequence.status = Status.WAITING
         self._preempted.insert(0, sequence)
-        self.num_preempted += 1
+        self.total_preempted += 1
 
     def _admit(self) -> list[tuple[int, int]]:
         """Let in whom there is room for, with all blocks of its prompt. Returns what to copy.
@@ -127,6 +127,8 @@ class Scheduler:
             else:
                 self._next.remove(sequence)
                 sequence.num_cached_tokens = prefix.num_tokens
+                self.total_prompt_tokens += len(sequence.prompt_ids)
+                self.total_cached_tokens += prefix.num_tokens
             sequence.status = Status.RUNNING
             self.running.append(sequence)
         return copies

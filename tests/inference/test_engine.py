@@ -157,25 +157,28 @@ def test_max_tokens_and_stop_tokens_and_the_context_end_a_sequence(model: Decode
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
-def test_abort_frees_the_slot_and_leaves_the_others_alone(model: Decoder, num_steps: int) -> None:
+def test_abort_frees_the_blocks_at_once_and_leaves_the_others_alone(model: Decoder, num_steps: int) -> None:
     engine = Engine(model, max_running=3)
     sequences = [Sequence(prompt, GREEDY) for prompt in PROMPTS]
     for sequence in sequences:
         engine.add(sequence)
     for _ in range(num_steps):
         engine.step()
+    num_used = engine.stats.num_blocks_used
     engine.abort(sequences[0])
     engine.abort(sequences[4])
+    assert engine.stats.num_blocks_used == max(0, num_used - 1)
     assert sequences[0].finish_reason == sequences[4].finish_reason == "aborted"
     assert len(sequences[0].output_ids) == num_steps
     run(engine, [])
+    assert engine.stats.num_blocks_used == 0
     for sequence in sequences[1:4]:
         assert sequence.output_ids == run(Engine(model), [Sequence(sequence.prompt_ids, GREEDY)])[0].output_ids
     engine.abort(sequences[1])
     assert sequences[1].finish_reason == "length"
 
 
-def test_the_cache_grows_past_its_first_length() -> None:
+def test_an_answer_may_fill_many_blocks() -> None:
     torch.manual_seed(1)
     decoder = Decoder(DecoderConfig(vocab_size=61, block_size=300, n_layer=1, n_head=2, n_embd=16))
     decoder.initialize(1)
@@ -185,6 +188,86 @@ def test_the_cache_grows_past_its_first_length() -> None:
     )
     assert len(sequences[0].output_ids) == 290
     assert sequences[0].logprobs == pytest.approx(logprobs_without_cache(decoder, sequences[0]), abs=1e-5)
+
+
+def test_after_a_failed_step_all_go_on_to_the_same_answers(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sequences() -> list[Sequence]:
+        return [
+            Sequence(prompt, SamplingParams(max_tokens=20, temperature=1.0, seed=i)) for i, prompt in enumerate(PROMPTS)
+        ]
+
+    engine, broken = Engine(model, max_running=4, max_step_tokens=9), sequences()
+    for sequence in broken:
+        engine.add(sequence)
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr("smelt.inference.engine.sample", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.reset()
+    assert (engine.stats.num_blocks_used, engine.stats.num_running) == (0, 0)
+    engine.remove(broken[1])
+    run(engine, [])
+    assert (broken[1].status, len(broken[1].output_ids) < 20) == (Status.WAITING, True)
+    run(engine, [broken[1]])
+    for sequence, expected in zip(broken, run(Engine(model), sequences()), strict=True):
+        assert sequence.output_ids == expected.output_ids
+        assert sequence.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+def test_a_grammar_hears_of_each_token_but_the_stop(model: Decoder) -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.heard: list[int] = []
+
+        def fill(self, mask: torch.Tensor) -> None:
+            mask.fill_(-1)
+
+        def accept(self, token: int) -> None:
+            self.heard.append(token)
+
+    (free,) = run(Engine(model), [Sequence([1], GREEDY)])
+    stop = free.output_ids[-1]
+    first = free.output_ids.index(stop)
+    for block_size, num_blocks in ((16, 100), (1, 25)):  # the second has to preempt, and tells nothing twice
+        engine = Engine(model, block_size=block_size, num_blocks=num_blocks)
+        params = SamplingParams(max_tokens=20, temperature=0.0, stop_token_ids=frozenset({stop}))
+        sequences = [Sequence([1], params, grammar=Listener()) for _ in range(2)]
+        for sequence in run(engine, sequences):
+            assert isinstance(sequence.grammar, Listener)
+            assert sequence.grammar.heard == free.output_ids[:first]
+
+
+def test_stats_tell_what_is_going_on(model: Decoder) -> None:
+    engine = Engine(model, max_running=2, num_blocks=12, block_size=4, max_step_tokens=10)
+    for _ in range(2):
+        engine.add(Sequence([1] * 9, SamplingParams(max_tokens=40, seed=0)))
+    engine.add(Sequence([2] * 5, SamplingParams(max_tokens=1, seed=0)))
+    engine.step()
+    expected = {"num_running": 2, "num_waiting": 1, "num_blocks": 12, "num_blocks_used": 5, "batch_size": 10}
+    assert {name: getattr(engine.stats, name) for name in expected} == expected
+    run(engine, [])
+    expected = {"num_running": 0, "num_waiting": 0, "num_blocks_used": 0, "total_prompt_tokens": 23}
+    assert {name: getattr(engine.stats, name) for name in expected} == expected
+    assert engine.stats.total_cached_tokens == 8
+    assert engine.stats.total_preempted > 0
+
+
+def test_a_cache_is_as_large_as_it_is_told(model: Decoder) -> None:
+    bytes_per_token = 2 * 2 * 32 * 4  # keys and values of two layers, each 32 wide, in fp32
+    assert Engine(model, kv_bytes=100 * bytes_per_token).stats.num_blocks == 6
+    assert Engine(model, max_running=3).stats.num_blocks == 3 * 4
+    with pytest.raises(InvalidInput, match="a cache of 1000 bytes does not hold 16 tokens of this model, .* 8192;"):
+        Engine(model, kv_bytes=1000)
+
+
+def test_what_never_fits_into_the_cache_is_refused_and_the_rest_is_cut(model: Decoder) -> None:
+    engine = Engine(model, num_blocks=5, block_size=4)
+    with pytest.raises(InvalidInput, match="the prompt has 20 tokens, but the cache holds 5 blocks of 4 tokens"):
+        engine.add(Sequence([1] * 20, GREEDY))
+    (sequence,) = run(engine, [Sequence([1] * 15, GREEDY)])
+    assert (sequence.num_tokens, sequence.finish_reason) == (20, "length")
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(model: Decoder) -> None:

@@ -87,7 +87,7 @@ def test_the_youngest_makes_room_and_comes_back_first() -> None:
     scheduler.add(waiting)
     while young.status is Status.RUNNING:
         step(scheduler)
-    assert (scheduler.num_preempted, old.num_tokens, young.block_ids) == (1, 18, [])
+    assert (scheduler.total_preempted, old.num_tokens, young.block_ids) == (1, 18, [])
     written = list(young.output_ids)
     scheduler.remove(old)
     step(scheduler)
