@@ -91,3 +91,17 @@ class Datum:
 
     tokens: "NDArray[np.int32]"
     inputs: "Mapping[str, NDArray[np.float32] | NDArray[np.int64]]"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoad:
+    """A model in memory: what it may take of that, what it is doing, and what it has done since it came (`total_`)."""
+
+    name: str
+    num_bytes: int
+    num_blocks: int  # of its cache
+    num_blocks_used: int
+    batch_size: int  # tokens of the last step
+    total_prompt_tokens: int
+    total_cached_tokens: int  # of those, which needed no computing
+    total_preempted: int

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from smelt.transport.operations import LogEntry
-from smelt.types import ChatMessage, FinishReason, SamplingParams, TokenLogprob, ToolCall
+from smelt.types import ChatMessage, FinishReason, ModelLoad, SamplingParams, TokenLogprob, ToolCall
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -194,14 +194,31 @@ class Pong(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     sent_at: float
 
 
+class EngineStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the engine of a loaded model is doing, and what it has done since it was loaded (`total_`)."""
+
+    model: str
+    num_bytes: int = 0  # of memory that the model may take
+    num_running: int = 0  # sequences
+    num_waiting: int = 0
+    num_blocks: int = 0  # of its cache
+    num_blocks_used: int = 0  # by sequences; what is only kept for later does not count
+    batch_size: int = 0  # tokens of the last step
+    total_prompt_tokens: int = 0
+    total_cached_tokens: int = 0  # of those, which needed no computing
+    total_preempted: int = 0
+
+
 class WorkerStatus(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """What a worker is doing; sent after the handshake and whenever it changes."""
+    """What a worker is doing; sent after the handshake and when it changes, a few times a second at most."""
 
     device: str
     models: tuple[str, ...] = ()  # loaded, ready to answer
     num_running: int = 0  # sequences in the engine
     num_waiting: int = 0
     leaving: bool = False  # finishes what it has, takes nothing new, and then hangs up
+    engines: tuple[EngineStatus, ...] = ()  # of its models
+    model_loads: tuple[ModelLoad, ...] = ()
 
 
 Message = (
