@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from smelt.data.tokenizers import StreamDecoder
+from smelt.data.tool_calls import ToolCallStream
 from smelt.inference.sequence import Alternatives, Sequence
 from smelt.inference.stop_strings import StopStrings
 from smelt.inference.whitespace import OuterSpace
-from smelt.types import FinishReason, SamplingParams, TokenLogprob
+from smelt.types import FinishReason, SamplingParams, TokenLogprob, ToolCall
 
 
 class News(NamedTuple):
@@ -32,6 +33,7 @@ class Answer:
     params: SamplingParams
     decoder: StreamDecoder
     stops: StopStrings
+    calls: ToolCallStream
     space: OuterSpace
     bytes_of: Callable[[int], bytes]  # a token's
     echo: str | None = None  # the prompt, where the answer shall begin with it
@@ -40,9 +42,10 @@ class Answer:
     num_tokens: int = 0
     sum_logprobs: float = 0.0
     finish_reason: FinishReason | None = None
+    tool_calls: tuple[ToolCall, ...] = ()  # once it has ended
     _has_begun: bool = False
     _num_decoded: int = 0  # characters
-    _num_passed: int = 0  # characters of those that no stop string holds back
+    _num_passed: int = 0  # characters of those that are neither held back nor part of a tool call
     _unshown: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)  # (where its text ends, what to show)
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
@@ -72,12 +75,13 @@ class Answer:
             self._num_decoded += len(text)
             if self.params.num_logprobs is not None:
                 self._hold_logprob(token)
-            self._show(self.stops.push(text))
+            self._show(self.calls.push(self.stops.push(text)))
 
     def close(self, reason: FinishReason) -> None:
         """Show what was held back, unless a stop string was found."""
-        self._show(self.stops.push(self.decoder.finish()))
-        self._show(self.stops.finish())
+        self._show(self.calls.push(self.stops.push(self.decoder.finish()) + self.stops.finish()))
+        rest, self.tool_calls = self.calls.finish()
+        self._show(rest)
         self.finish_reason = "stop" if self.stops.found else reason
 
     def news(self) -> News:

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from smelt.types import ChatMessage, FinishReason, SamplingParams, TokenLogprob, ToolCall
+from smelt.types import ChatMessage, FinishReason, ModelLoad, SamplingParams, TokenLogprob, ToolCall
 
 
 class Request(Protocol):
@@ -78,7 +78,7 @@ class Load:
     models: tuple[str, ...] = ()
     num_running: int = 0  # answers
     num_waiting: int = 0
-    model_bytes: tuple[int, ...] = ()  # of memory that each model may take
+    model_loads: tuple[ModelLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

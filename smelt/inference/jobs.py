@@ -47,7 +47,7 @@ class Writing:
         request = self.request
         num_answers = max(request.num_samples, request.best_of)
         if request.messages:
-            answers_to = partial(model.answers_to_chat, request.messages)
+            answers_to = partial(model.answers_to_chat, request.messages, tools=request.tools)
         else:
             answers_to = partial(model.answers_to, request.prompt, echo=request.echo)
         self.answers = answers_to(request.params, num_answers, owner=request.owner, adapter=request.adapter)
@@ -81,6 +81,7 @@ class Writing:
             answer.num_tokens,
             index=index,
             num_cached_tokens=self.answers[0].num_cached_tokens,
+            tool_calls=answer.tool_calls,
         )
         return [piece, end]
 

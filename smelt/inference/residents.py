@@ -21,6 +21,7 @@ from smelt.inference.answer import Answer
 from smelt.inference.jobs import Embedding, Job, Writing
 from smelt.inference.memory import MIB, Candidate, Room, Upkeep
 from smelt.inference.service import TextModel
+from smelt.types import ModelLoad
 
 FRESH_SECONDS = 1.0  # for which files are trusted to be as they were
 
@@ -50,6 +51,22 @@ class Resident:
     def is_idle(self) -> bool:
         """Whether it may go without anybody losing anything."""
         return self.model is not None and not self.jobs
+
+    @property
+    def load(self) -> ModelLoad:
+        """What a loaded model does now."""
+        assert self.model is not None, "it is loaded"
+        stats = self.model.engine.stats
+        return ModelLoad(
+            self.name,
+            self.candidate.num_bytes,
+            stats.num_blocks,
+            stats.num_blocks_used,
+            stats.batch_size,
+            stats.total_prompt_tokens,
+            stats.total_cached_tokens,
+            stats.total_preempted,
+        )
 
 
 class Residents:

@@ -15,8 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from queue import Empty, SimpleQueue
 
-import torch
-
 from smelt.errors import Overloaded
 from smelt.inference.answer import Answer
 from smelt.inference.events import EmbedRequest, End, Event, Load, Request
@@ -149,21 +147,19 @@ class InferenceServer:
 
     def _step_one_by_one(self, resident: Resident, model: TextModel) -> list[Answer]:
         """Find the answer that fails, and fail its request alone; the others go on where they stood."""
-        stepped: list[Answer] = []
         suspects = [answer for answer in resident.writing if answer.sequence.status is not Status.WAITING]
+        model.pause()
         for answer in suspects:
             if answer not in resident.writing:
                 continue  # its request has failed
             try:
-                stepped += _step_alone(model, answer)
+                model.step_alone(answer)
             except Exception as error:  # noqa: BLE001 - whatever it was, it is this request's
-                _forget_all(model)
                 self._fail(resident.writing[answer], error)
-        _forget_all(model)
         for answer in resident.writing:
             if answer.finish_reason is None:
                 model.resume(answer)
-        return [answer for answer in stepped if answer in resident.writing]
+        return [answer for answer in suspects if answer in resident.writing]
 
     def _embed_slice(self, resident: Resident) -> None:
         """One slice of the oldest; the others follow in turns."""
@@ -299,24 +295,8 @@ class InferenceServer:
             tuple(resident.name for resident in loaded),
             len(answers) - num_waiting,
             num_waiting + num_preparing,
-            tuple(resident.candidate.num_bytes for resident in loaded),
+            tuple(resident.load for resident in loaded),
         )
         if load != self._last_load:
             self._last_load = load
             self._events.append(load)
-
-
-def _step_alone(model: TextModel, answer: Answer) -> list[Answer]:
-    """Go on with one answer until it has a token more: its prompt may take several steps."""
-    _forget_all(model)
-    model.resume(answer)
-    stepped: list[Answer] = []
-    while not stepped:
-        stepped = model.step()
-    return stepped
-
-
-def _forget_all(model: TextModel) -> None:
-    model.restart()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # of what the failed step had taken

@@ -12,15 +12,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from smelt.configs import DecoderConfig
-from smelt.data.chat import parse_messages, render_prompt, stop_strings
+from smelt.data.chat import parse_messages
+from smelt.data.chat_format import ChatFormat
 from smelt.data.tokenizers import StreamDecoder, Tokenizer
+from smelt.data.tool_calls import ToolCallStream
 from smelt.errors import InvalidInput, TokenizerError
 from smelt.inference.answer import Answer
 from smelt.inference.embeddings import check_inputs, embed_in_slices, join_vectors
-from smelt.inference.engine import Engine
+from smelt.inference.engine import MAX_RUNNING, Engine
+from smelt.inference.grammar import GrammarCompiler
 from smelt.inference.sequence import Sequence, Status
 from smelt.inference.stop_strings import StopStrings
 from smelt.inference.whitespace import OuterSpace
@@ -37,11 +41,20 @@ class TextModel:
     `answers_to` or `answers_to_chat`, `begin`, `step` and `abort`, from which a server makes its own loop.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, num_slots: int = 8) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        max_running: int = MAX_RUNNING,
+        kv_bytes: int | None = None,
+        chat_format: ChatFormat | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer.vocab_size, max_running=num_slots)
+        self.engine = Engine(model, tokenizer.vocab_size, max_running=max_running, kv_bytes=kv_bytes)
+        self.chat_format = chat_format or ChatFormat.of(None, tokenizer)
         self._answers: dict[Sequence, Answer] = {}
+        self._paused: set[Sequence] = set()
         self._lock = threading.Lock()
 
     @property
@@ -67,7 +80,7 @@ class TextModel:
         return self.streams(prompt, 1, **sampling)[0]
 
     def chat(self, messages: Items[ChatMessage | Mapping[str, str]], **sampling: Any) -> str:
-        """The assistant's answer to a conversation of {role, content} messages."""
+        """The assistant's answer to a conversation of {role, content} messages, by the model's own chat template."""
         turns = parse_messages([asdict(turn) if isinstance(turn, ChatMessage) else turn for turn in messages])
         [answer] = self.answers_to_chat(turns, _params(sampling))
         self.begin(answer)
@@ -113,8 +126,8 @@ class TextModel:
         prompt_ids = self._prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt_ids)
         return [
-            self._answer(Sequence(prompt_ids, drawn_by, owner, adapter), shown_by, echo=text if echo else None)
-            for drawn_by, shown_by in self._settings(params, num_answers, echo)
+            self._answer(sequence, shown_by, echo=text if echo else None)
+            for sequence, shown_by in self._sequences(prompt_ids, params, num_answers, owner, adapter, echo)
         ]
 
     def answers_to_chat(
@@ -123,15 +136,20 @@ class TextModel:
         params: SamplingParams,
         num_answers: int = 1,
         *,
+        tools: Items[Mapping[str, Any]] = (),
         owner: str = LOCAL_OWNER,
         adapter: str | None = None,
     ) -> list[Answer]:
-        """The assistant's next turn in a conversation, to be begun, as often as asked."""
-        prompt_ids = self._encode(render_prompt(messages))
-        params = replace(params, stop=(*params.stop, *stop_strings()))
+        """The assistant's next turn in a conversation, to be begun, as often as asked.
+
+        `tools` are definitions in OpenAI's form. InvalidInput where the model's template knows none.
+        """
+        self._check_length(sum(len(message.content) for message in messages))
+        prompt_ids = self.chat_format.prompt_ids(messages, tools)
+        params = replace(params, stop=(*params.stop, *self.chat_format.stop_strings))
         return [
-            self._answer(Sequence(prompt_ids, drawn_by, owner, adapter), shown_by, trims=True)
-            for drawn_by, shown_by in self._settings(params, num_answers)
+            self._answer(sequence, shown_by, is_turn=True, may_call=bool(tools))
+            for sequence, shown_by in self._sequences(prompt_ids, params, num_answers, owner, adapter)
         ]
 
     def begin(self, answer: Answer) -> None:
@@ -152,27 +170,49 @@ class TextModel:
             return [answer for answer, _ in stepped]
 
     def abort(self, answer: Answer) -> None:
-        """Stop an answer and free its slot; one that has ended stays as it is."""
+        """Stop an answer and free its blocks; one that has ended stays as it is."""
         with self._lock:
-            if self._answers.pop(answer.sequence, None) is not None:
+            if self._answers.pop(answer.sequence, None) is None:
+                return
+            if answer.sequence not in self._paused:
                 self.engine.abort(answer.sequence)
-                answer.finish_reason = "aborted"
+            self._paused.discard(answer.sequence)
+            answer.finish_reason = "aborted"
 
-    def restart(self) -> None:
-        """Forget all that runs, after a step that failed half-way; an answer goes on once it is resumed."""
+    def pause(self) -> None:
+        """Take everything out of the engine, after a step that failed half-way, until it is resumed."""
         with self._lock:
-            self._answers.clear()
-            self.engine = Engine(self.model, self.engine.vocab_size, max_running=self.engine.scheduler.max_running)
+            self._reset()
+            for sequence in self._answers:
+                self._pause(sequence)
 
     def resume(self, answer: Answer) -> None:
-        """Go on with an answer where it stood before `restart`: to the same text."""
+        """Let the next steps go on with an answer where it stood before the pause."""
         with self._lock:
-            sequence = answer.sequence
-            context = sequence.prompt_ids + sequence.output_ids
-            resumed = sequence.resumed(context, answer.num_left)
-            if not sequence.output_ids:
-                resumed.params = sequence.params  # its prompt may have to be scored yet
-            self._run(answer, resumed)
+            self.engine.add(answer.sequence)
+            self._paused.discard(answer.sequence)
+
+    def step_alone(self, answer: Answer) -> None:
+        """While all are paused go on with one of them, until it has a token more: its prompt may take several steps."""
+        self.resume(answer)
+        try:
+            while not self.step():
+                pass
+        except Exception:
+            self._reset()
+            raise
+        if answer.finish_reason is None:
+            with self._lock:
+                self._pause(answer.sequence)
+
+    def _pause(self, sequence: Sequence) -> None:
+        self.engine.remove(sequence)
+        self._paused.add(sequence)
+
+    def _reset(self) -> None:
+        self.engine.reset()
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what the failed step had taken
 
     def _run(self, answer: Answer, sequence: Sequence) -> None:
         self.engine.add(sequence)
@@ -202,32 +242,56 @@ class TextModel:
         finally:
             self.abort(answer)
 
-    def _settings(
-        self, params: SamplingParams, num_answers: int, echo: bool = False
-    ) -> Iterator[tuple[SamplingParams, SamplingParams]]:
-        """For each answer how its sequence is drawn, and how that is shown."""
-        ends = frozenset() if params.ignore_eos else self._end_ids()
+    def _sequences(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        num_answers: int,
+        owner: str,
+        adapter: str | None,
+        echo: bool = False,
+    ) -> Iterator[tuple[Sequence, SamplingParams]]:
+        """What draws each answer, and the settings by which that is shown."""
+        ends = frozenset() if params.ignore_eos else self._end_ids() | self._turn_end_ids()
         num_prompt_logprobs = params.num_logprobs if echo else None
         params = replace(params, stop_token_ids=params.stop_token_ids | ends, num_prompt_logprobs=num_prompt_logprobs)
+        grammar = None if params.grammar is None else self._grammars.start(params.grammar)
+        # The engine draws after every prompt: where only that is scored, a token that nobody sees.
+        only_scores = echo and params.max_tokens == 0
         for index in range(num_answers):
             shown_by = params if params.seed is None else replace(params, seed=params.seed + index)
-            # The engine draws after every prompt: where only that is scored, a token that nobody sees.
-            only_scores = echo and params.max_tokens == 0
-            yield replace(shown_by, max_tokens=1, stop_token_ids=frozenset()) if only_scores else shown_by, shown_by
+            state = None if grammar is None else grammar.fork()
+            drawn_by = replace(shown_by, max_tokens=1, stop_token_ids=frozenset()) if only_scores else shown_by
+            yield Sequence(prompt_ids, drawn_by, owner, adapter, state), shown_by
 
     def _answer(
-        self, sequence: Sequence, params: SamplingParams, *, echo: str | None = None, trims: bool = False
+        self,
+        sequence: Sequence,
+        params: SamplingParams,
+        *,
+        echo: str | None = None,
+        is_turn: bool = False,
+        may_call: bool = False,
     ) -> Answer:
         return Answer(
             sequence,
             params,
             StreamDecoder(self.tokenizer),
             StopStrings(params.stop),
-            OuterSpace(trims),
+            self.chat_format.tool_calls() if may_call else ToolCallStream(None),
+            OuterSpace(is_turn and not self.chat_format.has_template),
             lambda token: self.tokenizer.decode_bytes([token]),
             echo,
             len(sequence.prompt_ids),
         )
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.engine.vocab_size, self._turn_end_ids())
+
+    def _turn_end_ids(self) -> frozenset[int]:
+        """Tokens that end what the model says, beside the end-of-text token."""
+        return frozenset(token for token in self.chat_format.stop_token_ids if token < self.config.vocab_size)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Without a prompt: the end of the text before, or a new line, or where there is neither the first token."""
@@ -241,14 +305,17 @@ class TextModel:
             return [0]
 
     def _encode(self, text: str) -> list[int]:
-        """The tokens of a text; a long one that cannot fit is refused before it costs anything."""
-        limit = self.config.block_size * self._longest_token if len(text) > LONG_TEXT else LONG_TEXT
-        if len(text) > limit:
+        self._check_length(len(text))
+        return self.tokenizer.encode(text)
+
+    def _check_length(self, num_chars: int) -> None:
+        """InvalidInput for a long text that cannot fit, before it costs anything."""
+        limit = self.config.block_size * self._longest_token if num_chars > LONG_TEXT else LONG_TEXT
+        if num_chars > limit:
             raise InvalidInput(
-                f"the prompt has {len(text):,} characters, but the model's context of {self.config.block_size} tokens "
+                f"the prompt has {num_chars:,} characters, but the model's context of {self.config.block_size} tokens "
                 f"holds {limit:,} at most; shorten the prompt"
             )
-        return self.tokenizer.encode(text)
 
     @cached_property
     def _longest_token(self) -> int:

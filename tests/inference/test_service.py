@@ -25,7 +25,7 @@ def make_model(vocab_size: int, block_size: int = 48) -> Decoder:
 
 @pytest.fixture(scope="module")
 def text_model() -> TextModel:
-    return TextModel(make_model(257), ByteTokenizer(), num_slots=3)
+    return TextModel(make_model(257), ByteTokenizer(), max_running=3)
 
 
 class ScriptedDecoder(Decoder):
@@ -186,7 +186,7 @@ def finished(model: TextModel, *answers: Answer) -> list[str]:
 
 
 @pytest.mark.parametrize("num_steps", [0, 3, 60])
-def test_answers_resume_after_a_restart_to_the_same_text(num_steps: int) -> None:
+def test_answers_resume_after_a_pause_to_the_same_text(num_steps: int) -> None:
     def begun(seed: int) -> Answer:
         [answer] = model.answers_to("Hello", SamplingParams(max_tokens=100, temperature=1.0, seed=seed))
         model.begin(answer)
@@ -197,12 +197,26 @@ def test_answers_resume_after_a_restart_to_the_same_text(num_steps: int) -> None
     answers = [begun(1), begun(2)]
     for _ in range(num_steps):
         model.step()
-    model.restart()
-    assert model.answers == []
+    model.pause()
+    assert not model.engine.has_work
+    model.step_alone(answers[1])
+    assert not model.engine.has_work
     for answer in answers:
         model.resume(answer)
     assert finished(model, *answers) == expected
     assert [answer.num_tokens for answer in answers] == [100, 100]
+
+
+def test_a_paused_answer_may_be_aborted() -> None:
+    model = TextModel(make_model(257), ByteTokenizer())
+    answers = model.answers_to("Hello", SamplingParams(max_tokens=20, seed=1), 2)
+    for answer in answers:
+        model.begin(answer)
+    model.pause()
+    model.abort(answers[0])
+    model.resume(answers[1])
+    assert finished(model, answers[1]) == [model.generate("Hello", max_tokens=20, seed=2)]
+    assert not model.engine.has_work
 
 
 def test_a_step_that_failed_half_way_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +230,9 @@ def test_a_step_that_failed_half_way_changes_no_answer(monkeypatch: pytest.Monke
         broken.setattr("smelt.inference.engine.sample", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.step()
-    model.restart()
-    model.resume(answer)
+        model.pause()
+        with pytest.raises(ZeroDivisionError):
+            model.step_alone(answer)
     assert finished(model, answer) == [expected]
 
 
