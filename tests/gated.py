@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from smelt.api.services import Services
 from smelt.control import keys
+from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.model_server import WorkerInfo
 from smelt.settings import load_settings
 from smelt.storage.database import open_database
@@ -34,7 +35,8 @@ def services_in(home: Path, **settings: Any) -> Iterator[Services]:
     chosen = load_settings(home=home, **settings)
     engine = open_database(chosen.database_url)
     writer = Writer(engine)
-    yield Services(chosen, engine, writer, Ledger(engine, writer, Files(chosen.bodies)), Nobody())
+    ledger, checker = Ledger(engine, writer, Files(chosen.bodies)), AbuseChecker(chosen, engine, writer)
+    yield Services(chosen, engine, writer, ledger, Nobody(), checker)
     writer.close()
     engine.dispose()
 

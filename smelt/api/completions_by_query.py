@@ -21,7 +21,6 @@ from smelt.api.openai_types import ALTERNATIVES, CompletionBody
 from smelt.api.services import Services
 from smelt.api.streaming import check_json, whole_body
 from smelt.control.catalogue import Catalogue
-from smelt.control.completions import Completions
 from smelt.errors import InvalidInput
 
 DEFAULTS = {
@@ -62,7 +61,7 @@ QUERY: dict[str, tuple[Callable[[str], Any], str]] = {
 def router(services: Services) -> APIRouter:
     """The one route."""
     routes = APIRouter(tags=["other shapes"])
-    desk = Desk(Completions(services.model_server, services.ledger), partial(_call, services.catalogue))
+    desk = Desk(services.completions, partial(_call, services.catalogue))
 
     async def create(request: Request) -> Response:
         return await desk.create(request)

@@ -4,6 +4,7 @@ import time
 from contextlib import aclosing
 
 from smelt.api import telemetry
+from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.completions import Pieces, written
 from smelt.storage.futures import Granted
 from smelt.transport.messages import Completion, Finish, Result
@@ -35,12 +36,13 @@ async def metered(model: str, pieces: Pieces) -> Pieces:
             telemetry.count_answer(model, reason)
 
 
-def count_background(row: Granted, result: Result) -> None:
-    """Count what a row of the ledger has become, where it is answers."""
+def note_background(checker: AbuseChecker, row: Granted, result: Result) -> None:
+    """Count what a row of the ledger has become, where it is answers, and the rules that they break."""
     if (found := written(row, result)) is not None:
-        model, completions = found
+        request, completions = found
         for index, completion in enumerate(completions):
-            _count(model, completion, is_first=index == 0)
+            _count(request.model, completion, is_first=index == 0)
+        checker.note(request, completions)
 
 
 def _count(model: str, end: Finish | Completion, is_first: bool) -> None:

@@ -18,7 +18,6 @@ from smelt.api.openai_types import ALTERNATIVES, CompletionBody, SamplingBody, c
 from smelt.api.services import Services
 from smelt.api.streaming import json_body
 from smelt.control.catalogue import Catalogue, Served
-from smelt.control.completions import Completions
 from smelt.transport.messages import Generate
 
 MAX_BODY_BYTES = 2**23  # the longest prompt, with every character escaped
@@ -31,11 +30,11 @@ def router(services: Services) -> APIRouter:
     """The routes below /v1 that OpenAI's clients know, and those that fetch an answer later."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
     catalogue = services.catalogue
-    completions = Completions(services.model_server, services.ledger)
+    completions = services.completions
     # Routes are tried one after the other, so what is asked most comes first.
     _add_writing(routes, "/completions", TEXT, CompletionBody, Desk(completions, partial(_text_call, catalogue)))
     _add_writing(routes, "/chat/completions", CHAT, ChatBody, Desk(completions, partial(_chat_call, catalogue)))
-    add_embeddings(routes, catalogue, services.model_server)
+    add_embeddings(routes, catalogue, services.model_server, services.abuse_checker)
     return routes
 
 

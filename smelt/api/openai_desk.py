@@ -6,11 +6,12 @@ without [DONE].
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any
 
+import msgspec
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
@@ -58,7 +59,7 @@ class Desk:
     async def create(self, request: Request) -> Response:
         """Write now, or promise to."""
         try:
-            call = await self._understand(request)
+            call = await self._understood(request)
             if call.body.background:
                 return await self._promise(call, request.headers.get(IDEMPOTENCY_KEY))
             if call.body.stream:
@@ -71,7 +72,15 @@ class Desk:
 
     async def write(self, request: Request) -> list[Completion]:
         """The answers, for whoever has shapes of his own. ClientLeft."""
-        return await self._written(await self._understand(request), request)
+        return await self._written(await self._understood(request), request)
+
+    async def _understood(self, request: Request) -> Call:
+        """What is asked for, by somebody who may. Banned, BannedPrompt."""
+        call = await self._understand(request)
+        key_id, user = request.state.caller.key_id or "", call.body.user or ""
+        requests = [msgspec.structs.replace(each, key_id=key_id, user=user) for each in call.requests]
+        await self._completions.check(requests)
+        return replace(call, requests=requests)
 
     async def _written(self, call: Call, request: Request) -> list[Completion]:
         pieces = self._pieces(call)

@@ -16,6 +16,8 @@ from smelt.api.openai_desk import DirectRoute, json_response
 from smelt.api.openai_parsing import check_neutral, parse, schema_of
 from smelt.api.openai_types import ALTERNATIVES, EmbeddingBody, check_prompts
 from smelt.api.streaming import ClientLeft, NoAnswer, Presence, json_body
+from smelt.control.abuse_checker import AbuseChecker
+from smelt.control.bans import NO_KEY, Subject
 from smelt.control.catalogue import Catalogue
 from smelt.control.model_server import ModelServer
 from smelt.errors import InvalidInput
@@ -51,13 +53,15 @@ class EmbeddingList:
     object: Literal["list"] = "list"
 
 
-def add_embeddings(routes: APIRouter, catalogue: Catalogue, model_server: ModelServer) -> None:
+def add_embeddings(routes: APIRouter, catalogue: Catalogue, model_server: ModelServer, checker: AbuseChecker) -> None:
     """The route that embeds."""
 
     async def create(request: Request) -> Response:
         try:
             body = parse(EmbeddingBody, await json_body(request, MAX_BODY_BYTES), ALTERNATIVES)
-            asked = await _understood(body, catalogue, request.state.caller.owner)
+            caller = request.state.caller
+            asked = await _understood(body, catalogue, caller.owner)
+            await checker.check_subject(Subject(caller.owner, caller.key_id or NO_KEY, body.user or ""))
             async with Presence(request.receive):
                 embedded, finish = await model_server.embed(asked)
         except ClientLeft:

@@ -25,10 +25,11 @@ from sqlalchemy import Engine
 
 from smelt.api.app import create_app
 from smelt.api.draining import Draining
-from smelt.api.metering import count_background
+from smelt.api.metering import note_background
 from smelt.api.protocol import BoundedProtocol
 from smelt.api.services import Services
 from smelt.api.telemetry import configure_logging
+from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.workers import Workers
 from smelt.errors import ConfigError, SmeltError
 from smelt.settings import Settings, load_settings, runtime_folder
@@ -97,8 +98,9 @@ async def run(settings: Settings, listener: socket.socket, default_model: str | 
     """Serve on a socket until a signal has been obeyed."""
     signals = EndSignals()
     with opened(settings) as (engine, writer, ledger):
-        workers = Workers(ledger, witness=count_background)
-        app = Draining(create_app(Services(settings, engine, writer, ledger, workers, default_model)))
+        checker = AbuseChecker(settings, engine, writer)
+        workers = Workers(ledger, witness=partial(note_background, checker))
+        app = Draining(create_app(Services(settings, engine, writer, ledger, workers, checker, default_model)))
         async with AsyncExitStack() as doors, chores(ledger):
             for address, key, tls in ways_in(settings):
                 way_in = listen(address, workers.serve, key=key, tls=tls, next_epoch=ledger.open_epoch)

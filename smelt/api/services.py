@@ -5,7 +5,9 @@ from functools import cached_property
 
 from sqlalchemy import Engine
 
+from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.catalogue import Catalogue
+from smelt.control.completions import Completions
 from smelt.control.model_server import ModelServer
 from smelt.settings import Settings
 from smelt.storage.futures import Ledger
@@ -21,9 +23,15 @@ class Services:
     writer: Writer
     ledger: Ledger
     model_server: ModelServer
+    abuse_checker: AbuseChecker
     default_model: str | None = None
 
     @cached_property
     def catalogue(self) -> Catalogue:
         """The models that may be asked: one for all routes, so that a change by one is seen by the others."""
         return Catalogue(self.settings.models, self.default_model)
+
+    @cached_property
+    def completions(self) -> Completions:
+        """What writes, now and for later."""
+        return Completions(self.model_server, self.ledger, self.abuse_checker)

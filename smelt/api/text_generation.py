@@ -16,7 +16,6 @@ from smelt.api.openai_types import ALTERNATIVES, CompletionBody
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, NoAnswer, json_body
 from smelt.control.catalogue import Catalogue
-from smelt.control.completions import Completions
 from smelt.errors import InvalidInput
 from smelt.models.aliases import DEFAULT
 
@@ -36,7 +35,7 @@ class Generated:
 def router(services: Services) -> APIRouter:
     """The one route."""
     routes = APIRouter(prefix="/api", tags=["other shapes"])
-    desk = Desk(Completions(services.model_server, services.ledger), partial(_call, services.catalogue))
+    desk = Desk(services.completions, partial(_call, services.catalogue))
 
     async def generate(request: Request) -> Response:
         try:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.answers import check
 from smelt.control.model_server import ModelServer
 from smelt.errors import InvalidInput, NotFound, TooLarge, Unavailable
@@ -57,9 +58,15 @@ class Promise:
 class Completions:
     """What every API that completes text stands on."""
 
-    def __init__(self, model_server: ModelServer, ledger: Ledger) -> None:
+    def __init__(self, model_server: ModelServer, ledger: Ledger, abuse_checker: AbuseChecker) -> None:
         self._model_server = model_server
         self._ledger = ledger
+        self._checker = abuse_checker
+
+    async def check(self, requests: Sequence[Generate]) -> None:
+        """Before anything is answered or promised: Banned, or BannedPrompt with a strike."""
+        for request in requests:
+            await self._checker.check(request)
 
     def answers(self, requests: Sequence[Generate]) -> Pieces:
         """(number of the choice, its next piece) as they come, each one's last being a Finish. Closing it cancels all.
@@ -73,7 +80,8 @@ class Completions:
 
     async def _answer(self, first: int, request: Generate) -> Pieces:
         num_left = request.num_samples
-        async with aclosing(self._model_server.generate(request)) as pieces:
+        written = self._model_server.generate(request)
+        async with aclosing(self._checker.watched(request, written)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Finish):
                     check(piece)
@@ -102,8 +110,10 @@ class Completions:
     async def read(self, owner: str, future_id: str, wait_s: float = 0.0) -> Promise:
         """How a promised answer stands; waits so long for it to be finished. NotFound where the owner has none."""
         if wait_s > 0:
-            return _promise(await self._ledger.wait(owner, future_id, wait_s))
-        return _promise(await self._ledger.read(owner, future_id))
+            promise = _promise(await self._ledger.wait(owner, future_id, wait_s))
+        else:
+            promise = _promise(await self._ledger.read(owner, future_id))
+        return replace(promise, completions=tuple(map(self._checker.filtered, promise.completions)))
 
     async def cancel(self, owner: str, future_id: str) -> Promise:
         """Give an answer up; one that is finished stays as it is. NotFound where the owner has none."""
@@ -136,12 +146,12 @@ def _completion(chunks: Sequence[TextChunk], finish: Finish) -> Completion:
     )
 
 
-def written(row: Granted, result: Result) -> tuple[str, list[Completion]] | None:
-    """The model and the answers of a row that has been done; None where they are none."""
+def written(row: Granted, result: Result) -> tuple[Generate, list[Completion]] | None:
+    """What was asked for and the answers, of a row that has been done; None where they are none."""
     if row.kind != KIND or row.request is None or result.failure is not None:
         return None
     request = msgspec.msgpack.decode(row.request, type=Generate)
-    return request.model, msgspec.msgpack.decode(result.body, type=list[Completion])
+    return request, msgspec.msgpack.decode(result.body, type=list[Completion])
 
 
 def _lane_of(owner: str, key: str) -> str:

@@ -14,7 +14,7 @@ from gated import client_of, make_key
 from scripted import Scripted, scripted
 from smelt.api import telemetry
 from smelt.api.app import create_app
-from smelt.api.metering import count_background
+from smelt.api.metering import note_background
 from smelt.api.services import Services
 from smelt.storage.futures import MAX_INLINE, Granted
 from smelt.storage.transitions import Submission
@@ -109,16 +109,17 @@ async def test_several_choices_with_log_probabilities_and_calls(client: httpx.As
     assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (3, 5)
 
 
-def test_answers_in_the_background_are_counted() -> None:
+def test_answers_in_the_background_are_counted(services: Services) -> None:
     def count(kind: str) -> float:
         return telemetry.tokens.labels("tiny", kind)._value.get()
 
     before = {kind: count(kind) for kind in ("prompt", "cached_prompt", "output")}
     request = msgspec.msgpack.encode(Generate("r", "ann", "tiny", num_samples=2, best_of=2))
     done = Result("f", 1, msgspec.msgpack.encode([Completion("a", "stop", 3, 4, 2), Completion("b", "stop", 3, 5, 3)]))
-    count_background(Granted("f", "ann", "generate", None, None, 0, request), done)
-    count_background(Granted("f", "ann", "train", None, None, 0, b"?"), done)
-    count_background(Granted("f", "ann", "generate", None, None, 0, request), Result("f", 1, failure=Failure("x", "y")))
+    note_background(services.abuse_checker, Granted("f", "ann", "generate", None, None, 0, request), done)
+    note_background(services.abuse_checker, Granted("f", "ann", "train", None, None, 0, b"?"), done)
+    failed = Result("f", 1, failure=Failure("x", "y"))
+    note_background(services.abuse_checker, Granted("f", "ann", "generate", None, None, 0, request), failed)
     assert {kind: count(kind) - was for kind, was in before.items()} == {"prompt": 3, "cached_prompt": 2, "output": 9}
 
 

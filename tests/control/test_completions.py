@@ -1,15 +1,20 @@
 """Answers of several prompts as one stream; what of them is cancelled, and when."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
 from smelt.control import completions as module
+from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.completions import Completions, gathered
 from smelt.errors import InvalidInput, SeqReused, Unavailable
+from smelt.settings import load_settings
+from smelt.storage.database import open_database
 from smelt.storage.futures import Ledger
+from smelt.storage.writer import Writer
 from smelt.transport.messages import Failure, Finish, Generate, TextChunk
 from spine import until
 
@@ -46,8 +51,18 @@ def writers() -> Writers:
 
 
 @pytest.fixture
-def completions(writers: Writers, ledger: Ledger) -> Completions:
-    return Completions(writers, ledger)  # type: ignore[arg-type]
+def checker(tmp_path: Path, ledger: Ledger) -> Iterator[AbuseChecker]:
+    settings = load_settings(home=tmp_path)
+    engine = open_database(settings.database_url)
+    writer = Writer(engine)
+    yield AbuseChecker(settings, engine, writer)
+    writer.close()
+    engine.dispose()
+
+
+@pytest.fixture
+def completions(writers: Writers, ledger: Ledger, checker: AbuseChecker) -> Completions:
+    return Completions(writers, ledger, checker)  # type: ignore[arg-type]
 
 
 def ask(*prompts: str) -> list[Generate]:
@@ -68,14 +83,14 @@ async def test_each_prompt_has_its_pieces_and_its_end(completions: Completions, 
     assert not writers.running
 
 
-async def test_choices_are_numbered_by_prompt_and_then_by_sample(ledger: Ledger) -> None:
+async def test_choices_are_numbered_by_prompt_and_then_by_sample(ledger: Ledger, checker: AbuseChecker) -> None:
     class Twice(Writers):
         async def generate(self, request: Generate) -> AsyncGenerator[TextChunk | Finish, None]:
             for index in reversed(range(request.num_samples)):
                 yield TextChunk(request.request_id, f"{request.prompt}{index}", index=index)
                 yield Finish(request.request_id, "stop", 1, 1, index=index)
 
-    completions = Completions(Twice(), ledger)  # type: ignore[arg-type]
+    completions = Completions(Twice(), ledger, checker)  # type: ignore[arg-type]
     requests = [Generate(prompt, "ann", "gpt", prompt, num_samples=2, best_of=2) for prompt in "ab"]
     texts = [completion.text for completion in await gathered(completions.answers(requests), 4)]
     assert texts == ["a0", "a1", "b0", "b1"]
