@@ -75,6 +75,7 @@ class Settings:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @click.option("--device", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
+@click.option("--quantize", help="none, or int8: weights rounded to a byte each, faster where few answers run.")
 def command(
     model: str,
     prompt: str | None,
@@ -84,6 +85,7 @@ def command(
     stop: tuple[str, ...],
     device: str | None,
     dtype: str | None,
+    quantize: str | None,
     **settings: Any,
 ) -> None:
     """Write text with MODEL: a registered name, a model folder, a run's --out-dir, gpt2...gpt2-xl or hf:ORG/NAME.
@@ -97,7 +99,7 @@ def command(
 
     from smelt.library import load
 
-    text_model = load(model, device=device, dtype=dtype)
+    text_model = load(model, device=device, dtype=dtype, quantize=quantize)
     try:
         if interactive:
             converse(text_model, Settings(**settings), stop)

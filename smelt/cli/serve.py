@@ -27,6 +27,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--config", type=FILE, metavar="FILE", help="Read settings from this file in place of smelt.yaml.")
 @click.option("--host", help="Address to serve on (127.0.0.1); any but this machine's own needs an API key.")
 @click.option("--port", type=int, help="Port to serve on (8000); 0 picks a free one.")
+@click.option("--quantize", help="none, or int8: weights rounded to a byte each, faster where few answers run.")
 @click.option("--no-worker", is_flag=True, help="Start no worker here: others dial in with `smelt worker`.")
 @click.option("--worker-address", metavar="HOST:PORT", help="Let workers of other machines dial in here, with TLS.")
 @click.option("--tls-certificate", type=FILE, metavar="FILE", help="The certificate that they are shown (PEM).")
@@ -36,6 +37,7 @@ def command(
     config: Path | None,
     host: str | None,
     port: int | None,
+    quantize: str | None,
     no_worker: bool,
     worker_address: str | None,
     tls_certificate: Path | None,
@@ -52,9 +54,8 @@ def command(
 
     if config is not None:
         use_config_file(config)
-    settings = load_settings(
-        host=host, port=port, worker_address=worker_address, tls_certificate=tls_certificate, tls_key=tls_key
-    )
+    tls = {"tls_certificate": tls_certificate, "tls_key": tls_key}
+    settings = load_settings(host=host, port=port, quantize=quantize, worker_address=worker_address, **tls)
     model = lasting_name(model, settings) if model is not None else None
     check_worker_door(settings)
     if not is_loopback(settings.host):

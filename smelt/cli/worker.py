@@ -31,9 +31,16 @@ Copy its HOME/worker.key and the certificate to the worker, which needs the same
     "--connect", metavar="ADDRESS", help="HOST:PORT or the path of a socket. [the server of this home folder]"
 )
 @click.option("--preload", metavar="MODEL", help="Load this model (a name or folder) before anybody asks for it.")
+@click.option("--quantize", help="none, or int8: weights rounded to a byte each, faster where few answers run.")
 @click.option("--key-file", type=Path, help="The key that the server knows. [HOME/worker.key]")
 @click.option("--tls-certificate", type=Path, help="PEM file of the certificate that the server shows.")
-def command(connect: str | None, preload: str | None, key_file: Path | None, tls_certificate: Path | None) -> None:
+def command(
+    connect: str | None,
+    preload: str | None,
+    quantize: str | None,
+    key_file: Path | None,
+    tls_certificate: Path | None,
+) -> None:
     """Join a server as a worker: it loads registered models when they are first asked for, and answers with them.
 
     It dials in again when the server restarts, and keeps its models. Ctrl-C (or SIGTERM) lets what runs finish first;
@@ -43,7 +50,7 @@ def command(connect: str | None, preload: str | None, key_file: Path | None, tls
     from smelt.settings import load_settings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
-    settings = load_settings(worker_key=key_file, tls_certificate=tls_certificate)
+    settings = load_settings(quantize=quantize, worker_key=key_file, tls_certificate=tls_certificate)
     address = address_of(connect, settings)
     key, tls = credentials(address, settings)
     asyncio.run(run_worker(settings, address, preload, key, tls))

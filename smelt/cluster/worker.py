@@ -10,6 +10,7 @@ import signal
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from smelt.cluster.uplink import Uplink
 from smelt.control.catalogue import served_name
 from smelt.errors import NotFound
 from smelt.inference.events import Event, Load
+from smelt.inference.memory import MIB, Candidate, Upkeep, default_cache_bytes, predicted_bytes, stamp_of
 from smelt.inference.server import InferenceServer
 from smelt.inference.service import TextModel
 from smelt.library import load
-from smelt.models.devices import pick_device
-from smelt.models.registry import is_registered, registered_names
+from smelt.models.devices import pick_device, pick_dtype
+from smelt.models.folders import read_config
+from smelt.models.kernels import start_build
+from smelt.models.registry import is_registered, registered_names, resolve
 from smelt.settings import Settings
 from smelt.transport.addresses import Address
 from smelt.transport.messages import WorkerStatus
@@ -44,6 +48,7 @@ class Worker:
         load_model: Callable[[str], TextModel],
         device: str,
         *,
+        upkeep: Upkeep | None = None,
         key: bytes | None = None,
         tls: ssl.SSLContext | None = None,
         grace_s: float = GRACE_SECONDS,
@@ -53,7 +58,7 @@ class Worker:
         self._tls = tls
         self._grace_s = grace_s
         self._loop = asyncio.get_running_loop()
-        self._server = InferenceServer(load_model, self._deliver)
+        self._server = InferenceServer(load_model, self._deliver, upkeep)
         self._status = WorkerStatus(device)
         self._uplink: Uplink | None = None
         self._stop = asyncio.Event()
@@ -116,26 +121,54 @@ class Worker:
     def _take(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, Load):
-                running, waiting = event.num_running, event.num_waiting
-                self._status = WorkerStatus(self._status.device, event.models, running, waiting)
+                running, waiting, loads = event.num_running, event.num_waiting, event.model_loads
+                self._status = WorkerStatus(self._status.device, event.models, running, waiting, model_loads=loads)
                 if self._uplink is not None:
                     self._uplink.take_status(self._status)
             elif self._uplink is not None:
                 self._uplink.take(event)
 
 
-def loader(settings: Settings, preload: str | None) -> Callable[[str], TextModel]:
-    """Loads registered models and the preloaded one; no other folder of this machine is anybody's to ask for."""
+class Shelf:
+    """The models that a worker may load: registered ones and the preloaded one; no other folder of this machine is
+    anybody's to ask for. Raises NotFound for others."""
 
-    def load_model(name: str) -> TextModel:
-        if preload is not None and name == served_name(preload):
-            return load(preload)
-        if not is_registered(name, settings.models):
-            known = ", ".join(registered_names(settings.models)) or "none"
+    def __init__(self, settings: Settings, preload: str | None) -> None:
+        self._settings = settings
+        self._preload = preload
+        self._device = pick_device(settings.device)
+        self._dtype = pick_dtype(settings.dtype, self._device)
+
+    def load(self, name: str) -> TextModel:
+        """The model of that name."""
+        return load(self._source(name))
+
+    def examine(self, name: str) -> Candidate:
+        """The state of its files, and the memory it would take."""
+        path = resolve(self._source(name), self._settings.models)
+        return Candidate(stamp_of(path), self._predicted_bytes(path))
+
+    def _source(self, name: str) -> str:
+        if self._preload is not None and name == served_name(self._preload):
+            return self._preload
+        if not is_registered(name, self._settings.models):
+            known = ", ".join(registered_names(self._settings.models)) or "none"
             raise NotFound(f"no model {name!r} on this worker; registered: {known}")
-        return load(str(settings.models / name))
+        return str(self._settings.models / name)
 
-    return load_model
+    def _predicted_bytes(self, path: Path) -> int:
+        if path.is_file():  # nanoGPT's: its shape is known once it is read
+            return 2 * path.stat().st_size
+        settings = self._settings
+        config = read_config(path)
+        cache = settings.kv_cache_bytes or default_cache_bytes(config, self._dtype, self._device, settings.max_running)
+        return predicted_bytes(config, self._dtype, cache, settings.quantize == "int8")
+
+
+def upkeep_of(settings: Settings, shelf: Shelf, device: torch.device) -> Upkeep:
+    """How the worker's models come and go."""
+    limit = None if settings.model_memory_mb is None else settings.model_memory_mb * MIB
+    return Upkeep(shelf.examine, limit, settings.keep_alive_s, device=device)
 
 
 async def run_worker(
@@ -148,8 +181,11 @@ async def run_worker(
     """Work for the server at that address until SIGTERM or SIGINT."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)  # before there are threads, which take it over
-    device = str(pick_device(settings.device))
-    worker = Worker(address, loader(settings, preload), device, key=key, tls=tls)
+    device = pick_device(settings.device)
+    if device.type == "cpu":
+        start_build(settings.kernels)  # seconds, the first time on a machine: not those of the first answer
+    shelf = Shelf(settings, preload)
+    worker = Worker(address, shelf.load, str(device), upkeep=upkeep_of(settings, shelf, device), key=key, tls=tls)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     if preload is not None:
