@@ -10,14 +10,10 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
+import zstandard
 from starlette.types import Message, Receive
 
 from smelt.errors import InvalidInput, SlowBody, SmeltError, TooLarge, Unavailable, UnsupportedEncoding
-
-try:
-    import zstandard
-except ImportError:
-    zstandard = None  # type: ignore[assignment]
 
 PIECE_BYTES = 2**18
 ZSTD_SLICE_BYTES = 256
@@ -89,9 +85,11 @@ def _check_whole(is_whole: bool) -> None:
         raise InvalidInput("the body is cut short: its Content-Encoding has no end")
 
 
-UNPACKERS: dict[bytes, Callable[[AsyncIterator[bytes]], Pieces]] = {b"gzip": inflated, b"deflate": inflated}
-if zstandard is not None:
-    UNPACKERS[b"zstd"] = unzstd
+UNPACKERS: dict[bytes, Callable[[AsyncIterator[bytes]], Pieces]] = {
+    b"gzip": inflated,
+    b"deflate": inflated,
+    b"zstd": unzstd,
+}
 
 
 class Bodies:
