@@ -36,6 +36,17 @@ def write_once(path: Path, body: bytes) -> None:
         temporary.unlink()
 
 
+def read_ahead(path: Path) -> None:
+    """Have the system read a file into memory in one go, beside us: by page faults it would come in small pieces."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
+
+
 def check_room(folder: Path, num_bytes: int) -> None:
     """OutOfSpace where that many bytes more do not fit on the disk of a folder, which need not exist yet."""
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smelt.configs import DecoderConfig, validated
-from smelt.disk import is_full
+from smelt.disk import is_full, read_ahead
 from smelt.errors import NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import (
     CONFIG_FILE,
@@ -48,8 +48,16 @@ def to_hf_tensors(config: DecoderConfig, state: Mapping[str, Tensor]) -> dict[st
     return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in zero_biases_of(config).items()}
 
 
-def from_hf_tensors(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_hf_tensors`. UnsupportedModel names tensors that are missing, unknown or misshapen."""
+def from_hf_tensors(
+    config: DecoderConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """The inverse of `to_hf_tensors`, each tensor made at once in its place and `dtype` (None: as stored).
+
+    UnsupportedModel names tensors that are missing, unknown or misshapen.
+    """
     named = with_full_names(config, tensors)
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in named.items()})
     for name in zero_biases_of(config):
@@ -61,12 +69,21 @@ def from_hf_tensors(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dic
         embedding = named[layout_of(config)["embedding.weight"].names[0]]
         if not torch.equal(embedding, named["lm_head.weight"]):
             raise UnsupportedModel(f"lm_head.weight differs from the embedding, but {CONFIG_FILE} says they are tied")
-    return {name: _gather(stored, named) for name, stored in layout_of(config).items()}
+    return {name: _gather(stored, named, dtype, device) for name, stored in layout_of(config).items()}
 
 
-def _gather(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
+def _gather(
+    stored: Stored, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
+) -> Tensor:
+    """One tensor of ours: theirs as it is mapped, where nothing needs changing, else one copy that does it all."""
     pieces = [tensors[name].t() if stored.transposed else tensors[name] for name in stored.names]
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).contiguous()
+    dtype = dtype or pieces[0].dtype
+    if len(pieces) == 1:
+        return pieces[0].to(device, dtype).contiguous()
+    gathered = torch.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), dtype=dtype, device=device)
+    for part, piece in zip(gathered.split([len(piece) for piece in pieces]), pieces, strict=True):
+        part.copy_(piece)
+    return gathered
 
 
 # --- Hugging Face folders --------------------------------------------------------------------------------
@@ -80,7 +97,7 @@ def read_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     config = read_config(folder)
     tensors = read_tensors(folder, config)
     try:
-        state = from_hf_tensors(config, tensors)
+        state = from_hf_tensors(config, tensors, dtype or _dtype_of(config, tensors), device)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{folder}: {error}") from None
     return assemble(config, state, dtype, device)
@@ -105,8 +122,16 @@ def read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
     check_weights(folder, config)
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
+        read_ahead(path)
         tensors |= load_file(path)
     return tensors
+
+
+def _dtype_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    """What the embedding is stored in, where there is one; whoever looks for it next says so if there is none."""
+    named = with_full_names(config, tensors)
+    embedding = named.get(layout_of(config)["embedding.weight"].names[0])
+    return None if embedding is None else embedding.dtype
 
 
 def write_model(
