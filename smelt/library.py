@@ -27,6 +27,7 @@ def load(
     """
     import torch
 
+    from smelt.data.chat_format import ChatFormat
     from smelt.inference.service import TextModel
     from smelt.models import quantization
     from smelt.models.devices import pick_device, pick_dtype
@@ -44,7 +45,8 @@ def load(
     model, tokenizer = load_model(path, pick_dtype(settings.dtype, place), place)
     if tokenizer is None:
         raise TokenizerError(f"{path} has no tokenizer; put its tokenizer.json beside the weights")
-    return TextModel(quantization.quantize(model, settings.quantize), tokenizer)
+    model = quantization.quantize(model, settings.quantize)
+    return TextModel(model, tokenizer, settings.max_running, settings.kv_cache_bytes, ChatFormat.of(path, tokenizer))
 
 
 def train(config: TrainConfig | dict[str, Any] | None = None, **fields: Any) -> "RunSummary":

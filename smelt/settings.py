@@ -95,6 +95,13 @@ class Settings(BaseSettings):
         return self.home / "kernels"
 
     @property
+    def kv_cache_bytes(self) -> int | None:
+        """Of each model: what is set, a quarter of what all models may take, or None: the engine decides."""
+        if self.kv_cache_mb is not None:
+            return self.kv_cache_mb * 2**20
+        return None if self.model_memory_mb is None else self.model_memory_mb * 2**18
+
+    @property
     def database_url(self) -> str:
         """Where the database is."""
         return self.database or f"sqlite:///{self.home / 'smelt.db'}"

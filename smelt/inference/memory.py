@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from smelt.configs import DecoderConfig
+from smelt.inference.engine import BLOCK_SIZE, MAX_STEP_TOKENS
+from smelt.inference.kv_cache import default_num_blocks
 from smelt.models.devices import free_memory
-from smelt.models.footprint import weights_bytes
+from smelt.models.footprint import kv_bytes_per_token, weights_bytes
 
 MIB = 2**20
 MARGIN = 0.1  # of what is free, for whatever else the machine does
-STEP_TOKENS = 512  # that one step computes at most, about
 
 Stamp = tuple[tuple[str, int, int], ...]  # names, sizes and times of files
 
@@ -38,10 +39,16 @@ def predicted_bytes(config: DecoderConfig, dtype: torch.dtype, cache_bytes: int,
     return weights_bytes(config, dtype.itemsize, quantized) + cache_bytes + step_bytes(config, dtype)
 
 
+def default_cache_bytes(config: DecoderConfig, dtype: torch.dtype, device: torch.device, max_running: int) -> int:
+    """What the engine's cache takes where nothing is said about it."""
+    num_blocks = default_num_blocks(max_running, config, BLOCK_SIZE, dtype, device)
+    return num_blocks * BLOCK_SIZE * kv_bytes_per_token(config, dtype.itemsize)
+
+
 def step_bytes(config: DecoderConfig, dtype: torch.dtype, num_rows: int = 32) -> int:
     """Logits in fp32 of as many rows as are drawn at once, and the widest activations of a step's tokens."""
     widest = 3 * config.n_inner + 4 * config.n_embd + (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    return num_rows * config.vocab_size * 4 * 2 + STEP_TOKENS * widest * dtype.itemsize
+    return num_rows * config.vocab_size * 4 * 2 + MAX_STEP_TOKENS * widest * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from smelt.cluster.worker import Worker, loader
+from smelt.cluster.worker import Shelf, Worker
 from smelt.configs import DecoderConfig
 from smelt.control.workers import Workers
 from smelt.data.characters import ByteTokenizer
@@ -304,9 +304,31 @@ def test_only_registered_models_and_the_preloaded_one_are_loaded(tmp_path: Path,
     for folder in (settings.models / "listed", tmp_path / "private", tmp_path / "served"):
         write_model(CONFIG, make_decoder().state_dict(), folder)
         ByteTokenizer().save(folder)
-    load = loader(settings, str(tmp_path / "served"))
+    shelf = Shelf(settings, str(tmp_path / "served"))
     for name in ("listed", "served"):
-        assert load(name).config == CONFIG
+        assert shelf.load(name).config == CONFIG
+        assert shelf.examine(name).num_bytes > CONFIG.num_parameters
     for name in (str(tmp_path / "private"), "../../private", "hf:openai-community/gpt2", "gpt2"):
-        with pytest.raises(NotFound, match="on this worker; registered: listed"):
-            load(name)
+        for ask_for in (shelf.load, shelf.examine):
+            with pytest.raises(NotFound, match="on this worker; registered: listed"):
+                ask_for(name)
+
+
+def test_a_model_written_anew_under_its_name_is_told_from_the_old_one(home: Path) -> None:
+    settings = Settings(home=home)
+    shelf = Shelf(settings, None)
+    write_model(CONFIG, make_decoder().state_dict(), settings.models / "tiny")
+    before = shelf.examine("tiny")
+    assert shelf.examine("tiny").stamp == before.stamp
+    write_model(CONFIG, make_decoder().state_dict(), settings.models / "tiny")
+    assert shelf.examine("tiny").stamp != before.stamp
+
+
+def test_what_the_settings_say_of_memory_is_what_models_get(home: Path) -> None:
+    settings = Settings(home=home, kv_cache_mb=1, max_running=3, device="cpu", dtype="float32")
+    write_model(CONFIG, make_decoder().state_dict(), settings.models / "tiny")
+    predicted = Shelf(settings, None).examine("tiny").num_bytes
+    assert 2**20 + 4 * CONFIG.num_parameters < predicted < 2**20 + 8 * CONFIG.num_parameters + 2**21
+    assert settings.kv_cache_bytes == 2**20
+    assert Settings(home=home, model_memory_mb=8).kv_cache_bytes == 2 * 2**20
+    assert Settings(home=home).kv_cache_bytes is None
