@@ -27,7 +27,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 from structlog.typing import WrappedLogger
@@ -92,11 +92,45 @@ class Durations(Collector):
         yield family
 
 
+class Engines(Collector):
+    """What the engines of all workers are doing, as the workers have told last; cleared with them."""
+
+    def __init__(self) -> None:
+        self.workers: list[WorkerInfo] = []
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures, as Prometheus wants them."""
+        labels = ["worker", "model"]
+        blocks = GaugeMetricFamily("smelt_engine_blocks", "Blocks of each cache.", labels=[*labels, "state"])
+        others: list[tuple[GaugeMetricFamily | CounterMetricFamily, str]] = [
+            (kind(name, text, labels=labels), field) for kind, name, text, field in ENGINE_FIGURES
+        ]
+        for worker in self.workers:
+            for load in worker.model_loads:
+                place = [worker.name, load.name]
+                blocks.add_metric([*place, "used"], load.num_blocks_used)
+                blocks.add_metric([*place, "free"], load.num_blocks - load.num_blocks_used)
+                for family, field in others:
+                    family.add_metric(place, getattr(load, field))
+        yield blocks
+        yield from (family for family, _ in others)
+
+
+# kind, name, text, field of ModelLoad
+ENGINE_FIGURES: list[tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], str, str, str]] = [
+    (GaugeMetricFamily, "smelt_engine_model_bytes", "Memory that a model may take.", "num_bytes"),
+    (GaugeMetricFamily, "smelt_engine_batch_tokens", "Tokens of the last step.", "batch_size"),
+    (CounterMetricFamily, "smelt_engine_prompt_tokens", "Tokens of prompts.", "total_prompt_tokens"),
+    (CounterMetricFamily, "smelt_engine_cached_tokens", "Of those, tokens found in the cache.", "total_cached_tokens"),
+    (CounterMetricFamily, "smelt_engine_preemptions", "Sequences put back for lack of blocks.", "total_preempted"),
+]
+
 requests = Requests()
+engines = Engines()
 request_seconds = Durations("smelt_http_request_seconds", "From a request to the end of its answer.", "route")
 first_token_seconds = Durations("smelt_first_token_seconds", "From a request to its first token.", "model")
 gap_seconds = Durations("smelt_inter_token_seconds", "Between two pieces of an answer.", "model")
-for figures in (requests, request_seconds, first_token_seconds, gap_seconds):
+for figures in (requests, engines, request_seconds, first_token_seconds, gap_seconds):
     REGISTRY.register(figures)
 
 
@@ -146,6 +180,7 @@ def _token_series(model: str) -> tuple[Counter, Counter, Counter]:
 def exposition(workers: list[WorkerInfo]) -> bytes:
     """All of it in Prometheus's text format, with what the workers do at this moment."""
     workers_connected.set(len(workers))
+    engines.workers = workers
     worker_sequences.clear()
     for worker in workers:
         worker_sequences.labels(worker.name, "running").set(worker.num_running)

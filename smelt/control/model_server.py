@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from smelt.transport.messages import Embed, Embedded, Finish, Generate, TextChunk
+from smelt.types import ModelLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class WorkerInfo:
     models: tuple[str, ...]  # loaded, ready to answer
     num_running: int
     num_waiting: int
+    model_loads: tuple[ModelLoad, ...] = ()
 
 
 class ModelServer(Protocol):

@@ -183,5 +183,11 @@ async def _unload(link: Link, model: str) -> None:
 def _describe(link: Link) -> WorkerInfo:
     connection, status = link.connection, link.status
     return WorkerInfo(
-        connection.name, connection.epoch, status.device, status.models, status.num_running, status.num_waiting
+        connection.name,
+        connection.epoch,
+        status.device,
+        status.models,
+        status.num_running,
+        status.num_waiting,
+        status.model_loads,
     )

@@ -19,6 +19,7 @@ from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.api.telemetry import Durations
 from smelt.control.model_server import WorkerInfo
+from smelt.types import ModelLoad
 
 
 @pytest.fixture
@@ -86,7 +87,8 @@ def test_durations_are_counted_as_prometheus_counts_them(seconds: list[float]) -
 
 
 def test_answers_and_workers_are_counted() -> None:
-    worker = WorkerInfo("box:1", 1, "cpu", ("gpt",), 3, 2)
+    load = ModelLoad("gpt", 1000, 10, 4, 7, total_prompt_tokens=30, total_cached_tokens=20, total_preempted=2)
+    worker = WorkerInfo("box:1", 1, "cpu", ("gpt",), 3, 2, (load,))
     before = telemetry.exposition([]).decode()
     telemetry.count_answer("gpt", "stop", 10, 5, 4)
     telemetry.observe_first_token("gpt", 0.2)
@@ -103,6 +105,14 @@ def test_answers_and_workers_are_counted() -> None:
         assert value(after, series) - value(before, series) == grows
     assert value(after, 'smelt_worker_sequences{state="running",worker="box:1"}') == 3
     assert value(after, "smelt_workers ") == 1
+    for name, figure in (
+        ("model_bytes", 1000), ("batch_tokens", 7), ("prompt_tokens_total", 30), ("cached_tokens_total", 20),
+        ("preemptions_total", 2),
+    ):  # fmt: skip
+        assert value(after, f'smelt_engine_{name}{{model="gpt",worker="box:1"}}') == figure
+    for state, figure in (("used", 4), ("free", 6)):
+        series = f'smelt_engine_blocks{{model="gpt",state="{state}",worker="box:1"}}'
+        assert value(after, series) == figure
     assert "box:1" not in telemetry.exposition([]).decode()
 
 
