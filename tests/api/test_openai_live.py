@@ -2,14 +2,16 @@
 
 import json
 import math
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from processes import eventually
 from serving import serving, write_tiny_model
 
 pytestmark = pytest.mark.timeout(180)
@@ -153,13 +155,29 @@ def test_the_other_shapes_say_the_same(client: openai.OpenAI, address: str) -> N
     assert answer.json() == {"success": True, "text": "To be" + text}
 
 
-def figure(address: str, name: str) -> float:
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+def figure(address: str, *parts: str) -> float:
+    """The sum of all series whose names and labels have these parts."""
+    lines = [line for line in httpx.get(f"{address}/metrics").text.splitlines() if not line.startswith("#")]
+    return sum(float(line.split()[-1]) for line in lines if all(part in line for part in parts))
 
 
-def eventually_zero(address: str, name: str) -> None:
-    until = time.monotonic() + 20
-    while figure(address, name) != 0:
-        assert time.monotonic() < until, name
-        time.sleep(0.05)
+def leave_after_a_piece(address: str, number: int) -> None:
+    """Hang up in the middle of an answer that would take long; every third one asks for several at once."""
+    prompt = f"{number} " + "to be or not " * (number % 4)
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 50_000, "stream": True, "n": 1 + 2 * (number % 3 == 0)}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=120) as answer:
+        assert answer.status_code == 200
+        if number % 2:
+            next(answer.iter_bytes())
+
+
+@pytest.mark.slow
+def test_200_clients_that_leave_leave_nothing_behind(client: openai.OpenAI, address: str) -> None:
+    expected = text_of(client)
+    with ThreadPoolExecutor(40) as clients:
+        list(clients.map(partial(leave_after_a_piece, address), range(200)))
+    eventually(lambda: figure(address, "smelt_worker_sequences{") == 0, "an idle worker")
+    eventually(lambda: figure(address, "smelt_engine_blocks{", 'state="used"') == 0, "an empty cache")
+    assert figure(address, "smelt_engine_blocks{", 'state="free"') > 0
+    assert figure(address, "smelt_answers_total{", 'reason="left"') >= 100
+    assert text_of(client) == expected
