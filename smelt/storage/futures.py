@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +22,13 @@ from smelt.storage import transitions
 from smelt.storage.faults import Fault, no_fault
 from smelt.storage.files import Files
 from smelt.storage.tables import AnyRow
-from smelt.storage.transitions import FINISHED, Body, State, Submission
+from smelt.storage.transitions import FINISHED, Alongside, Body, State, Submission
 from smelt.storage.writer import Operation, Writer
 
 # Bytes: a larger body lies in a file, and its row holds the name.
 MAX_INLINE = 1 << 20
+# Rows of a log that are read at once.
+LOG_ROWS = 64
 # Younger files are kept by `collect_files`: their row may be on its way.
 FILE_GRACE_S = 3600.0
 
@@ -71,6 +73,16 @@ class Future:
     expired: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A request of a lane as its log has it. One that has failed or was cancelled changed nothing."""
+
+    seq: int
+    kind: str
+    request: bytes
+    failed: bool
+
+
 @dataclass(slots=True)
 class Demand:
     """A worker that asks for work of these kinds. `num_changes` had been made when the writer was last asked for it."""
@@ -105,14 +117,16 @@ class Ledger:
         self._num_changes = 0
         writer.write(turns.recover).result()
 
-    async def accept(self, submission: Submission) -> str:
+    async def accept(self, submission: Submission, alongside: Alongside | None = None) -> str:
         """The request's id, once it is on the disk.
 
-        SeqReused where another request has its place, SeqAbandoned where its lane went on without it, NotFound
-        where the lane is another owner's.
+        `alongside` writes, for a request that is new, what shall be there if and only if the request is. SeqReused
+        where another request has its place, SeqAbandoned where its lane went on without it, NotFound where the lane is
+        another owner's.
         """
         body = await self._stored(submission.request)
-        accepted = await self._change(partial(transitions.accept, submission, body, time.time(), self._fault))
+        run = partial(transitions.accept, submission, body, time.time(), self._fault, alongside)
+        accepted = await self._change(run)
         self._fault("after_commit_before_answer")
         return accepted
 
@@ -136,10 +150,17 @@ class Ledger:
             if rows := await demand.answer:
                 return [await self._granted(row) for row in rows]
 
-    async def finish(self, future_id: str, epoch: int, result: bytes, category: str | None = None) -> None:
-        """Keep a result; with a `category` (user or server) it is a failure. StaleEpoch refuses it."""
+    async def finish(
+        self, future_id: str, epoch: int, result: bytes, category: str | None = None, *, durable: bool = True
+    ) -> None:
+        """Keep a result; with a `category` (user or server) it is a failure. StaleEpoch refuses it.
+
+        One that is not `durable` is shown before it is on the disk: the work has to give the same again, if power
+        takes it.
+        """
         body = await self._stored(result)
-        await self._change(partial(transitions.finish, future_id, epoch, body, category, time.time(), self._fault))
+        run = partial(transitions.finish, future_id, epoch, body, category, time.time(), self._fault)
+        await self._change(run, durable)
         self._fault("after_result_commit")
         self._wake(future_id)
 
@@ -178,6 +199,20 @@ class Ledger:
                 return future
         return await self.read(owner, future_id)
 
+    async def log(self, lane: str, after: int, before: int) -> AsyncGenerator[Logged, None]:
+        """What was asked of a lane between two seqs, in order; one that never came is not among it.
+
+        StorageError where some of it was forgotten or is damaged.
+        """
+        while rows := await asyncio.to_thread(self._query, partial(transitions.logged, lane, after, before, LOG_ROWS)):
+            for row in rows:
+                yield await asyncio.to_thread(self._logged, row)
+            after = rows[-1].seq
+
+    async def forget_log(self, lane: str, before: int) -> int:
+        """Drop the requests of a lane below a seq, which nobody will replay; returns of how many futures."""
+        return await self._change(partial(transitions.forget, lane, before), durable=False)
+
     async def abandon_holes(self) -> None:
         """Let lanes go on whose missing seq has not come for so long; to be called every now and then."""
         now = time.monotonic()
@@ -199,13 +234,13 @@ class Ledger:
         referenced = await asyncio.to_thread(self._query, transitions.referenced_files)
         return await asyncio.to_thread(self._files.collect, referenced, FILE_GRACE_S)
 
-    def _change(self, run: Callable[[Connection], T]) -> Awaitable[T]:
+    def _change(self, run: Callable[[Connection], T], durable: bool = True) -> Awaitable[T]:
         """Submit a change and, for the same commit, a grant for each worker that waits for one."""
         self._num_changes += 1
         waiting = [demand.operation(self._num_changes) for demand in self._demands if not demand.answer.done()]
         self._demands = []
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._writer.submit([Operation(run, answer=answer), *waiting])
+        self._writer.submit([Operation(run, durable, answer), *waiting])
         return answer
 
     async def _stored(self, body: bytes) -> Body:
@@ -221,6 +256,15 @@ class Ledger:
             except StorageError as damage:
                 log.error("request %s is lost: %s", row.id, damage)  # noqa: TRY400 - no bug of ours
         return Granted(row.id, row.owner, row.kind, row.lane, row.seq, row.attempts, request)
+
+    def _logged(self, row: AnyRow) -> Logged:
+        has_failed = row.state in ("failed", "cancelled")
+        if row.request is None and row.request_file is None and not has_failed:
+            raise StorageError(f"the log of {row.lane} up to seq {row.seq} was forgotten")
+        request = row.request or b""
+        if row.request_file is not None and not has_failed:
+            request = self._files.read(row.request_file)
+        return Logged(row.seq, row.kind, request, has_failed)
 
     def _read(self, owner: str, future_id: str) -> Future:
         return self._future(self._query(partial(transitions.row, owner, future_id)))

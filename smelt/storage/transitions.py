@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,8 @@ class Submission:
     `lane` and `seq` are its place: the same place again, with the same `fingerprint`, is the same request. A lane
     begins with its first submission, at `first_seq`; None there means that its futures have no order. Without a
     lane every submission is a new request.
+
+    `failure` is the result of one that is wrong, and still takes its place: it fails at once, and nobody works on it.
     """
 
     owner: str
@@ -34,6 +36,7 @@ class Submission:
     lane: str | None = None
     seq: int | None = None
     first_seq: int | None = 1
+    failure: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,10 @@ class Body:
 
     inline: bytes | None
     file: str | None
+
+
+# Writes what belongs to a new future of that id, in its transaction; what it returns, if anything, fails the future.
+Alongside = Callable[[Connection, str], bytes | None]
 
 
 _queued_before = (
@@ -67,6 +74,9 @@ FINISH = Prepared(
     .where(futures.c.id == bindparam("of_id"), futures.c.epoch == bindparam("of_epoch"), futures.c.state == "granted")
     .values({name: bindparam(name) for name in ("state", "result", "result_file", "category", "updated")})
 )
+# Of those that are wrong already.
+FAILED_COLUMNS = (*COLUMNS, "category", "result")
+INSERT_FAILED = Prepared(futures.insert(), FAILED_COLUMNS)
 FIND = select(futures).where(futures.c.owner == bindparam("of_owner"), futures.c.id == bindparam("of_id"))
 
 
@@ -75,7 +85,9 @@ def future_id(lane: str, seq: int) -> str:
     return hashlib.sha256(f"{seq}:{lane}".encode()).hexdigest()[:32]
 
 
-def accept(submission: Submission, body: Body, now: float, fault: Fault, connection: Connection) -> str:
+def accept(
+    submission: Submission, body: Body, now: float, fault: Fault, alongside: Alongside | None, connection: Connection
+) -> str:
     """The id of the future in the submission's place, which is new unless it came before."""
     fault("before_insert")
     lane, seq = submission.lane, submission.seq
@@ -93,12 +105,19 @@ def accept(submission: Submission, body: Body, now: float, fault: Fault, connect
             raise SeqAbandoned(f"seq {seq} of {lane} came too late: the lane has gone on to {place.next_seq}")
         # Released ones may be queued below `next_seq`; they come first.
         ready = place.next_seq is None or (seq == place.next_seq and place.lowest_queued is None)
+    failure = submission.failure
+    if failure is None and alongside is not None:
+        failure = alongside(connection, accepted)
     row = {
         "id": accepted, "owner": submission.owner, "lane": lane, "seq": seq, "fingerprint": submission.fingerprint,
         "kind": submission.kind, "state": "queued", "ready": ready, "attempts": 0, "request": body.inline,
         "request_file": body.file, "expired": False, "created": now, "updated": now,
     }  # fmt: skip
-    INSERT(connection, **row)
+    if failure is None:
+        INSERT(connection, **row)
+    else:
+        INSERT_FAILED(connection, **row | {"state": "failed", "ready": False, "category": "user", "result": failure})
+        turns.advance(connection, [] if lane is None else [lane])
     fault("after_insert_before_commit")
     return accepted
 
@@ -161,6 +180,20 @@ def expire(before: float, connection: Connection) -> int:
     connection.execute(futures.update().where(old, forgotten).values(request=None, request_file=None))
     nothing = {"result": None, "result_file": None, "expired": True}
     return connection.execute(futures.update().where(old).values(nothing)).rowcount
+
+
+def logged(lane: str, after: int, before: int, limit: int, connection: Connection) -> Sequence[AnyRow]:
+    """The first futures of a lane behind the seq `after` and before `before`, in order."""
+    within = and_(futures.c.lane == lane, futures.c.seq > after, futures.c.seq < before)
+    return connection.execute(select(futures).where(within).order_by(futures.c.seq).limit(limit)).all()
+
+
+def forget(lane: str, before: int, connection: Connection) -> int:
+    """Drop the requests of finished futures of a lane below a seq; returns how many."""
+    old = and_(futures.c.lane == lane, futures.c.seq < before, futures.c.state.in_(FINISHED))
+    has_request = or_(futures.c.request.is_not(None), futures.c.request_file.is_not(None))
+    forgotten = futures.update().where(old, has_request).values(request=None, request_file=None)
+    return connection.execute(forgotten).rowcount
 
 
 def referenced_files(connection: Connection) -> set[str]:
