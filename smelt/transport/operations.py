@@ -11,8 +11,25 @@ model, or an adapter as it was at one place of a lane.
     save_weights                SaveWeights       JSON
     load_weights                LoadWeights       JSON
     save_weights_for_sampler    SaveForSampler    JSON
+    save_weights_external       SaveForSampler    JSON: the same files, for others than us
     unload_model                UnloadSession     JSON
     sample                      Sample            protobuf
+
+What a Result's JSON has, beside "type", the kind:
+
+    create_model, unload_model  {"model_id"}
+    optim_step                  {"metrics": {name: number}}
+    save_weights                {"path"}
+    load_weights                {"path", "model_id"}
+    save_weights_for_sampler    {"path"} of a named one, else {"sampling_session_id"}
+    save_weights_external       {"path"}
+
+An operation that was wrong when it came takes its place in the lane and has failed before it could be granted, so a
+lane's grants may have gaps. The log says what lies in a gap; a seq that is not even there never came, and counts as a
+forward_backward that failed. A window (what lies between two optim_steps) in which one failed never steps: its
+optim_step fails too, and an optim_step that failed, whatever for, drops the window's gradient.
+
+Once a load_weights is answered its checkpoint may be removed: a worker takes a snapshot before it answers.
 
 Folders are given relative to the home folder, which API and workers share.
 """
@@ -29,6 +46,7 @@ TRAINING_KINDS = (
     "save_weights",
     "load_weights",
     "save_weights_for_sampler",
+    "save_weights_external",
     "unload_model",
 )
 SAMPLE = "sample"
@@ -98,8 +116,9 @@ class Sampler(msgspec.Struct, frozen=True, omit_defaults=True):
 class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     """Draw `num_samples` answers to a prompt, sample i with seed + i; stop tokens are kept in what is returned.
 
-    `target_ids` ask for the log-probabilities of these tokens at each place of the prompt, (places, K) row by row, -1
-    for none; `num_alternatives` for tokens drawn at each place of it.
+    `target_ids` ask for the log-probabilities of these tokens at each place of the prompt but the first, (places, K)
+    row by row, -1 for none; `num_alternatives` for tokens drawn at each of these places. Prompts are scored where
+    `params.num_prompt_logprobs` is given.
     """
 
     sampler: Sampler
