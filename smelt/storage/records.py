@@ -1,4 +1,4 @@
-"""Models, adapters, runs, checkpoints, datasets and keys as rows; knows nothing of the folders they point to.
+"""Models, runs, datasets, keys, sessions and the like as rows; knows nothing of the folders they point to.
 
 Each function is one statement on a connection, with the owner in it: another owner's row does not exist. Writing
 ones are run by the `Writer`, reading ones on any connection of the engine.
@@ -105,6 +105,61 @@ class Ban(Record):
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Session(Record):
+    """A client's stay at the Tinker API; `ending` is what it said at its end."""
+
+    display_name: str | None = None
+    project_id: str | None = None
+    tags: list[str] = field(default_factory=list)
+    user_metadata: dict[str, Any] | None = None
+    finished: float | None = None
+    ending: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingModel(Record):
+    """A model in training by request: number so-and-so of its session. Its id is that of its lane."""
+
+    session_id: str
+    number: int
+    base_model: str  # as the client calls it
+    served_model: str  # as we call it
+    rank: int
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+    user_metadata: dict[str, Any] | None = None
+    unloaded: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedWeights(Record):
+    """Weights below the home folder, there once their future is done. A copy shares its folder and has no future."""
+
+    model_id: str
+    type: str  # weights, sampler_weights or external_weights, as in tinker://MODEL_ID/TYPE/NAME
+    name: str
+    folder: str
+    future_id: str | None
+    is_public: bool = False
+    expires: float | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerRecord(Record):
+    """Weights to sample from: of a base model, of a path, or of one place of a lane."""
+
+    session_id: str
+    base_model: str
+    served_model: str
+    path: str | None = None
+    folder: str | None = None
+    lane: str | None = None
+    seq: int | None = None
+
+
 TABLES: dict[type[Record], Table] = {
     Model: tables.models,
     Adapter: tables.adapters,
@@ -114,6 +169,10 @@ TABLES: dict[type[Record], Table] = {
     Key: tables.keys,
     Strike: tables.strikes,
     Ban: tables.bans,
+    Session: tables.sessions,
+    TrainingModel: tables.training_models,
+    SavedWeights: tables.saved_weights,
+    SamplerRecord: tables.samplers,
 }
 
 R = TypeVar("R", bound=Record)

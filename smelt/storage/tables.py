@@ -190,3 +190,79 @@ keys = Table(
     Column("max_concurrent", Integer),
     UniqueConstraint("owner", "name"),
 )
+
+# A client's stay at the Tinker API, from its start until it says that it is done.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("display_name", Text),
+    Column("project_id", Text),
+    Column("tags", JSON, nullable=False),
+    Column("user_metadata", JSON),
+    Column("finished", Double),
+    Column("ending", JSON),
+    Index("ix_sessions_owner_created", "owner", "created"),
+)
+
+# A model in training by request. Its id is that of its lane.
+training_models = Table(
+    "training_models",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.id"), nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("served_model", Text, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("train_attn", Boolean, nullable=False),
+    Column("train_mlp", Boolean, nullable=False),
+    Column("train_unembed", Boolean, nullable=False),
+    Column("user_metadata", JSON),
+    Column("unloaded", Double),
+    UniqueConstraint("session_id", "number"),
+    Index("ix_training_models_owner_created", "owner", "created"),
+)
+
+# Weights that were saved, and by which future: they are there once it is done.
+saved_weights = Table(
+    "saved_weights",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("model_id", Text, ForeignKey("training_models.id"), nullable=False),
+    Column("type", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("folder", Text, nullable=False),
+    Column("future_id", Text),
+    Column("is_public", Boolean, nullable=False),
+    Column("expires", Double),
+    Column("user_metadata", JSON),
+    UniqueConstraint("model_id", "type", "name"),
+    Index("ix_saved_weights_owner_created", "owner", "created"),
+    Index("ix_saved_weights_folder", "folder"),
+)
+
+# Weights to sample from. Its id is that of the lane of its samples; `lane` and `seq` say where one was made that has
+# no other name.
+samplers = Table(
+    "samplers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.id"), nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("served_model", Text, nullable=False),
+    Column("path", Text),
+    Column("folder", Text),
+    Column("lane", Text),
+    Column("seq", BigInteger),
+    Index("ix_samplers_session_id", "session_id"),
+    Index("ix_samplers_lane", "lane"),
+)

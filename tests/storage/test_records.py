@@ -7,7 +7,21 @@ from sqlalchemy import Connection, Engine
 
 from smelt.errors import AlreadyExists, NotFound, StorageError
 from smelt.storage import records
-from smelt.storage.records import Adapter, Ban, Checkpoint, Dataset, Key, Model, Record, Run, Strike
+from smelt.storage.records import (
+    Adapter,
+    Ban,
+    Checkpoint,
+    Dataset,
+    Key,
+    Model,
+    Record,
+    Run,
+    SamplerRecord,
+    SavedWeights,
+    Session,
+    Strike,
+    TrainingModel,
+)
 from smelt.storage.writer import Writer
 
 MODEL = Model(owner="ann", id="m", created=1.0, name="gpt", path="models/gpt")
@@ -21,6 +35,10 @@ EXAMPLES: list[Record] = [
     Key(owner="ann", name="laptop", digest="abc", scopes=["read", "train"]),
     Strike(owner="ann", key_id="k", user="eve", rule="spam"),
     Ban(owner="ann", key_id="k", user="eve", reason="spam"),
+    Session(owner="ann", id="s", tags=["a"], user_metadata={"k": "v"}, finished=2.0, ending={"type": "success"}),
+    TrainingModel(owner="ann", id="t", session_id="s", number=0, base_model="org/gpt", served_model="gpt", rank=8),
+    SavedWeights(owner="ann", model_id="t", type="weights", name="w", folder="sessions/t/w", future_id="f"),
+    SamplerRecord(owner="ann", session_id="s", base_model="org/gpt", served_model="gpt", lane="t", seq=3),
 ]
 
 
