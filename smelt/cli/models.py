@@ -1,10 +1,16 @@
-"""`smelt models`: list, show, import, export and remove models; prints tables, the work is in `control.models`."""
+"""`smelt models`: list, show, import, name, load and remove models; prints, the work is in `control.models`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from smelt.settings import load_settings
+from smelt.errors import SmeltError, Unavailable
+from smelt.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from smelt.cli.running_server import RunningServer
+    from smelt.configs import DecoderConfig
 
 EXAMPLES = """\b
 Examples:
@@ -12,8 +18,18 @@ Examples:
   smelt models show shakespeare
   smelt models import hf:Qwen/Qwen3-0.6B qwen
   smelt models import nanoGPT/out-shakespeare-char shakespeare
+  smelt models alias bard shakespeare
+  smelt models load shakespeare
+  smelt models unload shakespeare
   smelt models export out my-model-for-transformers
   smelt models rm shakespeare"""
+
+ALIAS_EXAMPLES = """\b
+Examples:
+  smelt models alias bard shakespeare
+  smelt models alias default shakespeare
+  smelt models alias --rm bard
+  smelt models alias"""
 
 
 @click.group(epilog=EXAMPLES)
@@ -23,33 +39,42 @@ def command() -> None:
 
 @command.command("ls")
 def list_command() -> None:
-    """List the registered models."""
+    """List the registered models and their aliases and, while a server runs, what it has loaded."""
     from rich.console import Console
     from rich.table import Table
 
     from smelt.control.models import list_models
 
-    models = list_models(load_settings().models)
+    settings = load_settings()
+    models = list_models(settings.models)
     if not models:
         click.echo("no models yet; make one with smelt train, or: smelt models import SOURCE NAME")
         return
-    table = Table("name", "architecture", box=None, pad_edge=False)
+    loaded = loaded_models(settings)
+    table = Table("name", "aliases", "architecture", box=None, pad_edge=False)
     for heading in ("parameters", "context", "size"):
         table.add_column(heading, justify="right")
     table.add_column("tokenizer")
+    table.add_column("loaded" if loaded is not None else "")
     table.add_column("from", overflow="fold")
     for model in models:
         shape = ("unusable, see show", "", "")
         if model.config is not None:
             shape = (model.config.architecture, f"{model.config.num_parameters:,}", f"{model.config.block_size:,}")
-        table.add_row(model.name, *shape, size_text(model.num_bytes), model.tokenizer or "none", model.origin or "")
-    Console().print(table)
+        names = (model.name, " ".join(model.aliases))
+        state = "yes" if loaded and model.name in loaded else ""
+        size = size_text(model.num_bytes)
+        table.add_row(*names, *shape, size, model.tokenizer or "none", state, model.origin or "")
+    Console().print(table, markup=False)
 
 
 @command.command("show", epilog="\b\nExample:\n  smelt models show out")
 @click.argument("model")
 def show_command(model: str) -> None:
-    """Show the shape, size, tokenizer and origin of MODEL, a name or a folder."""
+    """Show the shape, size, tokenizer and origin of MODEL, a name or a folder, and the memory that it takes to serve.
+
+    To the memory for weights comes what the cache takes for each token of the texts that are written at once.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -59,8 +84,11 @@ def show_command(model: str) -> None:
     rows: dict[str, object] = {"name": info.name, "folder": info.folder, "size": size_text(info.num_bytes)}
     if info.problem is not None:
         rows["problem"] = info.problem
+    if info.aliases:
+        rows["aliases"] = ", ".join(info.aliases)
     if info.config is not None:
         rows |= {"parameters": f"{info.config.num_parameters:,}", "tokenizer": info.tokenizer or "none"}
+        rows |= memory_rows(info.config)
         rows |= {name: value for name, value in info.config.model_dump().items() if value is not None}
     if info.origin is not None:
         rows["from"] = info.origin
@@ -80,11 +108,12 @@ def import_command(source: str, name: str) -> None:
 
     Weights (safetensors), config and tokenizer are copied; code and pickles are not.
     """
-    from smelt.control.models import import_model, new_model
-    from smelt.models.registry import check_name, resolve
+    from smelt.cli.data_progress import data_progress
+    from smelt.control.models import check_free, import_model, new_model
+    from smelt.models.registry import resolve
 
-    check_name(name)
     models_folder = load_settings().models
+    check_free(name, models_folder)
     path = resolve(source, models_folder)
     origin = source if source.startswith("hf:") else str(path)
     if path.is_file():
@@ -93,7 +122,8 @@ def import_command(source: str, name: str) -> None:
         with new_model(name, models_folder, origin) as folder:
             convert_nanogpt(path, folder)
     else:
-        import_model(path, name, models_folder, origin)
+        with data_progress() as progress:
+            import_model(path, name, models_folder, origin, progress)
     click.echo(f"imported {name}; write with it: smelt generate {name}", err=True)
 
 
@@ -117,14 +147,97 @@ def export_command(model: str, folder: Path) -> None:
     click.echo(f"exported to {folder}", err=True)
 
 
+@command.command("alias", epilog=ALIAS_EXAMPLES)
+@click.argument("name", required=False)
+@click.argument("target", required=False)
+@click.option("--rm", "removes", is_flag=True, help="Forget the alias NAME; the model stays.")
+def alias_command(name: str | None, target: str | None, removes: bool) -> None:
+    """Let NAME mean the model TARGET too, in requests and commands; without arguments list the aliases.
+
+    The alias `default` chooses the model that `gpt` and `default` mean where `smelt serve` is given none.
+    """
+    from smelt.control.models import remove_alias, set_alias
+    from smelt.models.aliases import read_aliases
+
+    models_folder = load_settings().models
+    if name is None:
+        for alias, meant in read_aliases(models_folder).items():
+            click.echo(f"{alias} -> {meant}")
+    elif removes and target is None:
+        remove_alias(name, models_folder)
+        click.echo(f"removed the alias {name}", err=True)
+    elif target is not None and not removes:
+        click.echo(f"{name} now means {set_alias(name, target, models_folder)}", err=True)
+    else:
+        raise click.UsageError("give a NAME and a TARGET, or --rm and a NAME")
+
+
+@command.command("load", epilog="\b\nExample:\n  smelt models load shakespeare")
+@click.argument("model")
+def load_command(model: str) -> None:
+    """Have the running server of this home folder load MODEL now, before anybody asks for it."""
+    change_loaded(model, "load")
+
+
+@command.command("unload", epilog="\b\nExample:\n  smelt models unload shakespeare")
+@click.argument("model")
+def unload_command(model: str) -> None:
+    """Have the running server give back MODEL's memory, once its answers have ended. A request loads it again."""
+    change_loaded(model, "unload")
+
+
 @command.command("rm", epilog="\b\nExample:\n  smelt models rm shakespeare")
 @click.argument("name")
-def remove_command(name: str) -> None:
+@click.option("--force", is_flag=True, help="Remove its aliases too, which else forbid it.")
+def remove_command(name: str, force: bool) -> None:
     """Delete the registered model NAME; folders elsewhere are never touched."""
     from smelt.control.models import remove_model
 
-    remove_model(name, load_settings().models)
+    remove_model(name, load_settings().models, force)
     click.echo(f"removed {name}", err=True)
+
+
+def change_loaded(model: str, verb: str) -> None:
+    """Ask the running server, and say who holds the model now. Unavailable where no server runs."""
+    from smelt.cli.running_server import running_server
+
+    settings = load_settings()
+    with running_server(settings) as server:
+        if server is None:
+            raise Unavailable(f"no server runs in {settings.home}; start one: smelt serve")
+        card = server.ask(f"/v1/models/{model}/{verb}", "POST")
+    name = card["alias_of"] or card["id"]
+    holders = ", ".join(card["loaded_by"])
+    click.echo(f"{name} is loaded by {holders}" if holders else f"{name} is not loaded", err=True)
+
+
+def loaded_models(settings: Settings) -> set[str] | None:
+    """What the running server holds; None where none runs, or it does not say."""
+    from smelt.cli.running_server import running_server
+
+    try:
+        with running_server(settings) as server:
+            return None if server is None else {card["id"] for card in listed(server) if card["loaded_by"]}
+    except SmeltError as error:
+        click.echo(f"what is loaded is not known: {error}", err=True)
+        return None
+
+
+def listed(server: "RunningServer") -> list[dict[str, Any]]:
+    """The cards of its models."""
+    return list(server.ask("/v1/models")["data"])
+
+
+def memory_rows(config: "DecoderConfig") -> dict[str, str]:
+    """What serving takes by dtype: for the weights, and for the cache of 1,000 tokens."""
+    from smelt.models.footprint import kv_bytes_per_token, weights_bytes
+
+    kinds = {"float32": (4, False), "bfloat16": (2, False), "int8": (2, True)}
+    return {
+        f"memory, {name}": f"{size_text(weights_bytes(config, num_bytes, quantized))} of weights, "
+        f"{size_text(1000 * kv_bytes_per_token(config, num_bytes))} per 1,000 tokens"
+        for name, (num_bytes, quantized) in kinds.items()
+    }
 
 
 def size_text(num_bytes: int) -> str:

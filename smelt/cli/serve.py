@@ -67,13 +67,14 @@ def command(
 
 def serve(settings: Settings, model: str | None, with_worker: bool) -> int:
     """Run the server until it is told to stop; its exit code."""
-    from smelt.cluster.claims import held_home, listening_socket
+    from smelt.cluster.claims import base_url, held_home, listening_socket, note_address
     from smelt.cluster.supervisor import Supervisor, programs
     from smelt.control.catalogue import forget_choice
     from smelt.settings import environment_of
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor: %(message)s")
     with held_home(settings.home), listening_socket(settings.host, settings.port) as listener:
+        note_address(settings.home, base_url(listener))
         forget_choice(settings.models)
         supervisor = Supervisor(programs(settings, listener, model, with_worker), listener, environment_of(settings))
         return asyncio.run(supervisor.run(lambda: say_where(listener, model)))

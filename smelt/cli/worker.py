@@ -47,6 +47,7 @@ def command(
     a second one does not wait. Off this machine the connection needs TLS and a key; both ends must know the same.
     """
     from smelt.cluster.worker import run_worker
+    from smelt.models.registry import registered_name
     from smelt.settings import load_settings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EADDRINUSE
 from pathlib import Path
+from typing import TextIO
 
 from smelt.errors import ConfigError
 
 LOCK_FILE = ".lock"
+LOCK_SECONDS = 0.2  # somebody may be looking whether a server runs
 BACKLOG = 2048
 BIND_SECONDS = 2.0  # the processes of a server that was killed may need a moment to die
 
@@ -25,13 +27,11 @@ def held_home(home: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"cannot use {home} as home folder: {error.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file):
             file.seek(0)
-            holder = file.read().strip()
-            who = f"process {holder}" if holder else "another process"
-            raise ConfigError(f"{who} serves {home} already; stop it, or choose another SMELT_HOME") from None
+            holder = file.read().split()
+            who = f"process {holder[0]}" if holder else "another process"
+            raise ConfigError(f"{who} serves {home} already; stop it, or choose another SMELT_HOME")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -39,6 +39,40 @@ def held_home(home: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)  # so that nobody is named who is no longer there
+
+
+def _locked(file: TextIO) -> bool:
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
+
+
+def note_address(home: Path, url: str) -> None:
+    """Let commands of this home folder find the server that holds it."""
+    with (home / LOCK_FILE).open("a") as file:
+        file.write(f"{url}\n")
+
+
+def server_url(home: Path) -> str | None:
+    """Where the server of a home folder is; None where none runs, or it does not listen yet."""
+    try:
+        file = (home / LOCK_FILE).open()
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # somebody holds it, for as long as it lives
+            words = file.read().split()
+            return words[1] if len(words) > 1 else None
+        return None
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -20,7 +20,7 @@ from smelt.control.runs import RunDetails, Runs, RunStatus
 from smelt.data.bpe import is_tiktoken_name
 from smelt.data.datasets import dataset_folder, open_dataset
 from smelt.errors import InvalidInput, NotFound
-from smelt.models.registry import is_registered, registered_names
+from smelt.models.registry import registered_name, registered_names
 from smelt.settings import Settings
 from smelt.storage.futures import Future, Ledger
 from smelt.storage.transitions import Submission, future_id
@@ -100,10 +100,13 @@ class RunRequests:
         machine = {name: getattr(self._settings, name) for name in ("device", "dtype", "threads")}
         config = validated(TrainConfig, {**machine, **values, "out_dir": str(out_dir)})
         self._check_source(config)
-        if config.init_from != "scratch" and not is_registered(config.init_from, self._settings.models):
+        if config.init_from == "scratch":
+            return config
+        name = registered_name(config.init_from, self._settings.models)
+        if name is None:
             known = ", ".join(registered_names(self._settings.models)) or "none"
             raise NotFound(f"init_from {config.init_from!r} is no registered model; registered: {known}")
-        return config
+        return config.replace(init_from=name)
 
     def _check_source(self, config: TrainConfig) -> None:
         """The text and its tokenizer must be the server's own."""

@@ -81,7 +81,7 @@ def _gather(
     if len(pieces) == 1:
         return pieces[0].to(device, dtype).contiguous()
     gathered = torch.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), dtype=dtype, device=device)
-    for part, piece in zip(gathered.split([len(piece) for piece in pieces]), pieces, strict=True):
+    for part, piece in zip(torch.split(gathered, [len(piece) for piece in pieces]), pieces, strict=True):
         part.copy_(piece)
     return gathered
 

@@ -1,16 +1,25 @@
 import pickle
+import re
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from families import random_state, write_nanogpt
+from gated import make_key
+from holding import holding_server
+from live import serving
+from smelt.api.app import create_app
 from smelt.cli.models import command, size_text
+from smelt.cluster.claims import held_home, note_address
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
-from smelt.errors import AlreadyExists, InvalidInput, NotFound
+from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, Unavailable
+from smelt.library import load
 from smelt.models.loading import load_model
 from smelt.models.weights import write_model
+from smelt.storage.records import all_keys
 
 CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
 NANOGPT = DecoderConfig(vocab_size=3, block_size=16, n_layer=1, n_head=2, n_embd=8, mlp="gelu_exact")
@@ -88,6 +97,61 @@ def test_wrong_names_are_refused(home: Path, run_folder: Path) -> None:
     models("import", str(run_folder), "small")
     with pytest.raises(AlreadyExists):
         models("import", str(run_folder), "small")
+
+
+def test_aliases_come_and_go(home: Path, run_folder: Path) -> None:
+    models("import", str(run_folder), "small")
+    assert "short now means small" in models("alias", "short", "small")
+    assert models("alias") == "short -> small\n"
+    (row,) = [line.split() for line in models("ls").splitlines() if line.startswith("small")]
+    assert row[:3] == ["small", "short", "gpt2"]
+    assert "aliases" in models("show", "short")
+    assert load("short").config == load("gpt").config == CONFIG
+    with pytest.raises(InvalidInput, match="smelt models rm --force small"):
+        models("rm", "small")
+    models("alias", "--rm", "short")
+    assert models("alias") == ""
+    models("alias", "short", "small")
+    models("rm", "--force", "small")
+    assert "no models yet" in models("ls")
+    for arguments in (["short"], ["short", "small", "--rm"]):
+        with pytest.raises(click.UsageError, match="give a NAME and a TARGET"):
+            models("alias", *arguments)
+
+
+def test_the_memory_that_serving_takes_is_told(home: Path, run_folder: Path) -> None:
+    shown = models("show", str(run_folder))
+    per_token = 2 * CONFIG.n_embd * 4
+    told = f"{size_text(4 * CONFIG.num_parameters)} of weights, {size_text(1000 * per_token)} per 1,000 tokens"
+    assert told in re.sub(r"\s+", " ", shown)
+    assert "memory, int8" in shown
+
+
+def test_without_a_server_nothing_can_be_loaded(home: Path, run_folder: Path) -> None:
+    models("import", str(run_folder), "small")
+    for verb in ("load", "unload"):
+        with pytest.raises(Unavailable, match="no server runs in .*; start one: smelt serve"):
+            models(verb, "small")
+    assert "loaded" not in models("ls")
+
+
+@pytest.mark.parametrize("has_keys", [False, True], ids=["open", "with keys"])
+def test_the_running_server_loads_and_unloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_keys: bool) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("SMELT_HOME", str(home))
+    with holding_server(home) as (services, holding), serving(create_app(services)) as url, held_home(home):
+        if has_keys:
+            make_key(services)
+        note_address(home, url)
+        assert "one is loaded by here:1" in models("load", "one")
+        assert holding.held == ["one"]
+        listed = {line.split()[0]: "yes" in line.split() for line in models("ls").splitlines()}
+        assert (listed["one"], listed["two"]) == (True, False)
+        assert "one is not loaded" in models("unload", "one")
+        with pytest.raises(SmeltError, match="no model 'onn' is served; did you mean one?"):
+            models("load", "onn")
+        with services.database.connect() as connection:
+            assert [key.name for key in all_keys(connection)] == (["laptop"] if has_keys else [])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from smelt.cluster.claims import LOCK_FILE, base_url, held_home, is_taken, listening_socket
+from smelt.cluster.claims import LOCK_FILE, base_url, held_home, is_taken, listening_socket, note_address, server_url
 from smelt.errors import ConfigError
 
 
@@ -19,6 +19,20 @@ def test_a_home_folder_is_held_by_one_and_named_so(tmp_path: Path) -> None:
     assert (home / LOCK_FILE).read_text() == ""
     with held_home(home):
         assert (home / LOCK_FILE).read_text() == f"{os.getpid()}\n"
+
+
+def test_the_server_of_a_home_folder_is_found_while_it_lives(tmp_path: Path) -> None:
+    assert server_url(tmp_path) is None
+    with held_home(tmp_path):
+        assert server_url(tmp_path) is None
+        note_address(tmp_path, "http://127.0.0.1:8000")
+        assert server_url(tmp_path) == "http://127.0.0.1:8000"
+        refused = pytest.raises(ConfigError, match=f"process {os.getpid()} serves {tmp_path} already")
+        with refused, held_home(tmp_path):
+            pass
+    assert server_url(tmp_path) is None
+    (tmp_path / LOCK_FILE).write_text("1\nhttp://127.0.0.1:8000\n")  # of one that was killed
+    assert server_url(tmp_path) is None
 
 
 def test_a_home_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:
