@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 from smelt import __version__
 from smelt.api import (
+    bans,
     completions_by_query,
     docs,
     failures,
@@ -49,6 +50,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         models.router(services, imports),
         loaded_model.router(services, imports),
         resources.router(services),
+        bans.router(services),
         health.router(services),
         pages.router(),
         docs.router(app),

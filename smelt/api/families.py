@@ -62,6 +62,7 @@ FAMILIES: dict[str, Family] = {
     "/api/generate": Family(INFERENCE, "success"),
     "/v1/runs": Family(frozenset({"training"})),
     "/v1/workers": Family(ANY),
+    "/v1/bans": Family(ADMIN),
 }
 
 

@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "models": ("smelt.cli.models", "List, show, import, export and remove models."),
     "worker": ("smelt.cli.worker", "Compute answers for a server, from this machine or another."),
     "keys": ("smelt.cli.keys", "Make, list and revoke API keys."),
+    "bans": ("smelt.cli.bans", "List, make and lift bans: who broke too many rules may ask for nothing."),
     "doctor": ("smelt.cli.doctor", "Say what this machine has, and what is wrong with it."),
 }
 

@@ -7,6 +7,7 @@ Regular expressions are RE2's, whose time grows with the text and with nothing e
 looks harmless lets one prompt stop the server.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,21 @@ from smelt.errors import ConfigError
 MAX_SPAN = 8192  # characters of an answer that one match may stretch over
 NUM_KEPT = 2 * MAX_SPAN
 
+BOOL = "tag:yaml.org,2002:bool"
+
 Matcher = Callable[[str], bool]
+
+
+class RuleLoader(yaml.SafeLoader):
+    """YAML in which `on` is a word; to YAML 1.1 it is a truth, as are off, yes and no."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+RuleLoader.add_implicit_resolver(BOOL, re.compile("(?i:true|false)$"), list("tTfF"))
 
 
 class RuleEntry(BaseModel):
@@ -88,7 +103,7 @@ class OutputWatch:
 def read_rules(path: Path) -> Rules:
     """The rules in a file. ConfigError names the line of what is wrong."""
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = RuleLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         entries = [] if node is None else _entries(path, node)
         found = [_rule(path, entry.start_mark.line + 1, loader.construct_document(entry)) for entry in entries]
