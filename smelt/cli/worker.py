@@ -52,6 +52,8 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
     settings = load_settings(quantize=quantize, worker_key=key_file, tls_certificate=tls_certificate)
+    if preload is not None and not Path(preload).expanduser().exists():
+        preload = registered_name(preload, settings.models) or preload  # requests say the name, never an alias
     address = address_of(connect, settings)
     key, tls = credentials(address, settings)
     asyncio.run(run_worker(settings, address, preload, key, tls))
