@@ -31,6 +31,8 @@ class Failure(msgspec.Struct, frozen=True):
 
     error: str  # the name of a class in smelt.errors; SmeltError where the cause is a bug
     message: str  # for the person who asked
+    param: str | None = None  # which part of the request is wrong
+    retry_after_s: int | None = None  # when to ask again
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

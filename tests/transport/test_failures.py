@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from smelt import errors
-from smelt.errors import DataError, NotFound, SmeltError, Unavailable, WorkerLost
+from smelt.errors import DataError, NotFound, Overloaded, SmeltError, Unavailable, WorkerLost
 from smelt.transport.failures import error_of, failure_of, is_of_the_user
 from smelt.transport.messages import Failure
 
@@ -17,6 +17,15 @@ def test_every_error_arrives_as_what_it_was(kind: type[SmeltError]) -> None:
     arrived = error_of(failure_of(kind("why")))
     assert type(arrived) is kind
     assert str(arrived) == "why"
+
+
+def test_what_is_wrong_and_when_to_ask_again_arrive_too() -> None:
+    wrong = error_of(failure_of(DataError("why", "prompt")))
+    assert isinstance(wrong, DataError)
+    assert wrong.param == "prompt"
+    full = error_of(failure_of(Overloaded("why", 7)))
+    assert isinstance(full, Overloaded)
+    assert full.retry_after_s == 7
 
 
 def test_a_bug_tells_its_kind_and_no_more() -> None:
