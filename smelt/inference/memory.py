@@ -74,6 +74,11 @@ class Room:
         self._device = upkeep.device
         self._free_at_first = free_memory(upkeep.device)
 
+    @property
+    def most(self) -> int:
+        """Bytes for all models, if nobody else took any."""
+        return self._limit if self._limit is not None else int(self._free_at_first * (1 - MARGIN))
+
     def left(self, num_taken: int) -> int:
         """Bytes for one more model beside those that take so many."""
         if self._limit is not None:

@@ -35,6 +35,8 @@ class Resident:
     """A model, or its place while `model` is None, and who wants it."""
 
     name: str
+    used_at: float  # on the monotonic clock, as are all times here
+    examined_at: float
     model: TextModel | None = None
     candidate: Candidate = Candidate()
     is_reserved: bool = False  # its memory counts as taken
@@ -43,8 +45,6 @@ class Resident:
     writing: dict[Answer, Writing] = field(default_factory=dict)
     embedding: deque[Embedding] = field(default_factory=deque)
     leavers: list[str] = field(default_factory=list)  # keys of those who wait for it to be gone
-    used_at: float = field(default_factory=time.monotonic)
-    examined_at: float = field(default_factory=time.monotonic)
     short_since: float | None = None  # since when it waits for memory
 
     @property
@@ -101,7 +101,7 @@ class Residents:
             self._drop(resident)
             resident = None
         if resident is None:
-            resident = self._by_name[name] = Resident(name)
+            resident = self._by_name[name] = Resident(name, time.monotonic(), time.monotonic())
             self._beside(partial(self._upkeep.examine, name), partial(self._take_candidate, resident))
         resident.used_at = time.monotonic()
         return resident
@@ -120,13 +120,10 @@ class Residents:
         resident.used_at = time.monotonic()
         if not resident.is_idle:
             return []
-        leavers, arrived = resident.leavers, resident.arrived
-        if leavers:
+        if resident.leavers:
             self._drop(resident)
-            if arrived:
-                self.find(resident.name).arrived += arrived
         self._help_the_short()
-        return leavers
+        return resident.leavers
 
     def tend(self) -> None:
         """Unload what nobody asked for in a long time, and let who waits for memory know that it is in vain."""
@@ -185,7 +182,9 @@ class Residents:
         elif self._fits(resident, without=[r for r in movable if r.is_reserved]):
             resident.short_since = resident.short_since or time.monotonic()
         else:
-            self._refuse(resident, InvalidInput(self._shortage(resident), "model"))
+            can_never = resident.candidate.num_bytes > self._room.most - self._num_taken
+            shortage = self._shortage(resident)
+            self._refuse(resident, InvalidInput(shortage, "model") if can_never else Unavailable(shortage, 10))
 
     def _fits(self, resident: Resident, without: Iterable[Resident] = ()) -> bool:
         given_back = sum(other.candidate.num_bytes for other in without)

@@ -185,6 +185,9 @@ class InferenceServer:
             error = Overloaded(f"{num_waiting} requests wait for {name} already; try again in a moment", 5)
             self._events.append(job.aborted(error))
             return
+        self._give(job, resident)
+
+    def _give(self, job: Job, resident: Resident) -> None:
         self._jobs[job.key] = job, resident
         if resident.model is None or resident.leavers:
             resident.arrived.append(job)
@@ -270,7 +273,12 @@ class InferenceServer:
         self._rest(resident)
 
     def _rest(self, resident: Resident) -> None:
-        self._events += [End(key, "stop") for key in self._residents.rest(resident)]
+        """If nothing is left to do for it, a model may have to leave; who has come since then waits for it anew."""
+        leavers = self._residents.rest(resident)
+        self._events += [End(key, "stop") for key in leavers]
+        if leavers:
+            for job in resident.arrived:
+                self._give(job, self._residents.find(resident.name))
 
     # --- The load ------------------------------------------------------------------------------------------
 
