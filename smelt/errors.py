@@ -15,7 +15,8 @@ SmeltError
 │   ├── SlowBody          the rest of a body did not come in time
 │   └── UnsupportedEncoding  a body is packed in a way that we do not unpack
 ├── NotFound              a name that does not exist
-│   └── UnknownModel      no model of that name is served
+│   ├── UnknownModel      no model of that name is served
+│   └── UnknownAdapter    the model has no adapter of that name
 ├── AlreadyExists         a name that is taken
 ├── Unauthorized          no API key, or one that is unknown or revoked
 ├── Forbidden             a key that may not do this, or an origin that may not ask
@@ -105,6 +106,12 @@ class UnknownModel(NotFound):
     """No model of that name is served; the message names those that are."""
 
     param = "model"
+
+
+class UnknownAdapter(NotFound):
+    """The model has no adapter of that name; the message names those it has."""
+
+    param = "adapter"
 
 
 class AlreadyExists(SmeltError):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NO_TARGET = -100  # a position with this target has no loss (PyTorch's ignore_index)
+NO_ADAPTER = -1
 
 
 @dataclass(slots=True)
@@ -20,6 +21,7 @@ class Batch:
     targets: Tensor | None = None  # (B, T) int64, NO_TARGET where there is no loss
     positions: Tensor | None = None  # (B, T) int64
     segment_ids: Tensor | None = None  # (B, T) int64
+    adapter_ids: Tensor | None = None  # (B, T) int64 on the CPU: the slot of each token's adapter, or NO_ADAPTER
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)  # (B, T) each: weights, advantages, ...
 
     @property
@@ -38,5 +40,6 @@ class Batch:
             targets=move(self.targets),
             positions=move(self.positions),
             segment_ids=move(self.segment_ids),
+            adapter_ids=self.adapter_ids,
             loss_inputs={name: value.to(device, non_blocking=True) for name, value in self.loss_inputs.items()},
         )

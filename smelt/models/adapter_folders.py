@@ -1,0 +1,196 @@
+"""LoRA adapters in PEFT's layout, read and written; knows no model that runs and no batch.
+
+`adapter_config.json` says how they scale, `adapter_model.safetensors` holds two factors per matrix under Hugging
+Face's names. Ours are grouped by the fused matrix they belong to.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smelt.configs import DecoderConfig
+from smelt.errors import NotFound, UnsafeFile, UnsupportedModel
+from smelt.models.architectures import Stored, layout_of
+from smelt.models.folders import read_json
+from smelt.models.tensor_file import write_tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's name for the model it wraps
+MAX_RANK = 1024
+# What other kinds of adapters set, and the value that means plain LoRA.
+PLAIN = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "arrow_config": None,
+}
+
+
+class Factors(NamedTuple):
+    """What is added to a matrix W (out, in): scale B A, with A (rank, in) and B (out, rank)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+# Of each fused matrix, by its parameter's name without ".weight", the factors of its parts; None: unchanged.
+Adapter = dict[str, tuple[Factors | None, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A fused matrix that adapters may change: what its parts are called elsewhere, and how many rows each has."""
+
+    names: tuple[str, ...]
+    num_rows: tuple[int, ...]
+    width: int
+
+
+def matrices_of(config: DecoderConfig) -> dict[str, Matrix]:
+    """All matrices within the blocks of such a model, by our names without ".weight"."""
+    return {
+        name.removesuffix(".weight"): _matrix(stored)
+        for name, stored in layout_of(config).items()
+        if name.startswith("blocks.") and name.endswith(".weight") and len(stored.shapes[0]) == 2
+    }
+
+
+def _matrix(stored: Stored) -> Matrix:
+    names = tuple(name.removesuffix(".weight") for name in stored.names)
+    return Matrix(names, tuple(shape[0] for shape in stored.shapes), stored.shapes[0][1])
+
+
+def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
+    """The adapter in a folder, for a model of this shape; its tensors as they are stored.
+
+    NotFound where there is none; UnsupportedModel names what does not fit the model, or is no plain LoRA.
+    """
+    settings = _read_settings(folder)
+    tensors = _read_tensors(folder)
+    adapter: Adapter = {}
+    for ours, matrix in matrices_of(config).items():
+        named = zip(matrix.names, matrix.num_rows, strict=True)
+        parts = tuple(_take(tensors, name, num_rows, matrix.width, settings) for name, num_rows in named)
+        if any(parts):
+            adapter[ours] = parts
+    if tensors:
+        raise UnsupportedModel(f"{folder}: {min(tensors)} belongs to nothing that an adapter of this model can change")
+    if not adapter:
+        raise UnsupportedModel(f"{folder}: {WEIGHTS_FILE} holds no LoRA factors")
+    return adapter
+
+
+def write_adapter(adapter: Adapter, config: DecoderConfig, folder: Path) -> None:
+    """Write a folder that `peft` and `read_adapter` read. All factors must have one rank and one scale."""
+    changed = [factors for parts in adapter.values() for factors in parts if factors is not None]
+    ranks, scales = {len(factors.a) for factors in changed}, {factors.scale for factors in changed}
+    assert len(ranks) == len(scales) == 1, "an adapter is made with one rank and one scale"
+    tensors: dict[str, Tensor] = {}
+    targets: set[str] = set()
+    matrices = matrices_of(config)
+    for ours, parts in adapter.items():
+        for name, factors in zip(matrices[ours].names, parts, strict=True):
+            if factors is not None:
+                tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.a
+                tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.b
+                targets.add(name.rpartition(".")[2])
+    rank, scale = ranks.pop(), scales.pop()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "fan_in_fan_out": config.architecture == "gpt2",
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def merged(state: Mapping[str, Tensor], adapter: Adapter, config: DecoderConfig) -> dict[str, Tensor]:
+    """The parameters of a model that needs no adapter any more: W + scale B A, computed in fp32."""
+    out = dict(state)
+    matrices = matrices_of(config)
+    for ours, parts in adapter.items():
+        weight = state[f"{ours}.weight"]
+        changed = torch.split(weight.float(), list(matrices[ours].num_rows))
+        rows = [
+            w if f is None else w + f.scale * f.b.float() @ f.a.float() for w, f in zip(changed, parts, strict=True)
+        ]
+        out[f"{ours}.weight"] = torch.cat(rows).to(weight.dtype)
+    return out
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise NotFound(f"{folder} has no {CONFIG_FILE}, so it is not an adapter's folder")
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise UnsupportedModel(f"{path} must hold an object, not {type(settings).__name__}")
+    for name, plain in PLAIN.items():
+        if settings.get(name, plain) not in (plain, None, [], {}):
+            raise UnsupportedModel(f"{path}: {name} {settings[name]!r} is not supported, only plain LoRA")
+    return settings
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UnsafeFile(f"{folder} holds its weights as a pickle, which can run code; save it as {WEIGHTS_FILE}")
+        raise NotFound(f"{folder} has no {WEIGHTS_FILE}")
+    try:
+        return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UnsupportedModel(f"{path} is damaged: {error}") from None
+
+
+def _take(tensors: dict[str, Tensor], name: str, num_rows: int, width: int, settings: dict[str, Any]) -> Factors | None:
+    """The factors for a matrix of theirs, taken out of the tensors."""
+    a, b = (tensors.pop(f"{name}.lora_{factor}.weight", None) for factor in "AB")
+    if a is None and b is None:
+        return None
+    if a is None or b is None:
+        raise UnsupportedModel(f"the adapter has only one of the two factors of {name}")
+    if a.dim() != 2 or not 1 <= len(a) <= MAX_RANK or a.shape[1] != width or b.shape != (num_rows, len(a)):
+        raise UnsupportedModel(
+            f"the adapter's factors of {name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, but the model needs "
+            f"(rank, {width}) and ({num_rows}, rank), with a rank up to {MAX_RANK}"
+        )
+    return Factors(a, b, _scale(settings, name, len(a)))
+
+
+def _scale(settings: dict[str, Any], name: str, rank: int) -> float:
+    alpha = settings.get("lora_alpha", 8)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise UnsupportedModel(f"alpha_pattern {pattern!r} is not supported: only names of modules are")
+        if name == pattern or name.endswith(f".{pattern}"):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
