@@ -106,16 +106,17 @@ class _Remembered:
     config: DecoderConfig
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
         """Attention of the new tokens to themselves and all before them."""
         if layer in self.layers:
             past_k, past_v = self.layers[layer]
-            k_BGTD, v_BGTD = torch.cat((past_k, k_BGTD), dim=2), torch.cat((past_v, v_BGTD), dim=2)
-        self.layers[layer] = k_BGTD, v_BGTD
-        num_new, num_keys = q_BHTD.shape[2], k_BGTD.shape[2]
-        queries = torch.arange(num_keys - num_new, num_keys, device=q_BHTD.device)[:, None]
-        keys = torch.arange(num_keys, device=q_BHTD.device)
+            k_BTGD, v_BTGD = torch.cat((past_k, k_BTGD), dim=1), torch.cat((past_v, v_BTGD), dim=1)
+        self.layers[layer] = k_BTGD, v_BTGD
+        num_new, num_keys = q_BTHD.shape[1], k_BTGD.shape[1]
+        queries = torch.arange(num_keys - num_new, num_keys, device=q_BTHD.device)[:, None]
+        keys = torch.arange(num_keys, device=q_BTHD.device)
         window = self.config.sliding_window or num_keys
         visible = (keys <= queries) & (keys > queries - window)
         grouped = self.config.n_kv_head != self.config.n_head
-        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, visible, enable_gqa=grouped)
+        q_BHTD, k_BGTD, v_BGTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
+        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, visible, enable_gqa=grouped).transpose(1, 2)

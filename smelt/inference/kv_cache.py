@@ -13,6 +13,7 @@ from smelt.configs import DecoderConfig
 from smelt.errors import InvalidInput
 from smelt.models.devices import free_memory
 from smelt.models.footprint import kv_bytes_per_token
+from smelt.models.rowwise import write_cache
 
 SHARE_OF_MEMORY = 0.25  # of what is free: a cache takes no more unless it is told to
 ALIGNMENT = 64  # bytes, a cache line of the processor
@@ -45,20 +46,15 @@ class KVCache:
         ids_NG = (blocks_N[:, None] * self.num_heads + heads_G) * self.block_size + offsets_N[:, None]
         return torch.from_numpy(ids_NG).to(self.device)
 
-    def write(self, layer: int, ids: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> None:
-        """Put keys and values at the places of these `vector_ids`, flattened."""
-        for cache, new in zip(self.layers[layer], (k_NGD, v_NGD), strict=True):
-            cache.view(-1, self.head_dim).index_copy_(0, ids, new.reshape(-1, self.head_dim))
+    def write(self, layer: int, ids_NG: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> None:
+        """Put keys and values at the places of these `vector_ids`."""
+        write_cache(k_NGD, v_NGD, ids_NG, *self.layers[layer])
 
-    def read(self, layer: int, ids_GN: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (G, N, D) of these `vector_ids`, copied."""
-        keys, values = self.layers[layer]
-        shape = (*ids_GN.shape, self.head_dim)
-        flat = ids_GN.reshape(-1)
-        return (
-            keys.view(-1, self.head_dim).index_select(0, flat).view(shape),
-            values.view(-1, self.head_dim).index_select(0, flat).view(shape),
-        )
+    def read(self, layer: int, ids_LG: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (L, G, D) of these `vector_ids`, copied."""
+        flat, shape = ids_LG.reshape(-1), (*ids_LG.shape, self.head_dim)
+        keys, values = (x.view(-1, self.head_dim).index_select(0, flat).view(shape) for x in self.layers[layer])
+        return keys, values
 
 
 def num_blocks_in(num_bytes: int, config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:

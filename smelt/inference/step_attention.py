@@ -26,7 +26,7 @@ class Span:
     """A chunk of several tokens: where it lies in the step, and what it looks at."""
 
     place: slice
-    ids_GL: Tensor | None  # vectors in the cache; None where it looks at nothing but itself
+    ids_LG: Tensor | None  # vectors in the cache; None where it looks at nothing but itself
     mask_TL: Tensor | None  # None: plain causal attention
 
 
@@ -37,44 +37,44 @@ def attend_chunks(cache: KVCache, chunks: list[Chunk], window: int | None) -> At
     tables_BN, lengths_B = _tables(chunks[:num_singles], cache.device)
     spans = _spans(cache, chunks[num_singles:], num_singles, window)
 
-    def attend(layer: int, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor) -> Tensor:
-        cache.write(layer, new_ids, k_1GND[0].transpose(0, 1), v_1GND[0].transpose(0, 1))
+    def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
+        q_NHD, k_NGD, v_NGD = q_1NHD[0], k_1NGD[0], v_1NGD[0]
+        cache.write(layer, new_ids, k_NGD, v_NGD)
         keys, values = cache.layers[layer]
-        q_NHD = q_1HND[0].transpose(0, 1)
         if not spans:
-            return attend_paged(q_NHD, keys, values, tables_BN, lengths_B, window).transpose(0, 1)[None]
+            return attend_paged(q_NHD, keys, values, tables_BN, lengths_B, window)[None]
         mixed_NHD = q_NHD.new_empty(q_NHD.shape)
         if num_singles:
             single_q = q_NHD[:num_singles]
             mixed_NHD[:num_singles] = attend_paged(single_q, keys, values, tables_BN, lengths_B, window)
         for span in spans:
-            k_GLD, v_GLD = k_1GND[0, :, span.place], v_1GND[0, :, span.place]
-            if span.ids_GL is not None:
-                k_GLD, v_GLD = cache.read(layer, span.ids_GL)
-            mixed_NHD[span.place] = _attend_span(q_1HND[0, :, span.place], k_GLD, v_GLD, span.mask_TL)
-        return mixed_NHD.transpose(0, 1)[None]
+            k_LGD, v_LGD = k_NGD[span.place], v_NGD[span.place]
+            if span.ids_LG is not None:
+                k_LGD, v_LGD = cache.read(layer, span.ids_LG)
+            mixed_NHD[span.place] = _attend_span(q_NHD[span.place], k_LGD, v_LGD, span.mask_TL)
+        return mixed_NHD[None]
 
     return attend
 
 
-def _attend_span(q_HTD: Tensor, k_GLD: Tensor, v_GLD: Tensor, mask_TL: Tensor | None) -> Tensor:
+def _attend_span(q_THD: Tensor, k_LGD: Tensor, v_LGD: Tensor, mask_TL: Tensor | None) -> Tensor:
     """(T, H, D)."""
-    mixed_HTD = F.scaled_dot_product_attention(
-        q_HTD[None],
-        k_GLD[None],
-        v_GLD[None],
+    mixed_1HTD = F.scaled_dot_product_attention(
+        q_THD.transpose(0, 1)[None],
+        k_LGD.transpose(0, 1)[None],
+        v_LGD.transpose(0, 1)[None],
         mask_TL,
         is_causal=mask_TL is None,
-        enable_gqa=q_HTD.shape[0] != k_GLD.shape[0],
-    )[0]
-    return mixed_HTD.transpose(0, 1)
+        enable_gqa=q_THD.shape[1] != k_LGD.shape[1],
+    )
+    return mixed_1HTD[0].transpose(0, 1)
 
 
 def _new_ids(cache: KVCache, chunks: list[Chunk]) -> Tensor:
-    """(N * G,) vectors of the cache that the step's tokens are written to."""
+    """(N, G) vectors of the cache that the step's tokens are written to."""
     places = [_places(chunk, chunk.start, cache.block_size) for chunk in chunks]
     blocks_N, offsets_N = (np.concatenate(parts) for parts in zip(*places, strict=True))
-    return cache.vector_ids(blocks_N, offsets_N).view(-1)
+    return cache.vector_ids(blocks_N, offsets_N)
 
 
 def _places(chunk: Chunk, start: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +101,10 @@ def _spans(cache: KVCache, chunks: list[Chunk], begin: int, window: int | None) 
         place = slice(begin, begin + chunk.num_tokens)
         first = 0 if window is None else max(0, chunk.start - window + 1)  # the first position that it looks at
         is_whole = chunk.start == 0
-        ids_GL = None if is_whole else cache.vector_ids(*_places(chunk, first, cache.block_size)).t()
+        ids_LG = None if is_whole else cache.vector_ids(*_places(chunk, first, cache.block_size))
         is_causal = is_whole and (window is None or window >= chunk.end)
         mask_TL = None if is_causal else _mask(chunk, first, window).to(cache.device)
-        spans.append(Span(place, ids_GL, mask_TL))
+        spans.append(Span(place, ids_LG, mask_TL))
         begin = place.stop
     return spans
 

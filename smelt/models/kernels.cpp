@@ -434,6 +434,8 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
 
 }  // namespace
 
+#include "rowwise.h"
+
 extern "C" {
 
 // y (num_x, num_out) = x (num_x, width) times w (num_out, width) transposed, plus bias where it is not null.

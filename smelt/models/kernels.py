@@ -18,11 +18,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock, Thread
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE, INCLUDED = (Path(__file__).with_name(name) for name in ("kernels.cpp", "rowwise.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 120.0
 WHOLE_ROW = 1 << 62  # as a window: no limit
@@ -33,6 +34,9 @@ Address, Count, Threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LINEAR = [Address] * 4 + [Count] * 3 + [Threads]
 _LINEAR_INT8 = [Address] * 5 + [Count] * 3 + [Threads]
 _ATTEND = [Address, Count, Address, Address, Count, Address, Count, Address, Count, Address] + [Count] * 5 + [Threads]
+_RMS_NORM = [Address] * 3 + [Count] * 2 + [ctypes.c_float, Threads]
+_ROTATE = [Address, Count, Address, Address, Address, Count, Count, Count, Threads]
+_WRITE_CACHE: list[Any] = [Address, Count] * 2 + [Address] * 3 + [Count] * 3
 
 
 class Kernels:
@@ -43,6 +47,10 @@ class Kernels:
         self._linear = _by_dtype(functions, "linear", _LINEAR)
         self._linear_int8 = _by_dtype(functions, "linear_int8", _LINEAR_INT8)
         self._attend = _by_dtype(functions, "attend", _ATTEND)
+        self._rms_norm = _by_dtype(functions, "rms_norm", _RMS_NORM)
+        self._rotate = _by_dtype(functions, "rotate", _ROTATE)
+        self._write_cache = functions.write_cache
+        self._write_cache.argtypes, self._write_cache.restype = _WRITE_CACHE, None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out): x W^T + b, all of one dtype, summed in fp32."""
@@ -103,6 +111,46 @@ class Kernels:
         )
         return out_BHD
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """(..., C): `torch.nn.functional.rms_norm` over the last dimension."""
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        self._rms_norm[x.dtype](
+            x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps, torch.get_num_threads()
+        )
+        return y
+
+    def rotate(self, x_NHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(N, H, D): as `layers.rotate`; each token's heads in one piece, `cos` and `sin` (N, D) in all."""
+        y_NHD = x_NHD.new_empty(x_NHD.shape)
+        self._rotate[x_NHD.dtype](
+            x_NHD.data_ptr(),
+            x_NHD.stride(0),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            y_NHD.data_ptr(),
+            *x_NHD.shape,
+            torch.get_num_threads(),
+        )
+        return y_NHD
+
+    def write_cache(self, k_NGD: Tensor, v_NGD: Tensor, places_NG: Tensor, keys: Tensor, values: Tensor) -> None:
+        """As `rowwise.write_cache`; each token's vectors in one piece, the caches contiguous and of the same dtype."""
+        num_tokens, num_heads, width = k_NGD.shape
+        size = k_NGD.element_size()
+        self._write_cache(
+            k_NGD.data_ptr(),
+            k_NGD.stride(0) * size,
+            v_NGD.data_ptr(),
+            v_NGD.stride(0) * size,
+            places_NG.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            num_tokens,
+            num_heads,
+            width * size,
+        )
+
 
 def _by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[type]) -> dict[torch.dtype, Callable[..., None]]:
     found: dict[torch.dtype, Callable[..., None]] = {}
@@ -119,6 +167,7 @@ class _Build:
     def __init__(self) -> None:
         self.lock = Lock()
         self.future: Future[Kernels | None] | None = None
+        self.built: Kernels | None = None
 
 
 _BUILD = _Build()
@@ -135,12 +184,15 @@ def start_build(folder: Path) -> None:
 
 def kernels() -> Kernels | None:
     """The kernels, after waiting for their build; None where none was started or they cannot be had."""
+    if _BUILD.built is not None:  # hundreds of times in a step of few tokens, so without the future's lock
+        return _BUILD.built
     return None if _BUILD.future is None else _BUILD.future.result()
 
 
 def _build_into(folder: Path, future: "Future[Kernels | None]") -> None:
     try:
-        future.set_result(_built(folder))
+        _BUILD.built = _built(folder)
+        future.set_result(_BUILD.built)
     except BaseException as error:  # noqa: BLE001  (whoever waits gets it)
         future.set_exception(error)
 
@@ -161,7 +213,8 @@ def _built(folder: Path) -> Kernels | None:
 def compiled(folder: Path, compiler: str, openmp: Path) -> Path:
     """The library of this source, compiler and processor. OSError, or SubprocessError where the compiler fails."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), version, _instructions(), str(openmp), *FLAGS]).encode())
+    sources = [path.read_text() for path in (SOURCE, INCLUDED)]
+    key = hashlib.sha256("\n".join([*sources, version, _instructions(), str(openmp), *FLAGS]).encode())
     library = folder / f"kernels-{key.hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(folder):

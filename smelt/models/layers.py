@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from smelt.configs import DecoderConfig
 from smelt.models.batch import Batch
 from smelt.models.linear import Linear
+from smelt.models.rowwise import RMSNorm, rotate
 
-# (layer, q_BHTD, k_BGTD, v_BGTD) -> out_BHTD: how queries meet keys. Training attends within the
+# (layer, q_BTHD, k_BTGD, v_BTGD) -> out_BTHD: how queries meet keys. Training attends within the
 # batch; the inference engine passes one that reads and writes its cache.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -21,7 +22,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def make_norm(config: DecoderConfig, width: int) -> nn.Module:
     """The LayerNorm or RMSNorm that the config names."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=config.norm_eps)
+        return RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
@@ -49,11 +50,6 @@ def rotary_tables(config: DecoderConfig, positions_BT: Tensor, dtype: torch.dtyp
     return tables[0].to(dtype)[:, :, None], tables[1].to(dtype)[:, :, None]
 
 
-def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, halves convention (as in Hugging Face's Llama); the first half of `sin` is negative."""
-    return torch.addcmul(x_BTHD * cos, x_BTHD.roll(x_BTHD.shape[-1] // 2, -1), sin)
-
-
 def attention_mask(batch: Batch, sliding_window: int | None) -> Tensor | None:
     """(B, 1, T, T) true where a query may see a key, or None where plain causal attention says it all."""
     num_tokens = batch.tokens.shape[1]
@@ -75,12 +71,13 @@ def attend_within(batch: Batch, config: DecoderConfig, dropout: float) -> Attend
     mask = attention_mask(batch, config.sliding_window)
     grouped = config.n_kv_head != config.n_head
 
-    def attend(_layer: int, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    def attend(_layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+        q_BHTD, k_BGTD, v_BGTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
         if prefers_written_out(q_BHTD):
-            return written_out_attention(q_BHTD, k_BGTD, v_BGTD, mask, dropout)
+            return written_out_attention(q_BHTD, k_BGTD, v_BGTD, mask, dropout).transpose(1, 2)
         return F.scaled_dot_product_attention(
             q_BHTD, k_BGTD, v_BGTD, mask, dropout, is_causal=mask is None, enable_gqa=grouped
-        )
+        ).transpose(1, 2)
 
     return attend
 
@@ -112,26 +109,26 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.num_packed = config.n_head + 2 * config.n_kv_head
-        self.qkv = Linear(config.n_embd, self.num_packed * config.head_dim, bias=config.qkv_bias)
+        num_packed = config.n_head + 2 * config.n_kv_head
+        self.qkv = Linear(config.n_embd, num_packed * config.head_dim, bias=config.qkv_bias)
         self.out = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         num_rows, num_tokens, _ = x_BTC.shape
-        packed = self.qkv(x_BTC).view(num_rows, num_tokens, self.num_packed, self.head_dim)
+        packed = self.qkv(x_BTC).view(num_rows, num_tokens, -1, self.head_dim)
         # Queries and keys stay side by side until they are rotated: one pass instead of two.
-        qk_BTHD, v_BTGD = packed.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        qk_BTHD, v_BTGD = packed.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHD, k_BTGD = qk_BTHD.split((self.num_heads, self.num_kv_heads), dim=2)
+            q_BTHD, k_BTGD = qk_BTHD.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
             qk_BTHD = torch.cat((self.q_norm(q_BTHD), self.k_norm(k_BTGD)), dim=2)
         if rotary is not None:
             qk_BTHD = rotate(qk_BTHD, *rotary)
-        q_BHTD, k_BGTD = qk_BTHD.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
-        mixed = attend(self.layer, q_BHTD, k_BGTD, v_BTGD.transpose(1, 2))
-        return self.out(mixed.transpose(1, 2).reshape(num_rows, num_tokens, -1))
+        q_BTHD, k_BTGD = qk_BTHD.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+        mixed_BTHD = attend(self.layer, q_BTHD, k_BTGD, v_BTGD)
+        return self.out(mixed_BTHD.reshape(num_rows, num_tokens, -1))
 
 
 class MLP(nn.Module):

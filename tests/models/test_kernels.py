@@ -93,7 +93,7 @@ def test_a_library_is_compiled_once_per_folder(own_build, tmp_path, monkeypatch)
     [library] = tmp_path.glob("kernels-*")
 
     monkeypatch.setattr(kernels, "_compile", lambda *_: pytest.fail("compiled again"))
-    own_build.future = None
+    own_build.future = own_build.built = None
     kernels.start_build(tmp_path)
 
     assert isinstance(kernels.kernels(), kernels.Kernels)

@@ -37,7 +37,7 @@ def test_written_out_attention_equals_the_fused_one(num_kv_heads: int, segmented
     segment_ids = (torch.arange(24) // 10).expand(3, 24) if segmented else None
     batch = Batch(tokens(3, 24), segment_ids=segment_ids)
     config = GROUPED.replace(n_kv_head=num_kv_heads)
-    fused = attend_within(batch, config, 0.0)(0, q, k, v)
+    fused = attend_within(batch, config, 0.0)(0, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & torch.ones(24, 24).tril().bool()

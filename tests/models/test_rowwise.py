@@ -1,0 +1,65 @@
+"""The compiled row-wise work against torch's, at every shape's edge."""
+
+import pytest
+import torch
+
+from kernels_built import built_kernels
+from smelt.models import rowwise
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = built_kernels()
+    monkeypatch.setattr(rowwise, "kernels", lambda: built)
+
+
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "kernels", lambda: None)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 576), (2, 3, 7), (1, 40, 33), (1, 1, 1)])
+def test_norms(compiled: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = rowwise.RMSNorm(shape[-1], eps=1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(shape).to(dtype)
+    found = norm(x)
+    by_torch(monkeypatch)
+    torch.testing.assert_close(found, norm(x))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_rotations(compiled: None, monkeypatch: pytest.MonkeyPatch, num_tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    packed = torch.randn(1, num_tokens, 5, 24).to(dtype)
+    cos, sin = torch.randn(2, 1, num_tokens, 1, 24).to(dtype)
+    found = rowwise.rotate(packed[:, :, :3], cos, sin)
+    by_torch(monkeypatch)
+    torch.testing.assert_close(found, rowwise.rotate(packed[:, :, :3], cos, sin))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_writing_into_a_cache(compiled: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    packed = torch.randn(6, 5, 16).to(dtype)
+    places = torch.randperm(3 * 2 * 4)[:12].view(6, 2)
+    caches = [torch.zeros(2, 3, 2, 4, 16, dtype=dtype) for _ in range(2)]
+    rowwise.write_cache(packed[:, 1:3], packed[:, 3:], places, *caches[0])
+    by_torch(monkeypatch)
+    rowwise.write_cache(packed[:, 1:3], packed[:, 3:], places, *caches[1])
+    assert torch.equal(caches[0], caches[1])
+    assert torch.equal(caches[0][0].view(-1, 16)[places], packed[:, 1:3])
+
+
+def test_gradients_pass_through_torch(compiled: None) -> None:
+    norm, x = rowwise.RMSNorm(8), torch.randn(2, 8, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad is not None
+    assert norm.weight.grad is not None
