@@ -24,7 +24,7 @@ class Submission:
 
     `lane` and `seq` are its place: the same place again, with the same `fingerprint`, is the same request. A lane
     begins with its first submission, at `first_seq`; None there means that its futures have no order. Without a
-    lane every submission is a new request.
+    seq it is a new request behind all others of its lane; without a lane every submission is a new request.
 
     `failure` is the result of one that is wrong, and still takes its place: it fails at once, and nobody works on it.
     """
@@ -95,11 +95,12 @@ def accept(
     if lane is None:
         accepted = uuid.uuid4().hex
     else:
-        assert seq is not None, "a place in a lane is a seq"
+        if seq is None:
+            seq = _free_seq(connection, submission, lane)
         accepted = future_id(lane, seq)
         place = _place(connection, submission, lane, seq)
         if place.fingerprint is not None:
-            _check_same(submission, place)
+            _check_same(submission, seq, place)
             return accepted
         if place.next_seq is not None and seq < place.next_seq:
             raise SeqAbandoned(f"seq {seq} of {lane} came too late: the lane has gone on to {place.next_seq}")
@@ -135,10 +136,17 @@ def _place(connection: Connection, submission: Submission, lane: str, seq: int) 
     return place
 
 
-def _check_same(submission: Submission, place: AnyRow) -> None:
+def _free_seq(connection: Connection, submission: Submission, lane: str) -> int:
+    """The seq behind all that was taken or given up."""
+    place = _place(connection, submission, lane, 0)
+    highest = connection.execute(select(func.max(futures.c.seq)).where(futures.c.lane == lane)).scalar_one()
+    return max(-1 if highest is None else int(highest) + 1, place.next_seq or 0)
+
+
+def _check_same(submission: Submission, seq: int, place: AnyRow) -> None:
     if (submission.kind, submission.fingerprint) != (place.kind, place.fingerprint):
         raise SeqReused(
-            f"seq {submission.seq} of {submission.lane} was another request ({place.kind}); "
+            f"seq {seq} of {submission.lane} was another request ({place.kind}); "
             f"send this {submission.kind} under the next seq"
         )
 

@@ -30,7 +30,7 @@ def loop() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-def step(seq: int, request: bytes = b"", **changes: Any) -> Submission:
+def step(seq: int | None, request: bytes = b"", **changes: Any) -> Submission:
     values = {"owner": "ann", "kind": "step", "fingerprint": "same", "request": request, "lane": "lane", "seq": seq}
     return Submission(**(values | changes))
 
@@ -104,6 +104,20 @@ def test_a_place_that_fails_at_once_is_taken_and_passed_over(ledger: Ledger, loo
             Logged(2, "step", b"?", True),
             Logged(3, "step", b"", False),
         ]
+
+    loop.run(scenario())
+
+
+def test_what_has_no_seq_comes_behind_all_others(ledger: Ledger, loop: asyncio.Runner) -> None:
+    async def scenario() -> None:
+        await ledger.accept(step(0, first_seq=0))
+        accepted = [await ledger.accept(step(None)) for _ in range(2)]
+        assert [(await ledger.read("ann", each)).seq for each in accepted] == [1, 2]
+        await ledger.accept(step(7))
+        last = await ledger.accept(step(None, failure=b"no"))
+        assert (await ledger.read("ann", last)).seq == 8
+        first = await ledger.accept(step(None, lane="another", first_seq=1))
+        assert (await ledger.read("ann", first)).seq == 1
 
     loop.run(scenario())
 

@@ -1,0 +1,98 @@
+"""Questions about sessions of training by request, and what belongs to them; knows no folder and no protocol.
+
+Pure SQL. What anybody may ask is given whoever owns it: the caller compares the owner, or whether it is public.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from sqlalchemy import Connection, Select, and_, func, or_, select
+
+from smelt.storage import records
+from smelt.storage.records import Record, SamplerRecord, SavedWeights, TrainingModel
+from smelt.storage.tables import futures, samplers, saved_weights, training_models
+
+R = TypeVar("R", bound=Record)
+Page = tuple[list[R], int]  # and how many there are in all
+
+_is_there = or_(saved_weights.c.future_id.is_(None), futures.c.state == "done")
+
+
+def newest(connection: Connection, kind: type[R], owner: str, limit: int, offset: int = 0) -> Page[R]:
+    """The owner's records of a kind, newest first."""
+    table = records.TABLES[kind]
+    of_owner = select(table).where(table.c.owner == owner)
+    ordered = of_owner.order_by(table.c.created.desc(), table.c.id.desc()).limit(limit).offset(offset)
+    found = [kind(**row) for row in connection.execute(ordered).mappings()]
+    return found, _count(connection, of_owner)
+
+
+def any_model(connection: Connection, model_id: str) -> TrainingModel | None:
+    """The model of that id, whoever owns it."""
+    found = records.of_all_owners(connection, TrainingModel, id=model_id)
+    return found[0] if found else None
+
+
+def any_weights(connection: Connection, model_id: str, kind: str, name: str) -> tuple[SavedWeights, str | None] | None:
+    """The weights of that place, whoever owns them, and the state of the future that saves them."""
+    found = records.of_all_owners(connection, SavedWeights, model_id=model_id, type=kind, name=name)
+    return (found[0], state_of(connection, found[0].future_id)) if found else None
+
+
+def weights_page(
+    connection: Connection, now: float, limit: int, offset: int, owner: str | None = None, model_id: str | None = None
+) -> Page[SavedWeights]:
+    """Weights that are there, newest first: of an owner, of a model, or both."""
+    query = select(saved_weights).join(futures, futures.c.id == saved_weights.c.future_id, isouter=True)
+    query = query.where(_is_there, or_(saved_weights.c.expires.is_(None), saved_weights.c.expires > now))
+    if owner is not None:
+        query = query.where(saved_weights.c.owner == owner)
+    if model_id is not None:
+        query = query.where(saved_weights.c.model_id == model_id)
+    ordered = query.order_by(saved_weights.c.created.desc(), saved_weights.c.id.desc()).limit(limit).offset(offset)
+    found = [SavedWeights(**row) for row in connection.execute(ordered).mappings()]
+    return found, _count(connection, query)
+
+
+def expired_weights(connection: Connection, now: float) -> list[SavedWeights]:
+    """Weights whose time is over, whoever owns them."""
+    query = select(saved_weights).where(saved_weights.c.expires <= now)
+    return [SavedWeights(**row) for row in connection.execute(query).mappings()]
+
+
+def is_folder_used(connection: Connection, folder: str) -> bool:
+    """Whether any weights lie in that folder."""
+    query = select(saved_weights.c.id).where(saved_weights.c.folder == folder).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def state_of(connection: Connection, future_id: str | None) -> str | None:
+    """How a future stands; None where there is none."""
+    return connection.execute(select(futures.c.state).where(futures.c.id == future_id)).scalar_one_or_none()
+
+
+def last_request(connection: Connection, lane: str) -> float | None:
+    """When the last request of a lane was accepted."""
+    query = select(futures.c.created).where(futures.c.lane == lane).order_by(futures.c.seq.desc()).limit(1)
+    return connection.execute(query).scalar_one_or_none()
+
+
+def ephemeral_samplers(connection: Connection) -> list[SamplerRecord]:
+    """Samplers that have no name but the place where they were made, whoever owns them, newest first."""
+    query = select(samplers).where(samplers.c.lane.is_not(None)).order_by(samplers.c.created.desc())
+    return [SamplerRecord(**row) for row in connection.execute(query).mappings()]
+
+
+def num_waiting(connection: Connection, kind: str) -> int:
+    """Requests of a kind that could be worked on, if anybody had the time."""
+    query = select(func.count()).select_from(futures).where(and_(futures.c.ready, futures.c.kind == kind))
+    return int(connection.execute(query).scalar_one())
+
+
+def unloaded_models(connection: Connection, before: float) -> Sequence[str]:
+    """The ids of models that were given up by then."""
+    return connection.execute(select(training_models.c.id).where(training_models.c.unloaded < before)).scalars().all()
+
+
+def _count(connection: Connection, query: Select[*tuple[object, ...]]) -> int:
+    return int(connection.execute(select(func.count()).select_from(query.subquery())).scalar_one())
