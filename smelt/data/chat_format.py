@@ -116,8 +116,12 @@ class ChatFormat:
             raise InvalidInput("this model's chat template knows no tools; leave out `tools`", "tools")
         if self._template is None:
             return self._tokenizer.encode(chat.render_prompt(messages))
-        marks = self._control.marks_for([_to_dict(message) for message in messages], list(tools))
-        return self._control.encode(self._render(self._template, messages, tools, marks), marks)
+        try:
+            marks = self._control.marks_for([_to_dict(message) for message in messages], list(tools))
+            rendered = self._render(self._template, messages, tools, marks)
+        except RecursionError:
+            raise InvalidInput("the tools, or the arguments of a call, are nested too deeply") from None
+        return self._control.encode(rendered, marks)
 
     def parse(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         """What the assistant says in a whole answer, and the functions that it wants called."""

@@ -38,10 +38,12 @@ class ControlTokens:
         self._backend = backend
         self._template_chars = frozenset(template)
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special) - _unknown_id(backend)
-        named = (entry.content for entry in added.values() if not entry.special and entry.content in template)
-        tokens = sorted(self.special.union(named), key=len, reverse=True)
-        self._ends = sorted({end for token in tokens for end in _ends(token)})
-        self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        named = (entry.content for entry in added.values() if entry.content in template and _ends(entry.content))
+        self._tokens = self.special.union(named)
+        self._ends = sorted({end for token in self._tokens for end in _ends(token)})
+        firsts = "".join(map(re.escape, {token[0] for token in self._tokens}))
+        self._firsts = re.compile(f"[{firsts}]" if firsts else "(?!)")
+        self._lengths = sorted({len(token) for token in self._tokens}, reverse=True)
 
     def ids_of(self, names: Iterable[str]) -> frozenset[int]:
         """Ids of those among the names that are special tokens."""
@@ -75,11 +77,15 @@ class ControlTokens:
         return [start + 1 for start, end in self._found(text) if not _is_own(text, marked, start, end)]
 
     def _found(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where control tokens stand, those within others too."""
-        start = 0
-        while found := self._pattern.search(text, start):
-            yield found.span()
-            start = found.start() + 1
+        """Where control tokens stand, those within others too; of several that begin in one place the longest.
+
+        There may be thousands of them, so what stands there is looked up, and not tried one by one.
+        """
+        for first in self._firsts.finditer(text):
+            start = first.start()
+            length = next((length for length in self._lengths if text[start : start + length] in self._tokens), None)
+            if length is not None:
+                yield start, start + length
 
 
 class Marks:

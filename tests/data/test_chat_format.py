@@ -77,6 +77,16 @@ def test_nobody_can_end_a_turn_but_the_template(messages: list[ChatMessage], tmp
     assert not {256 + SPECIAL.index("<s>"), 256 + SPECIAL.index("</s>")} & set(ids)
 
 
+def test_what_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    tool: dict[str, Any] = {}
+    for _ in range(2000):
+        tool = {"a": tool}
+    chat_format = format_of(tmp_path, QWEN_3)
+    with pytest.raises(InvalidInput, match="nested too deeply"):
+        chat_format.prompt_ids(TALK, [tool])
+    assert chat_format.prompt_ids(TALK)
+
+
 def test_tools_are_refused_where_the_template_knows_none(tmp_path: Path) -> None:
     for folder, template in ((tmp_path / "a", ZEPHYR), (tmp_path / "b", None)):
         chat_format = format_of(folder, template)

@@ -1,6 +1,7 @@
 """Control tokens in a rendered prompt: the template's become ids, those in words that came with a request do not."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from chat_templates import ADDED, SPECIAL, write_tokenizer
+from smelt.data.bpe import byte_symbols
 from smelt.data.control_tokens import ControlTokens
 from smelt.data.hf_tokenizer import read_backend
 from smelt.data.templates import render
@@ -130,6 +132,42 @@ def test_names_of_fields_stay_readable() -> None:
     marks = control.marks_for("tool_calls")
     assert marks.mark({"tool_calls": "PAD"}) == {"tool_calls": "PAD"}
     assert {2, 3}.isdisjoint(control.encode("a PAD _end_", marks))  # nobody can tell whose they are
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("content", ["Hi a", " b", "<x> a", "a </s> b"])
+def test_tokenizers_that_put_a_space_before_texts(scheme: str, content: str) -> None:
+    letters = {letter: rank for rank, letter in enumerate("?▁Habisx</>|\n")}
+    backend = tokenizers.Tokenizer(models.BPE(letters, [], unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<s>", "</s>")])
+    plain = tokenizers.Tokenizer.from_str(backend.to_str())
+    template = "<s>{{ messages[0].content }}</s> x"
+    ids = ids_of(ControlTokens(backend, template), content, template)
+    if "</s>" not in content:
+        assert ids == plain.encode(f"<s>{content}</s> x", add_special_tokens=False).ids
+    assert ids.count(len(letters)) == ids.count(len(letters) + 1) == 1
+
+
+def test_what_a_tokenizer_adds_for_text_is_text() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    template = "{{ messages[0].content }}\n\na"
+    assert ids_of(ControlTokens(backend, template), "a\n\na", template) == [0, 2, 0, 2, 0]
+
+
+def test_thousands_of_control_tokens_and_brackets_cost_no_seconds() -> None:
+    backend = tokenizers.Tokenizer(models.BPE({symbol: rank for rank, symbol in enumerate(byte_symbols())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([AddedToken(f"<|reserved_{n}|>", normalized=False) for n in range(3000)])
+    control = ControlTokens(backend, CHATML)
+    content = "<td>1</td>\n" * 10_000
+    marks = control.marks_for(content)
+    marked = marks.mark(content)
+    began = time.process_time()
+    assert control._cuts(content, marked) == []
+    assert time.process_time() - began < 1
 
 
 def test_a_tokenizer_that_sees_tokens_where_we_do_not_is_refused() -> None:
