@@ -119,8 +119,9 @@ def test_answers_have_the_form_that_was_asked_for(client: openai.OpenAI) -> None
     content = chat.choices[0].message.content
     assert content is not None
     assert json.loads(content) in ({"a": True}, {"a": False})
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError) as refused:
         text_of(client, model="ending", extra_body={"response_format": {"type": "regex", "pattern": "("}})
+    assert refused.value.param == "response_format"
 
 
 def test_texts_are_embedded(client: openai.OpenAI) -> None:
