@@ -17,6 +17,8 @@ class AdapterPool:
         self._model = model
         self._max_adapters = max_adapters
         self._slots: dict[str, int] = {}
+        self._versions: dict[str, int] = {}
+        self._num_added = 0
         self._lora: Lora | None = None
 
     @property
@@ -36,13 +38,15 @@ class AdapterPool:
         slot = min(set(range(len(self._slots) + 1)) - set(self._slots.values()))
         self._lora.put(slot, adapter)
         self._slots[name] = slot
+        self._num_added += 1
+        self._versions[name] = self._num_added
 
     def remove(self, name: str) -> None:
         """Forget an adapter. UnknownAdapter where there is none."""
         slot = self.slot(name)
         assert self._lora is not None, "there is one with slots"
         self._lora.clear(slot)
-        del self._slots[name]
+        del self._slots[name], self._versions[name]
 
     def slot(self, name: str) -> int:
         """What stands for an adapter in `Batch.adapter_ids`. UnknownAdapter names those there are."""
@@ -50,3 +54,8 @@ class AdapterPool:
             known = ", ".join(self._slots) or "none"
             raise UnknownAdapter(f"no adapter {name!r} is loaded; known: {known}")
         return self._slots[name]
+
+    def version(self, name: str) -> int:
+        """Tells an adapter from others that had its name before. UnknownAdapter where there is none."""
+        self.slot(name)
+        return self._versions[name]

@@ -160,4 +160,4 @@ class BlockTables:
 
 
 def _root_key(sequence: Sequence) -> bytes:
-    return blake2b(repr((sequence.owner, sequence.adapter)).encode(), digest_size=32).digest()
+    return blake2b(repr((sequence.owner, sequence.adapter, sequence.adapter_version)).encode(), digest_size=32).digest()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smelt.errors import InvalidInput
+from smelt.inference.adapters import AdapterPool
 from smelt.inference.block_tables import BlockTables
 from smelt.inference.kv_cache import KVCache, default_num_blocks, num_blocks_in
 from smelt.inference.prompt_logprobs import rate_prompt
@@ -18,7 +19,7 @@ from smelt.inference.sampler import check_params, sample
 from smelt.inference.scheduler import Chunk, Scheduler
 from smelt.inference.sequence import Sequence, Status
 from smelt.inference.step_attention import attend_chunks
-from smelt.models.batch import Batch
+from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
 
 BLOCK_SIZE = 16  # tokens
@@ -72,6 +73,7 @@ class Engine:
         self.tables = BlockTables(num_blocks, block_size)
         self.scheduler = Scheduler(self.tables, max_running, max(max_step_tokens, max_running))
         self.max_length = min(model.config.block_size, num_blocks * block_size)
+        self.adapters = AdapterPool(model)
         self._batch_size = 0
 
     @property
@@ -96,7 +98,8 @@ class Engine:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that was removed goes on where it stood.
 
-        InvalidInput where its prompt is empty, unknown to the model or too long, or its settings cannot be.
+        InvalidInput where its prompt is empty, unknown to the model or too long, or its settings cannot be;
+        UnknownAdapter where its adapter is not among `adapters`.
         """
         if not sequence.prompt_ids:
             raise InvalidInput("the prompt has no tokens; begin with the end-of-text token to start from nothing")
@@ -105,6 +108,9 @@ class Engine:
         if min(sequence.prompt_ids) < 0 or max(sequence.prompt_ids) >= self.model.config.vocab_size:
             raise InvalidInput(f"the prompt has token ids outside of 0..{self.model.config.vocab_size - 1}")
         check_params(sequence.params, self.vocab_size)
+        if sequence.adapter is not None:
+            sequence.adapter_version = self.adapters.version(sequence.adapter)
+        sequence.block_keys.clear()
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -141,8 +147,17 @@ class Engine:
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
         self._batch_size = len(tokens)
         return Batch(
-            torch.tensor([tokens], device=self.device), positions=torch.from_numpy(positions)[None].to(self.device)
+            torch.tensor([tokens], device=self.device),
+            positions=torch.from_numpy(positions)[None].to(self.device),
+            adapter_ids=self._adapter_ids(chunks),
         )
+
+    def _adapter_ids(self, chunks: list[Chunk]) -> Tensor | None:
+        if all(chunk.sequence.adapter is None for chunk in chunks):
+            return None
+        names = [chunk.sequence.adapter for chunk in chunks]
+        slots = [NO_ADAPTER if name is None else self.adapters.slot(name) for name in names]
+        return torch.from_numpy(np.repeat(slots, [chunk.num_tokens for chunk in chunks]))[None]
 
     def _note_computed(self, chunks: list[Chunk], hidden_NC: Tensor) -> None:
         begin = 0

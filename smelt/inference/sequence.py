@@ -48,6 +48,7 @@ class Sequence:
     # The engine's notes: the blocks of its cache, names of the full ones, and how many tokens have been computed.
     block_ids: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
+    adapter_version: int = 0  # of those that have had the adapter's name
     num_computed: int = 0
     random: Random = field(init=False)
     token_counts: TokenCounts | None = None  # the sampler's, where there are penalties

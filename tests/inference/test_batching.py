@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters import PeftModel
 from families import save_reference
 from smelt.configs import DecoderConfig
+from smelt.errors import UnknownAdapter
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence, Status
-from smelt.models.batch import Batch
+from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
 from smelt.models.weights import read_model
 from smelt.types import SamplingParams
@@ -176,9 +178,13 @@ def test_a_conversation_goes_on_from_its_answer(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("other", [{"owner": "bob"}, {"owner": "ann", "adapter": "poet"}])
-def test_no_prefix_is_shared_across_owners_and_adapters(model: Decoder, other: dict[str, str]) -> None:
+def test_no_prefix_is_shared_across_owners_and_adapters(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
     engine, one_token = Engine(model), SamplingParams(max_tokens=1)
     run(engine, [Sequence([7] * 40, one_token, owner="ann")])
+    monkeypatch.setattr(engine.adapters, "version", lambda _: 1)
+    monkeypatch.setattr(engine.adapters, "slot", lambda _: NO_ADAPTER)
     (theirs,) = run(engine, [Sequence([7] * 40, one_token, **other)])
     (own,) = run(engine, [Sequence([7] * 40, one_token, owner="ann")])
     assert (theirs.num_cached_tokens, own.num_cached_tokens) == (0, 39)
@@ -281,3 +287,41 @@ def test_any_order_of_coming_and_leaving_gives_the_same_and_leaks_no_block(
         assert one.output_ids == expected.output_ids[:num_written]
         assert one.logprobs == pytest.approx(expected.logprobs[:num_written], abs=1e-5)
         assert num_written == max_tokens or one.finish_reason == "aborted"
+
+
+@pytest.fixture(scope="module")
+def peft_model(tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
+    adapters = {"poet": {"r": 4, "lora_alpha": 16}, "clerk": {"r": 3, "lora_alpha": 9}}
+    return PeftModel("llama", tmp_path_factory.mktemp("adapters"), adapters)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:4])
+def test_each_sequence_is_written_with_its_own_adapter(peft_model: PeftModel, engine: dict[str, Any]) -> None:
+    serving = Engine(read_model(peft_model.folder), **engine)
+    for name in peft_model.names:
+        serving.adapters.add(name, peft_model.folder_of(name))
+    wanted = [None, "poet", "clerk", "poet", None, "clerk", "poet", None]
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=1)
+    sequences = run(
+        serving, [Sequence(prompt, params, adapter=name) for prompt, name in zip(PROMPTS, wanted, strict=True)]
+    )
+    for sequence in sequences:
+        logits = peft_model.logits(torch.tensor([sequence.prompt_ids + sequence.output_ids]), sequence.adapter)[0]
+        logprobs = logits.log_softmax(-1)[len(sequence.prompt_ids) - 1 : -1]
+        expected = [float(row[token]) for row, token in zip(logprobs, sequence.output_ids, strict=True)]
+        assert sequence.logprobs == pytest.approx(expected, abs=2e-5)
+
+
+def test_an_adapter_that_was_replaced_leaves_no_prefix(peft_model: PeftModel) -> None:
+    engine, one_token = Engine(read_model(peft_model.folder)), SamplingParams(max_tokens=1, temperature=0.0)
+    prompt = [7] * 40
+    engine.adapters.add("newest", peft_model.folder_of("poet"))
+    run(engine, [Sequence(prompt, one_token, adapter="newest")])
+    engine.adapters.remove("newest")
+    with pytest.raises(UnknownAdapter):
+        engine.add(Sequence(prompt, one_token, adapter="newest"))
+    engine.adapters.add("newest", peft_model.folder_of("clerk"))
+    (sequence,) = run(engine, [Sequence(prompt, one_token, adapter="newest")])
+    assert sequence.num_cached_tokens == 0
+    expected = peft_model.logits(torch.tensor([prompt]), "clerk")[0, -1].log_softmax(-1)
+    assert sequence.logprobs == pytest.approx([float(expected.max())], abs=1e-5)
