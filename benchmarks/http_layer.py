@@ -32,13 +32,14 @@ from starlette.types import ASGIApp
 from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.api.telemetry import configure_logging
+from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.model_server import WorkerInfo
 from smelt.settings import Settings
 from smelt.storage.database import open_database
 from smelt.storage.files import Files
 from smelt.storage.futures import Ledger
 from smelt.storage.writer import Writer
-from smelt.transport.messages import Finish, Generate, TextChunk
+from smelt.transport.messages import Embed, Embedded, Finish, Generate, TextChunk
 
 PATH = "/v1/completions"
 NUM_CONNECTIONS = 32
@@ -78,6 +79,18 @@ class Typist:
                 break
             await asyncio.sleep(began + num_written / self._rate - clock())
         yield Finish(request.request_id, "length", 40, num_tokens)
+
+    async def embed(self, request: Embed) -> tuple[Embedded, Finish]:
+        """Nobody asks for vectors here."""
+        raise NotImplementedError
+
+    async def load_model(self, model: str) -> None:
+        """Nor for models."""
+        raise NotImplementedError
+
+    async def unload_model(self, model: str) -> int:
+        """Nor to be rid of them."""
+        raise NotImplementedError
 
     async def cancel(self, owner: str, future_id: str) -> bool:
         """Nothing is asked of the ledger here."""
@@ -137,7 +150,8 @@ def whole(home: Path, rate: float) -> Iterator[ASGIApp]:
     engine = open_database(settings.database_url)
     writer = Writer(engine)
     ledger = Ledger(engine, writer, Files(settings.bodies))
-    yield create_app(Services(settings, engine, writer, ledger, Typist(rate), str(folder)))
+    checker = AbuseChecker(settings, engine, writer)
+    yield create_app(Services(settings, engine, writer, ledger, Typist(rate), checker, str(folder)))
     writer.close()
     engine.dispose()
 
