@@ -79,10 +79,14 @@ class Scripted:
         return Embedded(request.request_id, vectors, WIDTH), Finish(request.request_id, "stop", num_tokens, 0)
 
     async def load_model(self, model: str) -> None:
-        raise NotImplementedError
+        self.workers = [replace(worker, models=(*worker.models, model)) for worker in self.workers]
 
     async def unload_model(self, model: str) -> int:
-        raise NotImplementedError
+        held = [worker.models for worker in self.workers]
+        self.workers = [
+            replace(worker, models=tuple(name for name in worker.models if name != model)) for worker in self.workers
+        ]
+        return sum(model in models for models in held)
 
     async def cancel(self, owner: str, future_id: str) -> bool:
         assert self._ledger is not None

@@ -91,6 +91,11 @@ def router() -> APIRouter:
         """A model to write with."""
         return page(request, "playground.html")
 
+    @routes.get("/dashboard/models")
+    async def models(request: Request) -> Response:
+        """The models, and who has loaded them."""
+        return page(request, "models.html")
+
     # Not a coroutine: the first one to ask for a large file waits for it to be packed.
     @routes.get("/static/{name}")
     def static(request: Request, name: str) -> Response:

@@ -18,6 +18,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from gated import make_key
+from holding import write_source
 from live import serving
 from scripted import Scripted, scripted
 from smelt.api.app import create_app
@@ -41,7 +42,7 @@ FLAGS = [
 ]
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
-PATHS = ["/dashboard", "/dashboard/runs/{run}", "/dashboard/playground"]
+PATHS = ["/dashboard", "/dashboard/runs/{run}", "/dashboard/playground", "/dashboard/models"]
 LIVE_MS = 2000  # what happens in a run is on the page within this time
 
 
@@ -128,7 +129,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     with scripted(tmp_path / "home", author.write) as (services, models):
         models.workers = [WorkerInfo("here:1", 1, "cpu", ("tiny",), 0, 0)]
         site = Site(tmp_path, services, models, author)
-        with serving(create_app(services)) as site.url:
+        with serving(create_app(services), lifespan="on") as site.url:  # which does imports
             yield site
         for lock in site.locks:
             lock.close()
@@ -290,6 +291,58 @@ def test_the_playground_continues_a_text(site: Site, visit: Visit) -> None:
     (asked,) = site.models.asked
     assert (asked.model, asked.prompt) == ("tiny", "Once")
     assert asked.params == SamplingParams(max_tokens=200, temperature=0.0, top_p=1.0, seed=7, stop=("END",))
+
+
+def test_a_model_is_asked_by_its_alias_and_sliders_set_what_it_is_asked_for(site: Site, visit: Visit) -> None:
+    page = visit.open("/dashboard/playground")
+    names = page.get_by_label("Model").locator("option")
+    expect(names).to_have_text(["tiny", "default (tiny)", "gpt (tiny)"])
+    page.get_by_label("Model").select_option("gpt")
+    for name, value in (("max-tokens", "300"), ("temperature", "0.5"), ("top-k", "50"), ("top-p", "0.9")):
+        page.locator(f"input[data-for={name}]").fill(value)
+        expect(page.locator(f"#{name}")).to_have_value(value)
+    page.get_by_label("Top k").fill("40")
+    expect(page.locator("input[data-for=top-k]")).to_have_value("40")
+    page.get_by_label("Text to continue").fill("Once")
+    page.keyboard.press("Enter")
+    expect(page.locator("#summary")).to_contain_text("5 tokens in")
+    (asked,) = site.models.asked
+    assert asked.model == "tiny"
+    assert asked.params == SamplingParams(max_tokens=300, temperature=0.5, top_k=40, top_p=0.9)
+
+
+def test_models_are_shown_loaded_and_unloaded(site: Site, visit: Visit) -> None:
+    page = visit.open("/dashboard/models")
+    row = page.get_by_role("row").filter(has_text="tiny")
+    expect(row).to_contain_text("also default, gpt")
+    expect(row).to_contain_text("here:1")
+    unload = page.get_by_role("button", name="Unload tiny")
+    unload.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("tiny is unloaded.")
+    expect(row).to_contain_text("nobody")
+    load = page.get_by_role("button", name="Load tiny", exact=True)
+    expect(load).to_be_focused()
+    load.click()
+    expect(row).to_contain_text("here:1")
+    page.get_by_role("link", name="tiny").click()
+    expect(page.get_by_label("Model")).to_have_value("tiny")
+
+
+def test_a_model_is_imported_from_the_page(site: Site, visit: Visit) -> None:
+    write_source(site.services.settings.runs / "done" / "best")
+    page = visit.open("/dashboard/models")
+    page.get_by_label("From").fill("runs/done")
+    page.get_by_label("Name").fill("mine")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("list", name="Imports")).to_contain_text("mine from runs/done: done")
+    expect(page.get_by_role("row").filter(has_text="mine")).to_contain_text("gpt2")
+    page.get_by_label("From").fill("../elsewhere")
+    page.get_by_label("Name").fill("other")
+    page.get_by_role("button", name="Import").click()
+    expect(page.get_by_role("alert")).to_contain_text("neither hf:ORG/NAME nor a path below the server's home folder")
+    assert all("400" in text for text in visit.complaints)
+    visit.complaints.clear()  # the browser's own line about the 400
 
 
 def test_a_conversation_remembers_what_was_said(site: Site, visit: Visit) -> None:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from smelt.dashboard import pages
 
-PAGES = ["/dashboard", "/dashboard/runs/run-000000000001", "/dashboard/playground"]
+PAGES = ["/dashboard", "/dashboard/runs/run-000000000001", "/dashboard/playground", "/dashboard/models"]
 
 
 def client_of(csrf_token: str = "") -> TestClient:

@@ -2,7 +2,12 @@
 
 const csrfToken = document.querySelector('meta[name="csrf-token"]')?.content ?? "";
 
-export class ApiError extends Error {}
+export class ApiError extends Error {
+  constructor(message, status = null) {
+    super(message);
+    this.status = status;
+  }
+}
 
 // The answer to a request, once its status is good. ApiError has what the server says is wrong.
 export async function request(path, { method = "GET", body, signal } = {}) {
@@ -17,7 +22,7 @@ export async function request(path, { method = "GET", body, signal } = {}) {
     throw new ApiError("The server cannot be reached. Is it running?");
   }
   if (response.status === 401) location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
-  if (!response.ok) throw new ApiError(await problemOf(response));
+  if (!response.ok) throw new ApiError(await problemOf(response), response.status);
   return response;
 }
 

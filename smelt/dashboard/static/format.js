@@ -7,6 +7,22 @@ export const count = (value) => (value == null ? MISSING : whole.format(value));
 export const loss = (value) => (value == null ? MISSING : value.toFixed(4));
 export const short = (value) => (value == null ? MISSING : Number(value.toPrecision(3)).toString());
 
+// Bytes in the unit that leaves one to three digits before the point.
+export function size(bytes) {
+  if (bytes == null) return MISSING;
+  const units = ["B", "KiB", "MiB", "GiB"];
+  const power = bytes < 1 ? 0 : Math.min(3, Math.floor(Math.log2(bytes) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
+}
+
+// A cell of a table whose rows become cards on a phone, where the label stands above it.
+export function cell(label, className = "") {
+  const element = document.createElement("td");
+  element.dataset.label = label;
+  element.className = className;
+  return element;
+}
+
 export function duration(seconds) {
   if (seconds == null) return MISSING;
   if (seconds < 60) return `${Math.round(seconds)} s`;

@@ -21,6 +21,7 @@ function sampling() {
     model: values.get("model"),
     max_tokens: Number(values.get("max_tokens")),
     temperature: Number(values.get("temperature")),
+    top_k: Number(values.get("top_k")),
     top_p: Number(values.get("top_p")),
     stream: true,
     stream_options: { include_usage: true },
@@ -171,8 +172,11 @@ function clear() {
 
 async function loadModels() {
   try {
-    const models = (await getJson("/v1/models")).data.map((model) => model.id);
-    part("model").replaceChildren(...models.map((name) => new Option(name, name)));
+    const cards = (await getJson("/v1/models")).data;
+    const models = cards.map((card) => card.id);
+    part("model").replaceChildren(
+      ...cards.map(({ id, alias_of: real }) => new Option(real === null ? id : `${id} (${real})`, id)),
+    );
     const wanted = new URLSearchParams(location.search).get("model");
     if (models.includes(wanted)) part("model").value = wanted;
     part("no-models").hidden = models.length > 0;
@@ -181,6 +185,13 @@ async function loadModels() {
     if (!(error instanceof ApiError)) throw error;
     showProblem(part("problem"), error.message);
   }
+}
+
+// A slider for the mouse beside each number, which keeps what no slider reaches.
+for (const slider of form.querySelectorAll("input[type=range]")) {
+  const field = part(slider.dataset.for);
+  slider.addEventListener("input", () => (field.value = slider.value));
+  field.addEventListener("input", () => (slider.value = field.value));
 }
 
 form.addEventListener("submit", (event) => {

@@ -1,19 +1,12 @@
 // The list of runs, kept up to date by a stream of events.
 
 import { follow } from "./api.js";
-import { ago, count, fraction, loss, showState } from "./format.js";
+import { ago, cell, count, fraction, loss, showState } from "./format.js";
 import { spark } from "./spark.js";
 
 const table = document.getElementById("runs");
 const body = table.tBodies[0];
 const rows = new Map(); // id -> its row and the cells that change
-
-function cell(label, className = "") {
-  const element = document.createElement("td");
-  element.dataset.label = label;
-  element.className = className;
-  return element;
-}
 
 function newRow(run) {
   const element = document.createElement("tr");
