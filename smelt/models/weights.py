@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from smelt.configs import DecoderConfig, validated
 from smelt.disk import is_full, read_ahead
@@ -111,10 +112,20 @@ def assemble(
 ) -> Decoder:
     """A decoder in eval mode that holds these very tensors where device and dtype allow."""
     dtype = dtype or state["embedding.weight"].dtype
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         model = Decoder(config)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
     return model.eval()
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Modules that are made get none: random values for tensors without memory would import torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave out what `torch.nn.init` does."""
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,21 @@ def test_dtype_is_kept_or_converted(tmp_path: Path) -> None:
     assert read_model(tmp_path).embedding.weight.dtype == torch.bfloat16
     assert {p.dtype for p in read_model(tmp_path, torch.float32).parameters()} == {torch.float32}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_reading_imports_no_compiler_and_needs_no_random_numbers(tmp_path: Path) -> None:
+    save_reference("gpt2", tmp_path)
+    program = f"""
+import sys
+import torch
+from pathlib import Path
+from smelt.models.weights import read_model
+before = torch.get_rng_state()
+read_model(Path({str(tmp_path)!r}))
+assert torch.equal(before, torch.get_rng_state())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_read_model_does_not_train_dropout_and_can_be_changed_without_changing_the_file(tmp_path: Path) -> None:
