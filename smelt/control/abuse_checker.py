@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 from sqlalchemy import Engine
 
-from smelt.control.ban_rules import OutputWatch, Rule, Rules, read_rules
+from smelt.control.ban_rules import OutputWatch, Patterns, Rules, read_rules
 from smelt.control.bans import NO_KEY, Limits, Subject, add_strike
 from smelt.errors import Banned, BannedPrompt, ConfigError, InvalidInput
 from smelt.settings import Settings
@@ -39,7 +39,7 @@ class Known:
     """What was read last: who is banned (key, user) and why, and the rules."""
 
     bans: dict[tuple[str, str], str] = field(default_factory=dict)
-    rules: Rules = Rules()
+    rules: Rules = field(default_factory=Rules)
 
 
 class AbuseChecker:
@@ -64,13 +64,13 @@ class AbuseChecker:
         subject = _subject_of(request)
         await self.check_subject(subject)
         rules = self._known.rules
-        if not rules.on_prompts:
+        if not rules.prompts:
             return
-        rule = await _searched(rules, _texts_of(request))
+        rule = await _searched(rules.prompts, _texts_of(request))
         if rule is not None:
             await self.strike(subject, rule, "a prompt")
             raise BannedPrompt(
-                f"this request breaks the rule {rule.name!r} of this server; whoever goes on with such ones is banned"
+                f"this request breaks the rule {rule!r} of this server; whoever goes on with such ones is banned"
             )
 
     async def check_subject(self, subject: Subject) -> None:
@@ -85,7 +85,7 @@ class AbuseChecker:
             if key in bans:
                 raise Banned(f"{who} is banned ({bans[key]}): ask the administrator of this server to lift that")
 
-    async def strike(self, subject: Subject, rule: Rule, what: str) -> None:
+    async def strike(self, subject: Subject, rule: str, what: str) -> None:
         """Count a broken rule; it is on the disk when this returns, and whom it was one too many is banned."""
         await asyncio.wrap_future(self._strike(subject, rule, what))
         self._num_strikes += 1
@@ -96,7 +96,7 @@ class AbuseChecker:
 
         The work is cancelled there, so what it has cost is not known: such an end counts the tokens that came.
         """
-        return self._watched(request, pieces) if self._known.rules.on_outputs else pieces
+        return self._watched(request, pieces) if self._known.rules.outputs else pieces
 
     def note(self, request: Generate, completions: Sequence[Completion]) -> None:
         """Count a broken rule of answers that were written in the background."""
@@ -129,15 +129,14 @@ class AbuseChecker:
         for index, num in num_tokens.items():
             yield Finish(request.request_id, "content_filter", 0, num, index=index)
 
-    def _forbidding(self, completion: Completion) -> Rule | None:
-        rules = self._known.rules
+    def _forbidding(self, completion: Completion) -> str | None:
         texts = (completion.text, *(call.arguments for call in completion.tool_calls))
-        return next((rule for text in texts if (rule := rules.forbidding_output(text)) is not None), None)
+        return _first_broken(self._known.rules.outputs, texts)
 
-    def _strike(self, subject: Subject, rule: Rule, what: str) -> Future[None]:
-        log.warning("%s breaks the rule %r: key %s, user %r", what, rule.name, subject.key_id, subject.user)
+    def _strike(self, subject: Subject, rule: str, what: str) -> Future[None]:
+        log.warning("%s breaks the rule %r: key %s, user %r", what, rule, subject.key_id, subject.user)
         limits = self._limits
-        return self._writer.write(lambda connection: add_strike(connection, subject, rule.name, limits))
+        return self._writer.write(lambda connection: add_strike(connection, subject, rule, limits))
 
     async def _refresh(self) -> None:
         """Read again; whoever asks meanwhile waits for the same reading."""
@@ -182,13 +181,17 @@ def _texts_of(request: Generate) -> list[str]:
     return [*texts, *(msgspec.json.encode(tool).decode() for tool in request.tools)]
 
 
-async def _searched(rules: Rules, texts: Sequence[str]) -> Rule | None:
+async def _searched(patterns: Patterns, texts: Sequence[str]) -> str | None:
     if sum(map(len, texts)) <= MAX_CHARS_AT_ONCE:
-        return rules.forbidding_prompt(texts)
-    return await asyncio.to_thread(rules.forbidding_prompt, texts)
+        return _first_broken(patterns, texts)
+    return await asyncio.to_thread(_first_broken, patterns, texts)
 
 
-def _broken_by(watch: OutputWatch, piece: TextChunk | Finish) -> Rule | None:
+def _first_broken(patterns: Patterns, texts: Sequence[str]) -> str | None:
+    return next((rule for text in texts if (rule := patterns.forbidding(text)) is not None), None)
+
+
+def _broken_by(watch: OutputWatch, piece: TextChunk | Finish) -> str | None:
     """The rule that an answer breaks with a piece; the functions that it calls are part of it."""
     if isinstance(piece, TextChunk):
         return watch.push(piece.text)

@@ -8,8 +8,8 @@ looks harmless lets one prompt stop the server.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smelt.configs import explained
 from smelt.errors import ConfigError
 
-MAX_SPAN = 8192  # characters of an answer that one match may stretch over
-NUM_KEPT = 2 * MAX_SPAN
+MAX_SPAN = 2048  # characters of an answer that one match may stretch over
+MAX_MEMORY = 2**26  # bytes that RE2 may take for all rules; what it forgets then it works out again
 
 BOOL = "tag:yaml.org,2002:bool"
-
-Matcher = Callable[[str], bool]
 
 
 class RuleLoader(yaml.SafeLoader):
@@ -52,52 +50,72 @@ class RuleEntry(BaseModel):
     case: bool = Field(False, description="whether small letters differ from capital ones")
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A rule ready to be used. One that `is_exact` can tell of an answer only when it is whole."""
+class Patterns:
+    """Rules that look at the same texts, as one automaton: to search for all of them costs as much as for one."""
 
-    name: str
-    on: str
-    is_exact: bool
-    matches: Matcher
+    def __init__(self, entries: Iterable[RuleEntry]) -> None:
+        self._names: list[str] = []
+        self._exact: dict[str, str] = {}  # text -> name of its rule
+        self._exact_folded: dict[str, str] = {}
+        self._set = re2.Set.SearchSet(_options())
+        for entry in entries:
+            self._add(entry)
+        self._set.Compile()
+
+    def __bool__(self) -> bool:
+        return bool(self._names or self._exact or self._exact_folded)
+
+    def found_in(self, text: str) -> str | None:
+        """The first rule whose text or expression occurs there; by name."""
+        numbers = self._set.Match(text) if self._names else None
+        return self._names[min(numbers)] if numbers else None
+
+    def equal_to(self, text: str) -> str | None:
+        """The rule that forbids exactly this."""
+        text = text.strip()
+        return self._exact.get(text) or self._exact_folded.get(text.casefold())
+
+    def forbidding(self, text: str) -> str | None:
+        """The rule that forbids a whole text."""
+        return self.found_in(text) or self.equal_to(text)
+
+    def _add(self, entry: RuleEntry) -> None:
+        if entry.match == "exact":
+            text = entry.text.strip()
+            exact, key = (self._exact, text) if entry.case else (self._exact_folded, text.casefold())
+            exact.setdefault(key, entry.name)
+            return
+        self._set.Add(_expression(entry))
+        self._names.append(entry.name)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """All rules, by what they look at."""
 
-    on_prompts: tuple[Rule, ...] = ()
-    on_outputs: tuple[Rule, ...] = ()
-
-    def forbidding_prompt(self, texts: Iterable[str]) -> Rule | None:
-        """The first rule that forbids one of a prompt's texts."""
-        return next((rule for text in texts for rule in self.on_prompts if rule.matches(text)), None)
-
-    def forbidding_output(self, text: str) -> Rule | None:
-        """The first rule that forbids a whole answer."""
-        return next((rule for rule in self.on_outputs if rule.matches(text)), None)
+    prompts: Patterns = field(default_factory=lambda: Patterns(()))
+    outputs: Patterns = field(default_factory=lambda: Patterns(()))
 
 
 class OutputWatch:
     """Looks for forbidden text in an answer that is being written; what came before the match is out already."""
 
     def __init__(self, rules: Rules) -> None:
-        self._rules = rules.on_outputs
+        self._patterns = rules.outputs
         self._text = ""
         self._is_whole = True  # nothing of it was forgotten
 
-    def push(self, text: str) -> Rule | None:
-        """The rule that the answer breaks with this, which must then not be shown."""
+    def push(self, text: str) -> str | None:
+        """The rule that the answer breaks with this, which must then not be shown; by name."""
         self._text += text
-        if len(self._text) > NUM_KEPT + len(text):
-            self._text, self._is_whole = self._text[-NUM_KEPT:], False
-        return next((rule for rule in self._rules if not rule.is_exact and rule.matches(self._text)), None)
+        found = self._patterns.found_in(self._text)
+        if len(self._text) > MAX_SPAN:
+            self._text, self._is_whole = self._text[-MAX_SPAN:], False
+        return found
 
-    def finish(self) -> Rule | None:
+    def finish(self) -> str | None:
         """The rule that the answer breaks as a whole."""
-        return next(
-            (rule for rule in self._rules if self._is_whole and rule.is_exact and rule.matches(self._text)), None
-        )
+        return self._patterns.equal_to(self._text) if self._is_whole else None
 
 
 def read_rules(path: Path) -> Rules:
@@ -115,8 +133,8 @@ def read_rules(path: Path) -> Rules:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     return Rules(
-        tuple(rule for rule in found if rule.on in ("prompt", "both")),
-        tuple(rule for rule in found if rule.on in ("output", "both")),
+        Patterns(rule for rule in found if rule.on in ("prompt", "both")),
+        Patterns(rule for rule in found if rule.on in ("output", "both")),
     )
 
 
@@ -127,37 +145,26 @@ def _entries(path: Path, node: yaml.Node) -> list[yaml.Node]:
     return list(node.value)
 
 
-def _rule(path: Path, line: int, value: object) -> Rule:
+def _rule(path: Path, line: int, value: object) -> RuleEntry:
     try:
         entry = RuleEntry.model_validate(value)
-        return Rule(entry.name, entry.on, entry.match == "exact", MATCHERS[entry.match](entry.text, entry.case))
+        re2.compile(_expression(entry), _options())
     except ValidationError as report:
         raise ConfigError(f"{path}, line {line}: {explained(report, RuleEntry)}") from None
     except re2.error as error:
         reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else error
         raise ConfigError(f"{path}, line {line}: text: RE2 does not know this expression ({reason})") from None
+    return entry
 
 
-def _exact(wanted: str, case: bool) -> Matcher:
-    folded = _folded(wanted.strip(), case)
-    return lambda text: _folded(text.strip(), case) == folded
+def _expression(entry: RuleEntry) -> str:
+    """What RE2 searches for; an exact text is among them only to be checked alike."""
+    body = entry.text if entry.match == "regex" else re2.escape(entry.text)
+    return f"(?:{body})" if entry.case else f"(?i:{body})"
 
 
-def _substring(wanted: str, case: bool) -> Matcher:
-    folded = _folded(wanted, case)
-    return lambda text: folded in _folded(text, case)
-
-
-def _regex(expression: str, case: bool) -> Matcher:
+def _options() -> re2.Options:
     options = re2.Options()
     options.log_errors = False
-    options.case_sensitive = case
-    compiled = re2.compile(expression, options)
-    return lambda text: compiled.search(text) is not None
-
-
-def _folded(text: str, case: bool) -> str:
-    return text if case else text.casefold()
-
-
-MATCHERS: dict[str, Callable[[str, bool], Matcher]] = {"exact": _exact, "substring": _substring, "regex": _regex}
+    options.max_mem = MAX_MEMORY
+    return options

@@ -112,8 +112,8 @@ class ChatFormat:
 
         InvalidInput where the template refuses the conversation, or there are tools that it does not know.
         """
-        if tools and not self.understands_tools:
-            raise InvalidInput("this model's chat template knows no tools; leave out `tools`", "tools")
+        if not self.understands_tools:
+            _refuse_tools(messages, tools)
         if self._template is None:
             return self._tokenizer.encode(chat.render_prompt(messages))
         try:
@@ -149,6 +149,15 @@ class ChatFormat:
     def _control(self) -> ControlTokens:
         assert self._template is not None
         return ControlTokens(read_backend(self._folder), self._template.text + self._template.tool_text)
+
+
+def _refuse_tools(messages: Sequence[ChatMessage], tools: Tools) -> None:
+    """Neither are definitions left out in silence, nor what was called."""
+    if tools:
+        raise InvalidInput("this model's chat template knows no tools; leave out `tools`", "tools")
+    if any(message.tool_calls or message.role == "tool" for message in messages):
+        reason = "this model's chat template knows no tools; leave out tool calls and turns of the role `tool`"
+        raise InvalidInput(reason, "messages")
 
 
 def _to_dict(message: ChatMessage) -> dict[str, Any]:

@@ -47,8 +47,7 @@ def rules(file: Path) -> Rules:
     ],
 )
 def test_prompts_are_matched(rules: Rules, text: str, name: str | None) -> None:
-    rule = rules.forbidding_prompt(["harmless", text])
-    assert (rule and rule.name) == name
+    assert rules.prompts.forbidding(text) == name
 
 
 @pytest.mark.parametrize(
@@ -56,22 +55,20 @@ def test_prompts_are_matched(rules: Rules, text: str, name: str | None) -> None:
     [("It is 4111-1111-1111-1111.", "card"), ("buy now", None), ("Open sesame", "said"), ("ACHTUNG", "loud")],
 )
 def test_answers_are_matched_whole_and_as_they_are_written(rules: Rules, text: str, name: str | None) -> None:
-    rule = rules.forbidding_output(text)
-    assert (rule and rule.name) == name
+    assert rules.outputs.forbidding(text) == name
     watch = OutputWatch(rules)
     found = [broken for letter in text if (broken := watch.push(letter)) is not None] or [watch.finish()]
-    assert (found[0] and found[0].name) == name
+    assert found[0] == name
 
 
 def test_long_answers_are_watched_to_the_end_without_being_kept(rules: Rules) -> None:
     watch = OutputWatch(rules)
     for _ in range(100):
         assert watch.push("x" * 1000) is None
-    assert len(watch._text) <= 2 * MAX_SPAN + 1000
+    assert len(watch._text) <= MAX_SPAN
     assert watch.push("AC") is None
-    broken = watch.push("HTUNG")
-    assert broken is not None
-    assert broken.name == "loud"
+    assert watch.push("HTUNG") == "loud"
+    assert watch.finish() is None
 
 
 def test_no_rule_and_no_prompt_can_stop_the_server(tmp_path: Path) -> None:
@@ -79,7 +76,7 @@ def test_no_rule_and_no_prompt_can_stop_the_server(tmp_path: Path) -> None:
     path.write_text("- {name: slow, match: regex, text: '(a+)+$'}\n- {name: x, match: regex, text: '(.*a){12}$'}\n")
     rules = read_rules(path)
     started_at = time.perf_counter()
-    assert rules.forbidding_prompt(["a" * 100_000 + "b"]) is None
+    assert rules.prompts.forbidding("a" * 100_000 + "b") is None
     assert time.perf_counter() - started_at < 5  # Python's own engine would need longer than the universe has
 
 
@@ -114,4 +111,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_an_empty_file_forbids_nothing(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text("# none yet\n")
-    assert read_rules(tmp_path / "rules.yaml") == Rules()
+    rules = read_rules(tmp_path / "rules.yaml")
+    assert not rules.prompts
+    assert not rules.outputs
+    assert rules.prompts.forbidding("") is None

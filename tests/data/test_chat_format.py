@@ -94,6 +94,10 @@ def test_tools_are_refused_where_the_template_knows_none(tmp_path: Path) -> None
         with pytest.raises(InvalidInput, match="knows no tools") as refused:
             chat_format.prompt_ids(TALK, [TOOL])
         assert refused.value.param == "tools"
+        for turn in CALLED[1:3]:
+            with pytest.raises(InvalidInput, match="leave out tool calls") as refused:
+                chat_format.prompt_ids([TALK[0], turn])
+            assert refused.value.param == "messages"
 
 
 def test_a_model_without_a_template_gets_paragraphs() -> None:
