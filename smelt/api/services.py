@@ -9,6 +9,7 @@ from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.catalogue import Catalogue
 from smelt.control.completions import Completions
 from smelt.control.model_server import ModelServer
+from smelt.control.post_training import PostTraining
 from smelt.settings import Settings
 from smelt.storage.futures import Ledger
 from smelt.storage.writer import Writer
@@ -35,3 +36,8 @@ class Services:
     def completions(self) -> Completions:
         """What writes, now and for later."""
         return Completions(self.model_server, self.ledger, self.abuse_checker)
+
+    @cached_property
+    def post_training(self) -> PostTraining:
+        """Sessions of training by request: one for all APIs, for what it remembers must be so for each of them."""
+        return PostTraining(self.settings.home, self.database, self.writer, self.ledger, self.catalogue)

@@ -56,13 +56,15 @@ class Sampled:
     top: TopLogprobs | None = None
 
 
+def decode_place(body: bytes) -> tuple[str, int, bytes]:
+    """(model id, seq id) of a request, whatever else is wrong with it, and its bytes in a form that has one order."""
+    message = _forward_backward(body)
+    return message.model_id, message.seq_id, message.SerializeToString(deterministic=True)
+
+
 def decode_forward_backward(body: bytes) -> ForwardBackward:
     """A request. InvalidInput and TooLarge name the datum and the input that are wrong."""
-    message = pb.ForwardBackwardRequest()
-    try:
-        message.ParseFromString(body)
-    except DecodeError as error:
-        raise InvalidInput(f"the body is no ForwardBackwardRequest: {error}") from None
+    message = _forward_backward(body)
     settings: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         settings[name] = value.text if value.WhichOneof("value") == "text" else value.number
@@ -117,6 +119,15 @@ def padded_top(rows: Sequence[Sequence[tuple[int, float]]], k: int) -> TopLogpro
         for column, (token_id, logprob) in enumerate(pairs[:k]):
             token_ids[row, column], logprobs[row, column] = token_id, logprob
     return TopLogprobs(token_ids, logprobs)
+
+
+def _forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
+    message = pb.ForwardBackwardRequest()
+    try:
+        message.ParseFromString(body)
+    except DecodeError as error:
+        raise InvalidInput(f"the body is no ForwardBackwardRequest: {error}") from None
+    return message
 
 
 def _datum(message: pb.Datum, place: str) -> Datum:
