@@ -1,7 +1,7 @@
 """`smelt models`: list, show, import, name, load and remove models; prints, the work is in `control.models`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,8 +9,8 @@ from smelt.errors import SmeltError, Unavailable
 from smelt.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from smelt.cli.running_server import RunningServer
     from smelt.configs import DecoderConfig
+    from smelt.control.models import ModelInfo
 
 EXAMPLES = """\b
 Examples:
@@ -51,21 +51,27 @@ def list_command() -> None:
         click.echo("no models yet; make one with smelt train, or: smelt models import SOURCE NAME")
         return
     loaded = loaded_models(settings)
-    table = Table("name", "aliases", "architecture", box=None, pad_edge=False)
-    for heading in ("parameters", "context", "size"):
-        table.add_column(heading, justify="right")
-    table.add_column("tokenizer")
-    table.add_column("loaded" if loaded is not None else "")
-    table.add_column("from", overflow="fold")
+    headings = ["name", "aliases", "architecture", "parameters", "context", "size", "tokenizer", "loaded", "from"]
+    hidden = {"aliases": not any(model.aliases for model in models), "loaded": loaded is None}
+    headings = [heading for heading in headings if not hidden.get(heading)]
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        is_number = heading in ("parameters", "context", "size")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading != "from", overflow="fold")
     for model in models:
-        shape = ("unusable, see show", "", "")
-        if model.config is not None:
-            shape = (model.config.architecture, f"{model.config.num_parameters:,}", f"{model.config.block_size:,}")
-        names = (model.name, " ".join(model.aliases))
-        state = "yes" if loaded and model.name in loaded else ""
-        size = size_text(model.num_bytes)
-        table.add_row(*names, *shape, size, model.tokenizer or "none", state, model.origin or "")
+        cells = list_row(model, is_loaded=loaded is not None and model.name in loaded)
+        table.add_row(*(cells[heading] for heading in headings))
     Console().print(table, markup=False)
+
+
+def list_row(model: "ModelInfo", is_loaded: bool) -> dict[str, str]:
+    """What `ls` says of a model, by the headings of its columns."""
+    cells = {"name": model.name, "aliases": " ".join(model.aliases), "size": size_text(model.num_bytes)}
+    cells |= {"tokenizer": model.tokenizer or "none", "from": model.origin or "", "loaded": "yes" if is_loaded else ""}
+    if model.config is None:
+        return {**cells, "architecture": "unusable, see show", "parameters": "", "context": ""}
+    shape = {"parameters": f"{model.config.num_parameters:,}", "context": f"{model.config.block_size:,}"}
+    return {**cells, **shape, "architecture": model.config.architecture}
 
 
 @command.command("show", epilog="\b\nExample:\n  smelt models show out")
@@ -217,15 +223,11 @@ def loaded_models(settings: Settings) -> set[str] | None:
 
     try:
         with running_server(settings) as server:
-            return None if server is None else {card["id"] for card in listed(server) if card["loaded_by"]}
+            cards = None if server is None else server.ask("/v1/models")["data"]
+            return None if cards is None else {card["id"] for card in cards if card["loaded_by"]}
     except SmeltError as error:
         click.echo(f"what is loaded is not known: {error}", err=True)
         return None
-
-
-def listed(server: "RunningServer") -> list[dict[str, Any]]:
-    """The cards of its models."""
-    return list(server.ask("/v1/models")["data"])
 
 
 def memory_rows(config: "DecoderConfig") -> dict[str, str]:

@@ -93,6 +93,7 @@ class Catalogue:
     async def choose(self, name: str) -> Served:
         """Make a model the default one for as long as this server lives, through restarts of its processes too."""
         served = await self.find(name)
+        self._models_folder.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(write_whole, self._models_folder / CHOICE_FILE, json.dumps(served.name))
         await self.refresh()
         return served
