@@ -119,7 +119,7 @@ class AbuseChecker:
                 if rule is not None:
                     break
                 if isinstance(piece, Finish):
-                    del num_tokens[piece.index]
+                    num_tokens.pop(piece.index, None)  # an aborted one ends all, whichever it is said of
                 else:
                     num_tokens[piece.index] += len(piece.token_ids)
                 yield piece
@@ -194,7 +194,7 @@ def _first_broken(patterns: Patterns, texts: Sequence[str]) -> str | None:
 def _broken_by(watch: OutputWatch, piece: TextChunk | Finish) -> str | None:
     """The rule that an answer breaks with a piece; the functions that it calls are part of it."""
     if isinstance(piece, TextChunk):
-        return watch.push(piece.text)
+        return watch.push(piece.text) if piece.text else None
     rule = watch.finish()
     return rule or next((found for call in piece.tool_calls if (found := watch.push(call.arguments)) is not None), None)
 

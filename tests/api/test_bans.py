@@ -217,6 +217,15 @@ async def test_arguments_of_a_call_are_part_of_the_answer(server: Server) -> Non
     assert choice["message"]["tool_calls"] is None
 
 
+async def test_a_broken_answer_is_told_as_without_rules(server: Server) -> None:
+    async def breaks(request: Generate) -> AsyncGenerator[Any, None]:
+        yield Finish(request.request_id, "stop", 1, 1)
+        yield Finish(request.request_id, "aborted", 1, 1)
+
+    server.model_server.generate = breaks  # type: ignore[method-assign,assignment]
+    await server.ask(TEXT, HELLO | {"n": 2}, 503)
+
+
 async def test_all_samples_of_a_request_end_together(server: Server) -> None:
     server.model_server.script = says("a ", "password")
     choices = (await server.ask(TEXT, HELLO | {"n": 3}))["choices"]
