@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from smelt.cluster.worker import Shelf, Worker
 from smelt.configs import DecoderConfig
 from smelt.control.workers import Workers
 from smelt.data.characters import ByteTokenizer
-from smelt.errors import ConfigError, NotFound, TransportError, Unavailable, WorkerLost
+from smelt.errors import ConfigError, InvalidInput, NotFound, TransportError, Unavailable, WorkerLost
 from smelt.inference.service import TextModel
 from smelt.models.decoder import Decoder
 from smelt.models.loading import write_model
@@ -25,6 +26,7 @@ from smelt.transport.failures import error_of
 from smelt.transport.messages import (
     Cancel,
     Completion,
+    Embed,
     Failure,
     Finish,
     Generate,
@@ -36,7 +38,7 @@ from smelt.transport.messages import (
     WorkerStatus,
 )
 from smelt.transport.streams import Connection, listen
-from smelt.types import ChatMessage, SamplingParams
+from smelt.types import ChatMessage, SamplingParams, TokenLogprob
 from spine import letting_in, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -148,6 +150,68 @@ async def test_work_of_the_ledger(workers: Workers, ledger: Ledger, socket_file:
         assert (failed.state, failed.category) == ("failed", "user")
         assert isinstance(error_of(msgspec.msgpack.decode(failed.result or b"", type=Failure)), NotFound)
         assert (await outcome(ledger, garbage)).category == "server"
+
+
+async def test_several_answers_live_and_from_the_ledger(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    params = replace(PARAMS, max_tokens=6, num_logprobs=1)
+    request = Generate("several", "ann", "tiny", "To be", params=params, num_samples=3, best_of=3)
+    async with letting_in(workers, ledger, socket_file), working(socket_file):
+        answers = [LiveText() for _ in range(3)]
+        async for piece in workers.generate(request):
+            answers[piece.index].take(piece)
+        assert [answer.text for answer in answers] == [
+            expected("To be", replace(PARAMS, max_tokens=6, seed=3 + index)) for index in range(3)
+        ]
+        future = await outcome(ledger, await submit(ledger, request))
+        completions = msgspec.msgpack.decode(future.result or b"", type=list[Completion])
+        for answer, completion in zip(answers, completions, strict=True):
+            assert (completion.text, completion.reason) == (answer.text, answer.end.reason)
+            assert (completion.num_prompt_tokens, completion.num_output_tokens) == (5, 6)
+            assert [each.text for each in completion.logprobs] == [each.text for each in answer.logprobs]
+            for told, again in zip(answer.logprobs, completion.logprobs, strict=True):
+                assert told.logprob == pytest.approx(again.logprob, abs=1e-5)
+                assert len(told.top) == len(again.top) == 1
+
+
+class LiveText:
+    """One of the answers to a request, as it comes."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.logprobs: list[TokenLogprob] = []
+        self.end = Finish("", "aborted", 0, 0)
+
+    def take(self, piece: TextChunk | Finish) -> None:
+        if isinstance(piece, Finish):
+            self.end = piece
+        else:
+            self.text += piece.text
+            self.logprobs += piece.logprobs
+
+
+async def test_texts_become_vectors(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with letting_in(workers, ledger, socket_file), working(socket_file):
+        embedded, finish = await workers.embed(Embed("e", "ann", "tiny", ("To be", (84, 111))))
+        assert (embedded.width, finish.num_prompt_tokens) == (CONFIG.n_embd, 7)
+        expected_vectors = load_tiny("tiny").embed(["To be", "To"])
+        np.testing.assert_allclose(np.frombuffer(embedded.vectors, "<f4").reshape(2, -1), expected_vectors, atol=1e-6)
+        with pytest.raises(InvalidInput):
+            await workers.embed(Embed("long", "ann", "tiny", ("x" * 99,)))
+        with pytest.raises(NotFound):
+            await workers.embed(Embed("gone", "ann", "gone", ("x",)))
+
+
+async def test_models_come_and_go_as_they_are_told(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with letting_in(workers, ledger, socket_file), working(socket_file):
+        await workers.load_model("tiny")
+        await until(lambda: workers.workers[0].models == ("tiny",))
+        [load] = workers.workers[0].model_loads
+        assert (load.name, load.num_blocks_used) == ("tiny", 0)
+        assert load.num_blocks > 0
+        with pytest.raises(NotFound):
+            await workers.load_model("gone")
+        assert await workers.unload_model("tiny") == 1
+        await until(lambda: workers.workers[0].models == ())
 
 
 async def test_cancelled_work_stops_and_makes_room(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
