@@ -1,7 +1,7 @@
 """`smelt generate`: prompts in from flags, a file or a conversation, text out as it is written; computes nothing."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,12 @@ Examples:
   smelt generate out --interactive"""
 
 REPL_HELP = """Write a prompt, and the model goes on from it. Ctrl-C stops an answer.
-  set NAME VALUE   max-tokens, temperature, top-k, top-p or seed
+  set NAME VALUE   max-tokens, temperature, top-k, top-p, min-p, a penalty or seed
   help             this text
   quit             leave (Ctrl-D too)"""
+
+
+WHOLE_NUMBERS = ("max_tokens", "top_k", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +36,27 @@ class Settings:
     temperature: float = 0.8
     top_k: int = 200
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def sampling(self) -> dict[str, Any]:
         """As SamplingParams wants them: top_k 0 keeps every token."""
-        return {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_k": self.top_k or None,
-            "top_p": self.top_p,
-            "seed": self.seed,
-        }
+        return {**asdict(self), "top_k": self.top_k or None}
 
     def changed(self, name: str, value: str) -> "Settings":
         """A copy with one setting parsed from text. InvalidInput names what is known."""
-        kinds = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
+        known = [each.name for each in fields(self)]
         field = name.replace("-", "_")
-        if field not in kinds:
-            raise InvalidInput(f"unknown setting {name!r}; known: {', '.join(kinds).replace('_', '-')}")
+        if field not in known:
+            raise InvalidInput(f"unknown setting {name!r}; known: {', '.join(known).replace('_', '-')}")
         try:
-            return replace(self, **{field: kinds[field](value)})
+            number: Any = int(value) if field in WHOLE_NUMBERS else float(value)
         except ValueError:
             raise InvalidInput(f"{name} must be a number, not {value!r}") from None
+        return replace(self, **{field: number})
 
 
 @click.command(
@@ -70,6 +72,10 @@ class Settings:
 @click.option("--temperature", default=0.8, show_default=True, help="0 always takes the likeliest token.")
 @click.option("--top-k", default=200, show_default=True, help="Draw from the K likeliest tokens; 0 means all.")
 @click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens that hold this share.")
+@click.option("--min-p", default=0.0, show_default=True, help="Leave out tokens below this share of the likeliest.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: less of what was there before.")
+@click.option("--presence-penalty", default=0.0, show_default=True, help="Taken off tokens that the answer has.")
+@click.option("--frequency-penalty", default=0.0, show_default=True, help="Taken off each time that it has them.")
 @click.option("--num-samples", default=1, show_default=True, help="Answers to the same prompt.")
 @click.option("--seed", type=int, help="Makes the answer repeatable; sample i uses seed + i.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")

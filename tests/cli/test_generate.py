@@ -128,7 +128,10 @@ def test_a_conversation_survives_mistakes_and_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = dialogue(monkeypatch, capsys, "set colour 1", "set top-k x", "wait", "help", "again")
-    assert "error: unknown setting 'colour'; known: max-tokens, temperature, top-k, top-p, seed" in said
+    assert (
+        "error: unknown setting 'colour'; known: max-tokens, temperature, top-k, top-p, min-p, repetition-penalty"
+        in said
+    )
     assert "error: top-k must be a number, not 'x'" in said
     assert "wait top_k=200\n(stopped)" in said
     assert said.count("set NAME VALUE") == 2
