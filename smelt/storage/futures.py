@@ -9,7 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -193,10 +193,8 @@ class Ledger:
             future = await self.read(owner, future_id)
             if future.state in FINISHED:
                 return future
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(finished.wait(), timeout_s)
-            except TimeoutError:
-                return future
         return await self.read(owner, future_id)
 
     async def log(self, lane: str, after: int, before: int) -> AsyncGenerator[Logged, None]:
