@@ -63,6 +63,7 @@ class BpeTokenizer:
         self.special_ids = dict(special_ids)
         self.vocab_size = max([*self.ranks.values(), *self.special_ids.values()]) + 1
         self.eot_id = self.special_ids.get(END_OF_TEXT)
+        self.bos_id = None
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:

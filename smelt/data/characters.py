@@ -27,6 +27,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     eot_id = 256
+    bos_id = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text. TokenizerError where it holds lone surrogates."""
@@ -69,6 +70,7 @@ class CharTokenizer:
             raise TokenizerError("a char vocabulary must map to ids from 0 to 1,114,111")
         self.ids = dict(ids)
         self.eot_id = max(ids.values()) + 1
+        self.bos_id = None
         self.vocab_size = self.eot_id + 1
         self._chars = {token: char for char, token in ids.items()}
 

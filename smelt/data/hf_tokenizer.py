@@ -37,6 +37,7 @@ class HuggingFaceTokenizer:
     ) -> None:
         self.name = name
         self.eot_id = None if eot_token is None else backend.token_to_id(eot_token)
+        self.bos_id = _bos_id(files, backend)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._files = files
         self._backend = backend
@@ -155,6 +156,17 @@ def _read_gpt2_files(folder: Path) -> tokenizers.Tokenizer:
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])
     return backend
+
+
+def _bos_id(files: dict[str, bytes], backend: tokenizers.Tokenizer) -> int | None:
+    """What goes before every text: the settings' `bos_token` where they or the tokenizer's own template say so."""
+    settings: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
+    named = settings.get("bos_token") or ""
+    token = backend.token_to_id(named["content"] if isinstance(named, dict) else str(named))
+    adds = settings.get("add_bos_token")
+    if adds is None:
+        adds = backend.encode("", add_special_tokens=True).ids[:1] == [token]
+    return token if adds else None
 
 
 def _eot_token(files: dict[str, bytes], backend: tokenizers.Tokenizer) -> str | None:

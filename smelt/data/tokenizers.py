@@ -39,6 +39,10 @@ class Tokenizer(Protocol):
     def eot_id(self) -> int | None:
         """The id that ends a document; None where the tokenizer has none."""
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that models of this tokenizer expect before every text; `encode` leaves it out."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text. TokenizerError where it cannot be represented."""
 

@@ -146,6 +146,8 @@ class TextModel:
         """
         self._check_length(sum(len(message.content) for message in messages))
         prompt_ids = self.chat_format.prompt_ids(messages, tools)
+        if not self.chat_format.has_template:
+            prompt_ids = self._begun(prompt_ids)
         params = replace(params, stop=(*params.stop, *self.chat_format.stop_strings))
         return [
             self._answer(sequence, shown_by, is_turn=True, may_call=bool(tools))
@@ -294,8 +296,8 @@ class TextModel:
         return frozenset(token for token in self.chat_format.stop_token_ids if token < self.config.vocab_size)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        """Without a prompt: the end of the text before, or a new line, or where there is neither the first token."""
-        if prompt:
+        """Without a prompt: what begins a text or ends the one before, or a new line, or else the first token."""
+        if prompt or self.tokenizer.bos_id is not None:
             return self._encode(prompt)
         if ends := self._end_ids():
             return list(ends)
@@ -306,7 +308,11 @@ class TextModel:
 
     def _encode(self, text: str) -> list[int]:
         self._check_length(len(text))
-        return self.tokenizer.encode(text)
+        return self._begun(self.tokenizer.encode(text))
+
+    def _begun(self, token_ids: list[int]) -> list[int]:
+        """With the token before them that begins every text, where the model expects one."""
+        return token_ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *token_ids]
 
     def _check_length(self, num_chars: int) -> None:
         """InvalidInput for a long text that cannot fit, before it costs anything."""

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
 from smelt.data.bpe import BpeTokenizer, byte_symbols, train_bpe
 from smelt.data.characters import ByteTokenizer, CharTokenizer, read_meta_pickle
@@ -256,6 +256,24 @@ def test_sentencepiece_like_folders_decode_exactly(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     stream = StreamDecoder(tokenizer)
     assert "".join(stream.push([token]) for token in tokenizer.encode("ab 🙂")) + stream.finish() == " ab 🙂"
+
+
+@pytest.mark.parametrize(("in_template", "says"), [(True, None), (True, False), (False, True), (False, None)])
+def test_what_begins_every_text_is_what_transformers_puts_there(tmp_path, in_template, says):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = sentencepiece_like()
+    if in_template:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"} | ({} if says is None else {"add_bos_token": says})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    begins = in_template if says is None else says
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id == (1 if begins else None)
+    if says is None:
+        theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+        assert theirs("ab").input_ids == [1] * begins + tokenizer.encode("ab")
 
 
 def test_vocab_and_merges_are_read(bpe, tmp_path):
