@@ -39,6 +39,7 @@ class Served:
     created: int  # seconds since 1970
     config: DecoderConfig | None = None
     num_bytes: int | None = None  # on the disk
+    folder: Path | None = None  # for this process alone: requests and workers say names
 
     @property
     def context(self) -> int | None:
@@ -81,7 +82,10 @@ class Catalogue:
         return dict(self._aliases)
 
     async def find(self, name: str) -> Served:
-        """The model of that name or alias; an underscore may stand for a dash. UnknownModel says what there is."""
+        """The model of that name or alias; an underscore may stand for a dash. UnknownModel says what there is.
+
+        Its folder is a name too: there Tinker's clients find the tokenizer.
+        """
         known = self._look_up(name)
         if known is None or self._age > FRESH_SECONDS:
             await asyncio.to_thread(self._read, FRESH_SECONDS if known else 0.0)
@@ -107,6 +111,8 @@ class Catalogue:
         return time.monotonic() - self._read_at
 
     def _look_up(self, name: str) -> Served | None:
+        if name.startswith("/"):
+            return next((each for each in self._served.values() if each.folder == Path(name)), None)
         return self._served.get(name) or self._aliases.get(name) or self._served.get(name.replace("_", "-"))
 
     def _read(self, max_age_s: float) -> None:
@@ -161,7 +167,7 @@ class Catalogue:
             return Examined(stamp, None)
         if info.config is None or info.tokenizer is None:
             return Examined(stamp, None)
-        return Examined(stamp, Served(name, created, info.config, info.num_bytes))
+        return Examined(stamp, Served(name, created, info.config, info.num_bytes, self._models_folder / name))
 
     def _read_given(self) -> Served | None:
         if self._given is None:
@@ -175,7 +181,7 @@ class Catalogue:
         try:
             folder = model_in(path)
             config = None if folder.is_file() else read_config(folder)
-            return Served(name, int(folder.stat().st_mtime), config)
+            return Served(name, int(folder.stat().st_mtime), config, folder=None if config is None else folder)
         except (SmeltError, OSError):  # a run that has not saved yet
             return None
 

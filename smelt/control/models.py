@@ -30,7 +30,7 @@ from smelt.models.folders import (
     read_tokenizer,
     weight_files,
 )
-from smelt.models.hub import MORE_TEMPLATES, TOKENIZER_FILES
+from smelt.models.hub import TOKENIZER_FILES
 from smelt.models.registry import check_name, is_registered, registered_name, registered_names, resolve
 
 if TYPE_CHECKING:
@@ -262,8 +262,7 @@ def kept_files(source: Path) -> list[Path]:
     weights = weight_files(source)
     index = [source / INDEX_FILE] if len(weights) > 1 else []
     named = (source / CONFIG_FILE, *index, *(source / name for name in TOKENIZER_FILES))
-    templates = sorted((source / MORE_TEMPLATES).glob("*.jinja"))
-    return [*weights, *(path for path in named if path.is_file()), *templates]
+    return [*weights, *(path for path in named if path.is_file())]
 
 
 def _copied(source: Path, target: Path) -> Iterator[int]:

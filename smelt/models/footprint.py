@@ -7,11 +7,16 @@ SCALE_BYTES = 4  # of each row of a quantized matrix
 
 
 def weights_bytes(config: DecoderConfig, dtype_bytes: int, quantized: bool = False) -> int:
-    """Bytes of all parameters; `quantized`: one byte per element of each linear layer, and a scale per row."""
+    """Bytes of all parameters; `quantized`: one byte per element of each linear layer, and a scale per row.
+
+    The embedding keeps its dtype; where the output head is tied to it, the head is a quantized copy.
+    """
     if not quantized:
         return config.num_parameters * dtype_bytes
     num_elements, num_rows = _linear_layers(config)
-    return (config.num_parameters - num_elements) * dtype_bytes + num_elements + num_rows * SCALE_BYTES
+    num_copied = config.vocab_size * config.n_embd if config.tied else 0
+    num_kept = config.num_parameters - (num_elements - num_copied)
+    return num_kept * dtype_bytes + num_elements + num_rows * SCALE_BYTES
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int) -> int:
@@ -20,11 +25,10 @@ def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int) -> int:
 
 
 def _linear_layers(config: DecoderConfig) -> tuple[int, int]:
-    """(elements, rows) of every matrix that is multiplied with; the embedding is looked up, tied or not."""
+    """(elements, rows) of every matrix that is multiplied with, the output head among them."""
     width = config.n_embd
     qkv_rows = (config.n_head + 2 * config.n_kv_head) * config.head_dim
     up_rows = (2 if config.mlp == "swiglu" else 1) * config.n_inner
     elements = width * (qkv_rows + up_rows + config.n_head * config.head_dim + config.n_inner)
     rows = qkv_rows + up_rows + 2 * width
-    head_rows = 0 if config.tied else config.vocab_size
-    return config.n_layer * elements + head_rows * width, config.n_layer * rows + head_rows
+    return config.n_layer * elements + config.vocab_size * width, config.n_layer * rows + config.vocab_size

@@ -18,12 +18,9 @@ if TYPE_CHECKING:
     from smelt.data.sources import Progress
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-MORE_TEMPLATES = "additional_chat_templates"  # a folder of them
 # What is fetched and kept on import: weights and tokenizer, never code or pickles.
 TOKENIZER_FILES = (MARKER_FILE, *KEPT_FILES, "generation_config.json")
-HUB_FILES = (
-    CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors", *TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja"
-)  # fmt: skip
+HUB_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors", *TOKENIZER_FILES)
 
 
 def hub_folder(*repositories: str, progress: "Progress | None" = None) -> Path:

@@ -7,7 +7,7 @@ from families import random_state
 from smelt.configs import DecoderConfig
 from smelt.models.decoder import Decoder
 from smelt.models.footprint import kv_bytes_per_token, weights_bytes
-from smelt.models.linear import Linear
+from smelt.models.quantization import quantize
 
 GPT2 = DecoderConfig(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32)
 LLAMA = DecoderConfig(
@@ -37,10 +37,10 @@ def test_weights_are_counted_to_the_byte(config: DecoderConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_of_a_quantized_model_only_the_linear_layers_shrink(config: DecoderConfig) -> None:
-    linear = [module.weight for module in Decoder(config).modules() if isinstance(module, Linear)]
-    saved = sum(weight.numel() - 4 * len(weight) for weight in linear)
-    assert weights_bytes(config, 2, quantized=True) == weights_bytes(config, 2) - saved
+def test_a_quantized_model_is_counted_to_the_byte(config: DecoderConfig) -> None:
+    model = quantize(Decoder(config).to(torch.bfloat16), "int8")
+    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    assert weights_bytes(config, 2, quantized=True) == sum(held.values())
 
 
 def test_the_cache_holds_a_key_and_a_value_per_layer_and_head() -> None:
