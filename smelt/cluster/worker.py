@@ -20,12 +20,12 @@ from smelt.cluster.uplink import Uplink
 from smelt.control.catalogue import served_name
 from smelt.errors import NotFound
 from smelt.inference.events import Event, Load
-from smelt.inference.memory import MIB, Candidate, Upkeep, default_cache_bytes, predicted_bytes, stamp_of
+from smelt.inference.memory import MIB, Candidate, Upkeep, default_cache_bytes, predicted_bytes
 from smelt.inference.server import InferenceServer
 from smelt.inference.service import TextModel
 from smelt.library import load
 from smelt.models.devices import pick_device, pick_dtype
-from smelt.models.folders import read_config
+from smelt.models.folders import read_config, stamp_of
 from smelt.models.kernels import start_build
 from smelt.models.registry import is_registered, registered_names, resolve
 from smelt.settings import Settings

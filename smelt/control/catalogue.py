@@ -8,7 +8,6 @@ import asyncio
 import difflib
 import json
 import logging
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -18,15 +17,12 @@ from smelt.configs import DecoderConfig
 from smelt.control.models import show_model
 from smelt.errors import SmeltError, StorageError, UnknownModel
 from smelt.models.aliases import DEFAULT_NAMES, read_aliases, write_whole
-from smelt.models.folders import read_config
+from smelt.models.folders import Stamp, read_config, stamp_of
 from smelt.models.registry import default_name, is_registered, model_in, registered_names
 
 CHOICE_FILE = ".chosen.json"
 FRESH_SECONDS = 1.0
 MAX_NAMES_TOLD = 20
-
-# Names, sizes and times of a folder's files.
-Stamp = tuple[tuple[str, int, int], ...]
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +150,10 @@ class Catalogue:
     def _examinations(self) -> list[tuple[str, Examined]]:
         found = []
         for name in registered_names(self._models_folder):
-            stamp = _stamp(self._models_folder / name)
+            try:
+                stamp = stamp_of(self._models_folder / name)
+            except OSError:  # it is being removed
+                continue
             known = self._examined.get(name)
             found.append((name, known if known and known.stamp == stamp else self._examine(name, stamp)))
         return found
@@ -212,11 +211,3 @@ def forget_choice(models_folder: Path) -> None:
 def served_name(name_or_folder: str) -> str:
     """What clients and workers call a model that `smelt serve` was given."""
     return Path(name_or_folder).expanduser().absolute().name
-
-
-def _stamp(folder: Path) -> Stamp:
-    try:
-        stats = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
-    except OSError:  # it is being removed
-        return ()
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))

@@ -1,9 +1,7 @@
 """How much memory models take and there is: predicted before anything is loaded; knows no names and no requests."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -11,12 +9,11 @@ from smelt.configs import DecoderConfig
 from smelt.inference.engine import BLOCK_SIZE, MAX_STEP_TOKENS
 from smelt.inference.kv_cache import default_num_blocks
 from smelt.models.devices import free_memory
+from smelt.models.folders import Stamp
 from smelt.models.footprint import kv_bytes_per_token, weights_bytes
 
 MIB = 2**20
 MARGIN = 0.1  # of what is free, for whatever else the machine does
-
-Stamp = tuple[tuple[str, int, int], ...]  # names, sizes and times of files
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +22,6 @@ class Candidate:
 
     stamp: Stamp = ()
     num_bytes: int = 0
-
-
-def stamp_of(folder: Path) -> Stamp:
-    """Names, sizes and times of a folder's files, or of a file."""
-    paths = [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else [folder]
-    stats = [(path.name, path.stat()) for path in paths]
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
 def predicted_bytes(config: DecoderConfig, dtype: torch.dtype, cache_bytes: int, quantized: bool = False) -> int:

@@ -28,10 +28,20 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
+# Names, sizes and times of files.
+Stamp = tuple[tuple[str, int, int], ...]
+
 CONVERT = (
     "smelt opens no pickled weights, since they can run code. Convert them where you trust the file, with "
     "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
 )
+
+
+def stamp_of(path: Path) -> Stamp:
+    """What changes when a folder's files do, or a file. OSError where it is being removed."""
+    paths = list(path.iterdir()) if path.is_dir() else [path]
+    stats = [(each.name, each.stat()) for each in paths]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
