@@ -1,16 +1,23 @@
+import json
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
+from chat_templates import QWEN_3, TOOL, write_tokenizer
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer, CharTokenizer
+from smelt.data.chat_format import ChatFormat
+from smelt.data.tokenizers import load_tokenizer
 from smelt.errors import DataError, InvalidInput
 from smelt.inference.answer import Answer
 from smelt.inference.service import TextModel
 from smelt.models.decoder import Decoder
-from smelt.types import ChatMessage, SamplingParams
+from smelt.types import ChatMessage, Grammar, SamplingParams
 
 
 def make_model(vocab_size: int, block_size: int = 48) -> Decoder:
@@ -29,11 +36,13 @@ def text_model() -> TextModel:
 
 
 class ScriptedDecoder(Decoder):
-    """Writes a fixed text, whatever the prompt was: byte i of the script comes after i tokens of output."""
+    """Writes fixed tokens, whatever the prompt was: number i of the script comes after i tokens of output."""
 
-    def __init__(self, script: bytes, block_size: int = 400) -> None:
-        super().__init__(DecoderConfig(vocab_size=257, block_size=block_size, n_layer=1, n_head=1, n_embd=257))
-        self.script = [*script, 256]
+    def __init__(self, script: list[int], vocab_size: int = 257, block_size: int = 400) -> None:
+        super().__init__(
+            DecoderConfig(vocab_size=vocab_size, block_size=block_size, n_layer=1, n_head=1, n_embd=vocab_size)
+        )
+        self.script = script
 
     def forward(self, batch: Any, attend: Any = None) -> torch.Tensor:
         """One-hot of the next byte, found by the number of the token that was fed last."""
@@ -41,7 +50,7 @@ class ScriptedDecoder(Decoder):
         if batch.positions[0, 0] == 0:  # a prompt
             self.start = num_tokens
         at = int(batch.positions[0, -1]) - self.start + 1
-        hidden = torch.zeros(num_rows, num_tokens, 257)
+        hidden = torch.zeros(num_rows, num_tokens, self.config.vocab_size)
         hidden[:, -1, self.script[min(at, len(self.script) - 1)]] = 1.0
         return hidden
 
@@ -51,7 +60,17 @@ class ScriptedDecoder(Decoder):
 
 
 def scripted(text: str) -> TextModel:
-    return TextModel(ScriptedDecoder(text.encode()), ByteTokenizer())
+    return TextModel(ScriptedDecoder([*text.encode(), 256]), ByteTokenizer())
+
+
+def with_template(folder: Path, text: str, after: str = "") -> TextModel:
+    """A model with a chat template and the control tokens of many families, which says this and ends its turn."""
+    write_tokenizer(folder, QWEN_3)
+    tokenizer = load_tokenizer(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    script = [*tokenizer.encode(text), backend.token_to_id("<|im_end|>"), *tokenizer.encode(after)]
+    decoder = ScriptedDecoder(script, tokenizer.vocab_size, block_size=4000)
+    return TextModel(decoder, tokenizer, chat_format=ChatFormat.of(folder, tokenizer))
 
 
 def test_streamed_pieces_join_to_the_generated_text(text_model: TextModel) -> None:
@@ -251,3 +270,68 @@ def test_a_conversation_streams_what_chat_answers() -> None:
     [answer] = model.answers_to_chat(turns, SamplingParams(max_tokens=60, temperature=0))
     model.begin(answer)
     assert finished(model, answer) == ["Fine,  thanks."] == [model.chat(turns, max_tokens=60, temperature=0)]
+
+
+def test_a_model_s_own_template_is_used_and_its_turn_ends_by_its_token(tmp_path: Path) -> None:
+    model = with_template(tmp_path, " Fine\n\nUser: I am. ", after="never")
+    turns = [ChatMessage("user", "How are you?")]
+    assert model.chat(turns, max_tokens=60, temperature=0) == " Fine\n\nUser: I am. "
+    [answer] = model.answers_to_chat(turns, SamplingParams())
+    assert answer.sequence.prompt_ids == model.chat_format.prompt_ids(turns)
+
+
+def test_tool_calls_are_read_from_what_it_writes(tmp_path: Path) -> None:
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+    model = with_template(tmp_path, f"Let me look.\n{call}")
+    turns = [ChatMessage("user", "Weather?")]
+    [answer] = model.answers_to_chat(turns, SamplingParams(max_tokens=200, temperature=0), tools=[TOOL])
+    model.begin(answer)
+    assert finished(model, answer)[0].strip() == "Let me look."
+    assert [(found.name, found.arguments) for found in answer.tool_calls] == [("get_weather", '{"city": "Bonn"}')]
+    assert answer.finish_reason == "stop"
+    [untold] = model.answers_to_chat(turns, SamplingParams(max_tokens=200, temperature=0))
+    model.begin(untold)
+    assert call in finished(model, untold)[0]
+    assert untold.tool_calls == ()
+
+
+def test_the_end_of_text_may_be_ignored_and_other_tokens_may_end_an_answer() -> None:
+    model = TextModel(ScriptedDecoder([97, 256, 98, 99, 100]), ByteTokenizer())
+    assert model.generate("x", max_tokens=4, temperature=0) == "a"
+    assert model.generate("x", max_tokens=4, temperature=0, ignore_eos=True) == "abc"
+    assert model.generate("x", max_tokens=9, temperature=0, ignore_eos=True, stop_token_ids=[99]) == "ab"
+
+
+def test_an_answer_follows_its_grammar(text_model: TextModel) -> None:
+    for seed in range(3):
+        grammar = Grammar("regex", "(yes|no), [0-9]{3}")
+        text = text_model.generate("Is it?", max_tokens=20, temperature=1.0, seed=seed, grammar=grammar)
+        assert re.fullmatch("(yes|no), [0-9]{3}", str(text))
+
+
+def test_samples_of_one_grammar_go_their_own_ways(text_model: TextModel) -> None:
+    texts = text_model.generate("?", 4, max_tokens=30, temperature=1.0, seed=1, grammar=Grammar("regex", "[a-z]{9}"))
+    assert len(set(texts)) == 4
+    assert all(re.fullmatch("[a-z]{9}", text) for text in texts)
+
+
+def test_a_prompt_begins_as_the_model_expects(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    tokenizer = load_tokenizer(tmp_path)
+    model = TextModel(make_model(tokenizer.vocab_size), tokenizer)
+
+    def prompt_ids(prompt: str | list[int]) -> list[int]:
+        return model.answers_to(prompt, SamplingParams())[0].sequence.prompt_ids
+
+    assert prompt_ids("ab") == [tokenizer.bos_id, *tokenizer.encode("ab")]
+    assert prompt_ids("") == [tokenizer.bos_id]
+    assert prompt_ids([97]) == [97]
+    [turn] = model.answers_to_chat([ChatMessage("user", "Hi")], SamplingParams())
+    assert turn.sequence.prompt_ids[:2] == [tokenizer.bos_id, *tokenizer.encode("U")]
+
+
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_encoded(text_model: TextModel) -> None:
+    with pytest.raises(InvalidInput, match="1,000,000 characters, but the model's context of 48 tokens"):
+        text_model.generate("x" * 1_000_000)
