@@ -92,7 +92,7 @@ async def _call(catalogue: Catalogue, request: Request) -> Call:
             raise InvalidInput(f"{name} is in the query and in the body; give it once", name)
         given[name] = value
     body = parse(CompletionBody, msgspec.json.encode({**DEFAULTS, **given}), ALTERNATIVES)
-    return await text_call(catalogue, body, request.state.caller.owner)
+    return await text_call(catalogue, body, request.state.caller)
 
 
 def _of_query(request: Request) -> dict[str, Any]:

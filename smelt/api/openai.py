@@ -18,6 +18,7 @@ from smelt.api.openai_types import ALTERNATIVES, CompletionBody, SamplingBody, c
 from smelt.api.services import Services
 from smelt.api.streaming import json_body
 from smelt.control.catalogue import Catalogue, Served
+from smelt.control.keys import Caller
 from smelt.transport.messages import Generate
 
 MAX_BODY_BYTES = 2**23  # the longest prompt, with every character escaped
@@ -74,15 +75,15 @@ def _add_writing(routes: APIRouter, path: str, shapes: Shapes, body_class: type[
 
 async def _text_call(catalogue: Catalogue, request: Request) -> Call:
     body = parse(CompletionBody, await json_body(request, MAX_BODY_BYTES), ALTERNATIVES)
-    return await text_call(catalogue, body, request.state.caller.owner)
+    return await text_call(catalogue, body, request.state.caller)
 
 
 async def _chat_call(catalogue: Catalogue, request: Request) -> Call:
     body = parse(ChatBody, await json_body(request, MAX_BODY_BYTES), ALTERNATIVES)
-    return await chat_call(catalogue, body, request.state.caller.owner)
+    return await chat_call(catalogue, body, request.state.caller)
 
 
-async def text_call(catalogue: Catalogue, body: CompletionBody, owner: str) -> Call:
+async def text_call(catalogue: Catalogue, body: CompletionBody, caller: Caller) -> Call:
     """Understand a request to go on from texts. InvalidInput, UnknownModel."""
     check_supported(body)
     params = body.params()
@@ -91,28 +92,38 @@ async def text_call(catalogue: Catalogue, body: CompletionBody, owner: str) -> C
     requests = [
         Generate(
             f"{head.id}-{index}",
-            owner,
+            caller.owner,
             served.name,
             prompt=prompt,
             params=params,
             num_samples=body.num_samples,
             best_of=body.num_written,
             echo=bool(body.echo),
+            key_id=caller.key_id or "",
+            user=body.user or "",
         )
         for index, prompt in enumerate(body.prompts())
     ]
     return Call(head, body, requests)
 
 
-async def chat_call(catalogue: Catalogue, body: ChatBody, owner: str) -> Call:
+async def chat_call(catalogue: Catalogue, body: ChatBody, caller: Caller) -> Call:
     """Understand a request to write the next turn. InvalidInput, UnknownModel."""
     check_supported(body)
     turns, tools = body.turns(), body.definitions()
     served = await catalogue.find(body.model)
     head, params = _head(CHAT, served, body), body.params(served.context)
-    num = body.num_samples
     request = Generate(
-        head.id, owner, served.name, messages=turns, params=params, tools=tools, num_samples=num, best_of=num
+        head.id,
+        caller.owner,
+        served.name,
+        messages=turns,
+        params=params,
+        tools=tools,
+        num_samples=body.num_samples,
+        best_of=body.num_samples,
+        key_id=caller.key_id or "",
+        user=body.user or "",
     )
     return Call(head, body, [request])
 

@@ -6,12 +6,11 @@ without [DONE].
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any
 
-import msgspec
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
@@ -77,10 +76,8 @@ class Desk:
     async def _understood(self, request: Request) -> Call:
         """What is asked for, by somebody who may. Banned, BannedPrompt."""
         call = await self._understand(request)
-        key_id, user = request.state.caller.key_id or "", call.body.user or ""
-        requests = [msgspec.structs.replace(each, key_id=key_id, user=user) for each in call.requests]
-        await self._completions.check(requests)
-        return replace(call, requests=requests)
+        await self._completions.check(call.requests)
+        return call
 
     async def _written(self, call: Call, request: Request) -> list[Completion]:
         pieces = self._pieces(call)

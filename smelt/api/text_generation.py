@@ -66,4 +66,4 @@ async def _call(catalogue: Catalogue, request: Request) -> Call:
     if not isinstance(given.get("prompt", ""), str):
         raise InvalidInput("prompt should be a text", "prompt")
     body = parse(CompletionBody, msgspec.json.encode({**DEFAULTS, **given, "echo": True}), ALTERNATIVES)
-    return await text_call(catalogue, body, request.state.caller.owner)
+    return await text_call(catalogue, body, request.state.caller)
