@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from smelt.control.completions import STATUSES, Status
-from smelt.control.models import check_free, import_model, job_of, kept_files
+from smelt.control.model_files import kept_files
+from smelt.control.models import check_free, import_model, job_of
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, OutOfSpace, SmeltError, StaleEpoch, StorageError
 from smelt.models.hub import REPOSITORY, hub_folder
 from smelt.models.registry import HUB_NAMES, model_in

@@ -1,7 +1,7 @@
 """What can be done with registered models: list, show, import, export, name, remove; knows no torch and no terminal.
 
 A model appears under its name whole or not at all: it is put together in a folder with a temporary name, synced
-to the disk, and renamed. Only weights, config and tokenizer are kept: no code, no pickles.
+to the disk, and renamed.
 """
 
 import fcntl
@@ -17,28 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smelt.configs import DecoderConfig
-from smelt.disk import check_room, is_full, sync
-from smelt.errors import AlreadyExists, InvalidInput, NotFound, OutOfSpace, SmeltError, UnsafeFile
+from smelt.control.model_files import TEMPORARY, copy_model, sync_all, temporary_for, vanishing
+from smelt.disk import sync
+from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, UnsafeFile
 from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_aliases
-from smelt.models.architectures import CONFIG_FILE
-from smelt.models.folders import (
-    INDEX_FILE,
-    check_weights,
-    read_config,
-    read_hf_config,
-    read_json,
-    read_tokenizer,
-    weight_files,
-)
-from smelt.models.hub import TOKENIZER_FILES
+from smelt.models.folders import check_weights, read_config, read_json, read_tokenizer
 from smelt.models.registry import check_name, is_registered, registered_name, registered_names, resolve
 
 if TYPE_CHECKING:
     from smelt.data.sources import Progress
 
 ORIGIN_FILE = "origin.json"
-TEMPORARY = ".tmp-"
-PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +103,15 @@ def new_model(name: str, models_folder: Path, origin: str, job: str | None = Non
     with changing(models_folder):
         _clear_leftovers(models_folder)
         check_free(name, models_folder)
-        temporary = _temporary_for(models_folder / name)
+        temporary = temporary_for(models_folder / name)
         held = os.open(temporary, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)  # as long as somebody fills it
     try:
-        with _vanishing(temporary, models_folder / name):
+        with vanishing(temporary, models_folder / name):
             yield temporary
             value = {"source": origin, "imported": datetime.now(UTC).isoformat(timespec="seconds"), "job": job}
             (temporary / ORIGIN_FILE).write_text(json.dumps(value, indent=1), encoding="utf-8")
-            _sync_all(temporary)
+            sync_all(temporary)
             with changing(models_folder):
                 check_free(name, models_folder)
                 temporary.rename(models_folder / name)
@@ -175,10 +164,10 @@ def new_export(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AlreadyExists(f"{folder} exists and is not empty; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_for(folder)
-    with _vanishing(temporary, folder):
+    temporary = temporary_for(folder)
+    with vanishing(temporary, folder):
         yield temporary
-        _sync_all(temporary)
+        sync_all(temporary)
         temporary.rename(folder)
     sync(folder.parent)
 
@@ -188,9 +177,10 @@ def remove_model(name: str, models_folder: Path, force: bool = False) -> None:
 
     NotFound where there is none; folders elsewhere are never touched.
     """
-    if not is_registered(name, models_folder):
-        raise _not_registered(name, models_folder)
+    models_folder.mkdir(parents=True, exist_ok=True)
     with changing(models_folder):
+        if not is_registered(name, models_folder):
+            raise _not_registered(name, models_folder)
         aliases = read_aliases(models_folder)
         if pointing := [alias for alias, target in aliases.items() if target == name]:
             if not force:
@@ -236,72 +226,6 @@ def remove_alias(alias: str, models_folder: Path) -> None:
 def _not_registered(name: str, models_folder: Path) -> NotFound:
     known = ", ".join(registered_names(models_folder)) or "none"
     return NotFound(f"no registered model {name!r}; registered: {known}")
-
-
-def copy_model(source: Path, folder: Path, progress: "Progress | None" = None) -> None:
-    """Copy weights, config and tokenizer, without references to code. OutOfSpace before it would run out."""
-    files = [path for path in kept_files(source) if path.name != CONFIG_FILE]
-    sizes = {path: path.stat().st_size for path in files}
-    num_total, num_done = sum(sizes.values()), 0
-    check_room(folder, num_total)
-    hf = read_hf_config(source)
-    hf.pop("auto_map", None)
-    (folder / CONFIG_FILE).write_text(json.dumps(hf, indent=2), encoding="utf-8")
-    for path in files:
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        for num_bytes in _copied(path, target):
-            num_done += num_bytes
-            if progress is not None:
-                progress("copying", num_done, num_total)
-    _drop_code_reference(folder / "tokenizer_config.json")
-
-
-def kept_files(source: Path) -> list[Path]:
-    """The files of a model folder that an import keeps. Raises what `weight_files` raises."""
-    weights = weight_files(source)
-    index = [source / INDEX_FILE] if len(weights) > 1 else []
-    named = (source / CONFIG_FILE, *index, *(source / name for name in TOKENIZER_FILES))
-    return [*weights, *(path for path in named if path.is_file())]
-
-
-def _copied(source: Path, target: Path) -> Iterator[int]:
-    """Copy a file piece by piece; the bytes of each."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while piece := reader.read(PIECE_BYTES):
-            writer.write(piece)
-            yield len(piece)
-
-
-def _drop_code_reference(path: Path) -> None:
-    if not path.is_file():
-        return
-    value = read_json(path)
-    if isinstance(value, dict) and value.pop("auto_map", None) is not None:
-        path.write_text(json.dumps(value, indent=2), encoding="utf-8")
-
-
-def _temporary_for(folder: Path) -> Path:
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    return temporary
-
-
-@contextmanager
-def _vanishing(temporary: Path, folder: Path) -> Iterator[None]:
-    """Remove what was to become `folder` on any error. OutOfSpace where the disk was full."""
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and is_full(error):
-            raise OutOfSpace(f"no space left for {folder}; free some and try again") from error
-        raise
-
-
-def _sync_all(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 from families import random_state
 from smelt import disk
 from smelt.configs import DecoderConfig
-from smelt.control import models as control
+from smelt.control import model_files
 from smelt.control.models import (
     export_model,
     import_model,
@@ -113,7 +113,7 @@ def test_a_full_disk_is_out_of_space_and_leaves_nothing(
         yield 1
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(control, "_copied", full)
+    monkeypatch.setattr(model_files, "_copied", full)
     with pytest.raises(OutOfSpace, match="small"):
         import_model(source, "small", registry, origin="x")
     assert [path.name for path in registry.iterdir()] == [".lock"]
@@ -124,17 +124,17 @@ def test_what_would_not_fit_is_refused_before_it_is_copied(
 ) -> None:
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _folder: usage)
-    monkeypatch.setattr(control, "_copied", None)
+    monkeypatch.setattr(model_files, "_copied", None)
     with pytest.raises(OutOfSpace, match="free some"):
         import_model(source, "small", registry, origin="x")
     assert list_models(registry) == []
 
 
 def test_copying_is_told_in_bytes(source: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(model_files, "PIECE_BYTES", 1000)
     told: list[tuple[str, int, int | None]] = []
     import_model(source, "small", registry, "x", lambda *news: told.append(news))
-    num_bytes = sum((source / path.name).stat().st_size for path in control.kept_files(source)[:1])
+    num_bytes = sum((source / path.name).stat().st_size for path in model_files.kept_files(source)[:1])
     assert len(told) > num_bytes / 1000
     stage, num_done, num_total = told[-1]
     assert stage == "copying"
@@ -156,7 +156,7 @@ def test_templates_and_settings_of_chats_are_kept(source: Path, registry: Path) 
 
 def test_an_import_that_goes_on_holds_up_no_other_change(source: Path, registry: Path) -> None:
     with new_model("slow", registry, origin="x") as folder:
-        control.copy_model(source, folder)
+        model_files.copy_model(source, folder)
         import_model(source, "quick", registry, origin="x")  # which clears leftovers, but not what is being filled
         set_alias("q", "quick", registry)
         remove_model("quick", registry, force=True)
