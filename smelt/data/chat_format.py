@@ -104,8 +104,16 @@ class ChatFormat:
         if self._template is not None:
             names = [name for name in TURN_ENDS if name in self._template.text]
             names.append(self._template.special_tokens.get("eos_token", ""))
-            ids |= self._control.ids_of(names)
+            ids |= self._control.special_ids(names).keys()
         return frozenset(ids)
+
+    @cached_property
+    def call_marks(self) -> dict[int, bytes]:
+        """Special tokens that are text where functions may be called, since they tell calls from words."""
+        if self._dialect is None:
+            return {}
+        names = self._control.special_ids((*self._dialect.markers, *self._dialect.marks_within))
+        return {token: name.encode() for token, name in names.items()}
 
     def prompt_ids(self, messages: Sequence[ChatMessage], tools: Tools = ()) -> list[int]:
         """Tokens of the conversation so far and of the beginning of the assistant's next turn.

@@ -45,10 +45,10 @@ class ControlTokens:
         self._firsts = re.compile(f"[{firsts}]" if firsts else "(?!)")
         self._lengths = sorted({len(token) for token in self._tokens}, reverse=True)
 
-    def ids_of(self, names: Iterable[str]) -> frozenset[int]:
-        """Ids of those among the names that are special tokens."""
-        ids = (self._backend.token_to_id(name) for name in names if name in self.special)
-        return frozenset(token for token in ids if token is not None)
+    def special_ids(self, names: Iterable[str]) -> dict[int, str]:
+        """Those among the names that are special tokens, by id."""
+        ids = {self._backend.token_to_id(name): name for name in names if name in self.special}
+        return {token: name for token, name in ids.items() if token is not None}
 
     def marks_for(self, *values: Any) -> "Marks":
         """How to mark these values. TokenizerError for lone surrogates."""

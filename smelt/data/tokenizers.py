@@ -7,7 +7,7 @@ a special token.
 import codecs
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,8 +149,10 @@ class StreamDecoder:
     SentencePiece's kind put before a text, since a stream usually goes on from a prompt).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, bytes] | None = None) -> None:
+        """`shown`: special tokens that are not to be left out, and what they are as text."""
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     @property
@@ -160,7 +162,10 @@ class StreamDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """The characters that are complete once these ids have come."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+        if not self._shown:
+            return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+        parts = (self._shown.get(token) or self._tokenizer.decode_bytes([token]) for token in ids)
+        return self._utf8.decode(b"".join(parts))
 
     def finish(self) -> str:
         """What is left when no more ids come: U+FFFD where a character broke off, else nothing."""

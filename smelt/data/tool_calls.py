@@ -21,14 +21,15 @@ Calls = tuple[ToolCall, ...]
 class Dialect:
     """How calls are written: `read` gives what is left of a text, and the calls in it.
 
-    Calls begin with one of the `markers`, or where the whole text begins with one of the `openings`, for some markers
-    are special tokens, which are no text.
+    Calls begin with one of the `markers`, or where the whole text begins with one of the `openings`: models leave the
+    marker out, and so does a tokenizer to which it is a special token.
     """
 
     sign: str  # what a template of this dialect holds
     read: Callable[[str], tuple[str, Calls]]
     markers: tuple[str, ...] = ()
     openings: tuple[str, ...] = ()
+    marks_within: tuple[str, ...] = ()  # that stand between the parts of a call
 
 
 def dialect_of(template: str) -> Dialect | None:
@@ -88,6 +89,8 @@ HERMES_CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>\s*", re.DOTALL)
 XML_CALL = re.compile(r"\s*<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*</tool_call>\s*", re.DOTALL)
 XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
+MISTRAL_CALL = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(\{.*\})", re.DOTALL)
+
 
 def _read_hermes(text: str) -> tuple[str, Calls]:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, several where there are several."""
@@ -140,13 +143,21 @@ def _read_llama(text: str) -> tuple[str, Calls]:
 
 
 def _read_mistral(text: str) -> tuple[str, Calls]:
-    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`; the ids are as its template wants them."""
-    said, marker, body = text.rpartition("[TOOL_CALLS]")
-    values = _parsed((body if marker else text).strip())
-    if not isinstance(values, list):
-        return text, ()
+    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, or `[TOOL_CALLS]NAME[ARGS]{...}` for each call.
+
+    The ids are as its templates want them.
+    """
+    said, *bodies = text.split("[TOOL_CALLS]") if "[TOOL_CALLS]" in text else ("", text)
+    values = [value for body in bodies for value in _mistral_values(body.strip())]
     rest, calls = _all_or_text(text, [_call(value, "arguments", _mistral_id) for value in values])
     return (said.strip() if calls else rest), calls
+
+
+def _mistral_values(body: str) -> list[Any]:
+    if found := MISTRAL_CALL.fullmatch(body):
+        return [{"name": found[1], "arguments": _parsed(found[2])}]
+    values = _parsed(body)
+    return values if isinstance(values, list) else [_NOTHING]
 
 
 def _all_or_text(text: str, calls: list[ToolCall | None]) -> tuple[str, Calls]:
@@ -201,7 +212,7 @@ def _call(value: Any, arguments_key: str, new_id: Callable[[], str] = _openai_id
 
 # In this order: what a sign is looked for in may also hold a later one.
 DIALECTS: dict[str, Dialect] = {
-    "mistral": Dialect("[TOOL_CALLS]", _read_mistral, ("[TOOL_CALLS]",), ("[{",)),
+    "mistral": Dialect("[TOOL_CALLS]", _read_mistral, ("[TOOL_CALLS]",), ("[{",), ("[CALL_ID]", "[ARGS]")),
     "xml": Dialect("<function=", _read_xml, ("<tool_call>",)),
     "hermes": Dialect("<tool_call>", _read_hermes, ("<tool_call>",)),
     "llama": Dialect('"parameters"', _read_llama, ("<|python_tag|>",), ("{",)),

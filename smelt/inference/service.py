@@ -278,7 +278,7 @@ class TextModel:
         return Answer(
             sequence,
             params,
-            StreamDecoder(self.tokenizer),
+            StreamDecoder(self.tokenizer, self.chat_format.call_marks if may_call else None),
             StopStrings(params.stop),
             self.chat_format.tool_calls() if may_call else ToolCallStream(None),
             OuterSpace(is_turn and not self.chat_format.has_template),

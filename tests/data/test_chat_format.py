@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from chat_templates import QWEN_3, SPECIAL, TEMPLATES, TOOL, ZEPHYR, write_tokenizer
 from smelt.data.chat_format import ChatFormat, ChatTemplate
-from smelt.data.tokenizers import load_tokenizer, make_tokenizer
+from smelt.data.tokenizers import StreamDecoder, load_tokenizer, make_tokenizer
 from smelt.errors import InvalidInput, UnsupportedModel
 from smelt.types import ChatMessage, ToolCall
 
@@ -126,6 +126,18 @@ def test_calls_are_read_as_the_model_writes_them(tmp_path: Path) -> None:
     stream = chat_format.tool_calls()
     assert stream.push(text) == "Well.\n"
     assert stream.finish()[1][0].name == "get_weather"
+
+
+def test_special_tokens_that_mark_calls_are_text_where_calls_may_come(tmp_path: Path) -> None:
+    chat_format = format_of(tmp_path / "a", TEMPLATES["mistral"])
+    marker = 256 + SPECIAL.index("[TOOL_CALLS]")
+    assert chat_format.call_marks == {marker: b"[TOOL_CALLS]"}
+    tokenizer = load_tokenizer(tmp_path / "a")
+    ids = [*tokenizer.encode("Yes. "), marker, *tokenizer.encode('[{"name": "f", "arguments": {}}]')]
+    decoder = StreamDecoder(tokenizer, chat_format.call_marks)
+    assert chat_format.parse("".join(decoder.push([token]) for token in ids))[1][0].name == "f"
+    assert format_of(tmp_path / "b", ZEPHYR).call_marks == {}
+    assert format_of(tmp_path / "c", QWEN_3).call_marks == {}  # its marker is text anyway
 
 
 def settings_with(folder: Path, **settings: Any) -> None:

@@ -64,6 +64,9 @@ CASES = [
     (MISTRALS, '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1, "b": [2, "ü"]}}]', "", [ADD]),
     (MISTRALS, '[{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]', "", [NOW, NOW]),
     (MISTRALS, 'Yes.[TOOL_CALLS][{"name": "now", "arguments": {}}]', "Yes.", [NOW]),
+    (MISTRALS, '[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]add[CALL_ID]x1[ARGS]{"a": 1, "b": [2, "ü"]}', "", [NOW, ADD]),
+    (MISTRALS, 'Yes.[TOOL_CALLS]now[ARGS]{"a": ', None, []),
+    (MISTRALS, "[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]", None, []),
     (MISTRALS, "[1, 2]", "[1, 2]", []),
     (MISTRALS, '[{"name": "now", "arguments": {}}, 3]', None, []),
 ]  # content None: the whole text
