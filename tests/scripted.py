@@ -122,7 +122,7 @@ async def silent(request: Generate) -> AsyncGenerator[str | Finish, None]:
 def scripted(home: Path, script: Script = words) -> Iterator[tuple[Services, Scripted]]:
     """(services, their model server) of a server that was given a folder with the model `tiny`."""
     folder = home / "elsewhere" / "tiny"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "gpt2", "vocab_size": 257, "n_positions": CONTEXT, "n_layer": 1, "n_head": 1, "n_embd": 8}
     (folder / "config.json").write_text(json.dumps(config))
     with services_in(home) as services:

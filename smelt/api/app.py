@@ -19,6 +19,7 @@ from smelt.api import (
     openai,
     resources,
     text_generation,
+    tinker,
 )
 from smelt.api.gate import Gate
 from smelt.api.services import Services
@@ -45,6 +46,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     failures.install(app)
     for routes in (
         openai.router(services),
+        tinker.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
         models.router(services, imports),

@@ -29,6 +29,7 @@ STATUSES: dict[type[BaseException], int] = {
     errors.UnsupportedEncoding: 415,
     errors.WrongHost: 421,
     errors.SeqReused: 422,
+    errors.SeqAbandoned: 422,
     errors.RateLimited: 429,
     errors.Overloaded: 429,
     errors.MissingDependency: 501,
@@ -90,6 +91,8 @@ def headers_of(error: BaseException) -> dict[str, str]:
     status = status_of(error)
     if status == 401:
         return {"www-authenticate": 'Bearer realm="smelt"'}
+    if isinstance(error, errors.SeqReused | errors.SeqAbandoned):
+        return {"x-should-retry": "false"}
     if status in (429, 503):
         seconds = error.retry_after_s if isinstance(error, errors.Unavailable) else 1
         return {"retry-after": str(max(1, math.ceil(seconds)))}

@@ -34,6 +34,7 @@ class Family:
 
 ANY = frozenset(SCOPES)
 ADMIN = frozenset({"admin"})
+TRAINING = Family(frozenset({"training"}))
 INFERENCE = frozenset({"inference"})
 OPENAI = Family(INFERENCE, "openai")
 PAGE = Family(ANY, page=True)
@@ -60,7 +61,26 @@ FAMILIES: dict[str, Family] = {
     "/v1/embeddings": OPENAI,
     "/completions": Family(INFERENCE, "status_code"),
     "/api/generate": Family(INFERENCE, "success"),
-    "/v1/runs": Family(frozenset({"training"})),
+    "/v1/runs": TRAINING,
+    "/api/v1": Family(frozenset({"training", "inference"})),
+    **{
+        f"/api/v1/{name}": TRAINING
+        for name in (
+            "forward_backward",
+            "optim_step",
+            "save_weights",
+            "save_weights_for_sampler",
+            "save_weights_external",
+            "load_weights",
+            "create_model",
+            "unload_model",
+            "copy_weights",
+            "training_runs",
+            "checkpoints",
+        )
+    },
+    "/api/v1/healthz": Family(public=True, always=True),
+    "/api/v1/downloads": PUBLIC,  # the address itself is signed
     "/v1/workers": Family(ANY),
     "/v1/bans": Family(ADMIN),
 }

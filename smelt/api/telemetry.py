@@ -42,10 +42,15 @@ for collector in (ProcessCollector, PlatformCollector, GCCollector):
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 in_flight = Gauge("smelt_http_requests_in_flight", "Requests under way.", registry=REGISTRY)
 tokens = Counter("smelt_tokens", "Tokens of finished answers.", ["model", "kind"], registry=REGISTRY)
+client_events = Counter(
+    "smelt_client_events", "What Tinker's clients tell of themselves.", ["event", "severity"], registry=REGISTRY
+)
 answers = Counter("smelt_answers", "Answers by how they ended.", ["model", "reason"], registry=REGISTRY)
 worker_sequences = Gauge("smelt_worker_sequences", "Sequences of each worker.", ["worker", "state"], registry=REGISTRY)
 workers_connected = Gauge("smelt_workers", "Workers that are connected.", registry=REGISTRY)
 
+CLIENT_EVENTS = frozenset({"SESSION_START", "SESSION_END", "UNHANDLED_EXCEPTION", "GENERIC_EVENT"})
+SEVERITIES = frozenset({"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LOG_DELAY_S = 0.05
 SECRET = re.compile(r"\b(tml-|sk-|hf_|Bearer )[\w.~+/=-]+")
@@ -132,6 +137,14 @@ first_token_seconds = Durations("smelt_first_token_seconds", "From a request to 
 gap_seconds = Durations("smelt_inter_token_seconds", "Between two pieces of an answer.", "model")
 for figures in (requests, engines, request_seconds, first_token_seconds, gap_seconds):
     REGISTRY.register(figures)
+
+
+def count_client_event(event: dict[str, Any]) -> None:
+    """A client of Tinker's has told of something; what it writes names no series of ours."""
+    name, severity = str(event.get("event")), str(event.get("severity"))
+    client_events.labels(
+        name if name in CLIENT_EVENTS else "other", severity if severity in SEVERITIES else "other"
+    ).inc()
 
 
 def count_request(method: str, route: str, status: int, seconds: float) -> None:

@@ -122,6 +122,15 @@ class WeightsStore:
         """Bytes of their files; None where they are gone."""
         return await asyncio.to_thread(_size, self._home / weights.folder)
 
+    async def newest(self, model_id: str, kind: Type) -> SavedWeights | None:
+        """The newest weights of a type that a model has saved and that are there."""
+        found, _ = await self._ask(partial(_page, limit=1, offset=0, owner=None, model_id=model_id, kind=kind))
+        return found[0] if found else None
+
+    async def has_public(self, model_id: str) -> bool:
+        """Whether a model has saved weights that everybody may read."""
+        return await self._ask(partial(session_rows.has_public_weights, model_id=model_id))
+
     async def files(self, weights: SavedWeights) -> list[str]:
         """The names of their files, sorted. NotFound where they are gone."""
         try:
@@ -210,9 +219,16 @@ def _found(connection: Connection, model_id: str, kind: str, name: str) -> Found
 
 
 def _page(
-    connection: Connection, limit: int, offset: int, owner: str | None, model_id: str | None
+    connection: Connection,
+    limit: int,
+    offset: int,
+    owner: str | None,
+    model_id: str | None,
+    kind: Type | None = None,
 ) -> tuple[list[SavedWeights], int]:
-    return session_rows.weights_page(connection, time.time(), limit, offset, owner, model_id)
+    equal = {"owner": owner, "model_id": model_id, "type": kind}
+    given = {name: value for name, value in equal.items() if value is not None}
+    return session_rows.weights_page(connection, time.time(), limit, offset, given)
 
 
 def _is_over(weights: SavedWeights) -> bool:

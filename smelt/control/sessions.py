@@ -72,8 +72,7 @@ class Sessions:
 
     async def page(self, owner: str, limit: int, offset: int) -> list[Session]:
         """The owner's sessions, newest first."""
-        found, _ = await self._ask(lambda connection: session_rows.newest(connection, Session, owner, limit, offset))
-        return found
+        return await self._ask(partial(session_rows.newest_sessions, owner=owner, limit=limit, offset=offset))
 
     async def parts(self, owner: str, session_id: str) -> tuple[list[TrainingModel], list[SamplerRecord]]:
         """The models and the samplers of a session, oldest first."""

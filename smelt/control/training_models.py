@@ -135,13 +135,19 @@ class TrainingModels:
 
     async def find(self, owner: str, model_id: str) -> TrainingModel:
         """The owner's model. NotFound."""
+        found = await self.find_any(model_id)
+        if found.owner != owner:
+            raise _no_model(model_id)
+        return found
+
+    async def find_any(self, model_id: str) -> TrainingModel:
+        """The model, whoever owns it: for what was published. NotFound."""
         known = self._known.get(model_id)
         if known is None:
-            known = await asyncio.to_thread(ask, self._database, partial(session_rows.any_model, model_id=model_id))
-            if known is not None:
-                self._remember(known)
-        if known is None or known.owner != owner:
-            raise NotFound(f"there is no model {model_id[:200]!r}")
+            known = await self._ask(partial(session_rows.any_model, model_id=model_id))
+            if known is None:
+                raise _no_model(model_id)
+            self._remember(known)
         return known
 
     async def served(self, model: TrainingModel) -> Served | None:
@@ -151,9 +157,13 @@ class TrainingModels:
         except UnknownModel:
             return None
 
-    async def page(self, owner: str, limit: int, offset: int) -> tuple[list[TrainingModel], int]:
-        """The owner's models, newest first, and how many there are."""
-        return await self._ask(lambda connection: session_rows.newest(connection, TrainingModel, owner, limit, offset))
+    async def page(
+        self, owner: str, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[TrainingModel], int]:
+        """The owner's models (of a project), newest first, and how many there are."""
+        return await self._ask(
+            partial(session_rows.models_page, owner=owner, limit=limit, offset=offset, project_id=project_id)
+        )
 
     async def last_request(self, model: TrainingModel) -> float:
         """When something was asked of a model last, in seconds since 1970."""
@@ -286,6 +296,10 @@ class TrainingModels:
 
     async def _ask(self, run: Callable[[Connection], T]) -> T:
         return await asyncio.to_thread(ask, self._database, run)
+
+
+def _no_model(model_id: str) -> NotFound:
+    return NotFound(f"there is no model {model_id[:200]!r}")
 
 
 def _new_model(slot: Slot, base_model: str, served_model: str, lora: Lora) -> TrainingModel:

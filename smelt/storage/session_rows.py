@@ -3,14 +3,14 @@
 Pure SQL. What anybody may ask is given whoever owns it: the caller compares the owner, or whether it is public.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from sqlalchemy import Connection, Select, and_, func, or_, select
 
 from smelt.storage import records
-from smelt.storage.records import Record, SamplerRecord, SavedWeights, TrainingModel
-from smelt.storage.tables import futures, samplers, saved_weights, training_models
+from smelt.storage.records import Record, SamplerRecord, SavedWeights, Session, TrainingModel
+from smelt.storage.tables import futures, samplers, saved_weights, sessions, training_models
 
 R = TypeVar("R", bound=Record)
 Page = tuple[list[R], int]  # and how many there are in all
@@ -18,13 +18,24 @@ Page = tuple[list[R], int]  # and how many there are in all
 _is_there = or_(saved_weights.c.future_id.is_(None), futures.c.state == "done")
 
 
-def newest(connection: Connection, kind: type[R], owner: str, limit: int, offset: int = 0) -> Page[R]:
-    """The owner's records of a kind, newest first."""
-    table = records.TABLES[kind]
-    of_owner = select(table).where(table.c.owner == owner)
-    ordered = of_owner.order_by(table.c.created.desc(), table.c.id.desc()).limit(limit).offset(offset)
-    found = [kind(**row) for row in connection.execute(ordered).mappings()]
-    return found, _count(connection, of_owner)
+def newest_sessions(connection: Connection, owner: str, limit: int, offset: int = 0) -> list[Session]:
+    """The owner's sessions, newest first."""
+    query = select(sessions).where(sessions.c.owner == owner)
+    ordered = query.order_by(sessions.c.created.desc(), sessions.c.id.desc()).limit(limit).offset(offset)
+    return [Session(**row) for row in connection.execute(ordered).mappings()]
+
+
+def models_page(
+    connection: Connection, owner: str, limit: int, offset: int, project_id: str | None
+) -> Page[TrainingModel]:
+    """The owner's models, newest first; with a project, those of its sessions."""
+    query = select(training_models).where(training_models.c.owner == owner)
+    if project_id is not None:
+        of_project = select(sessions.c.id).where(sessions.c.project_id == project_id)
+        query = query.where(training_models.c.session_id.in_(of_project))
+    ordered = query.order_by(training_models.c.created.desc(), training_models.c.id.desc())
+    found = [TrainingModel(**row) for row in connection.execute(ordered.limit(limit).offset(offset)).mappings()]
+    return found, _count(connection, query)
 
 
 def any_model(connection: Connection, model_id: str) -> TrainingModel | None:
@@ -40,18 +51,21 @@ def any_weights(connection: Connection, model_id: str, kind: str, name: str) -> 
 
 
 def weights_page(
-    connection: Connection, now: float, limit: int, offset: int, owner: str | None = None, model_id: str | None = None
+    connection: Connection, now: float, limit: int, offset: int, equal: Mapping[str, str]
 ) -> Page[SavedWeights]:
-    """Weights that are there, newest first: of an owner, of a model, or both."""
+    """Weights that are there and whose columns have those values, newest first."""
     query = select(saved_weights).join(futures, futures.c.id == saved_weights.c.future_id, isouter=True)
     query = query.where(_is_there, or_(saved_weights.c.expires.is_(None), saved_weights.c.expires > now))
-    if owner is not None:
-        query = query.where(saved_weights.c.owner == owner)
-    if model_id is not None:
-        query = query.where(saved_weights.c.model_id == model_id)
+    query = query.where(*[saved_weights.c[name] == value for name, value in equal.items()])
     ordered = query.order_by(saved_weights.c.created.desc(), saved_weights.c.id.desc()).limit(limit).offset(offset)
     found = [SavedWeights(**row) for row in connection.execute(ordered).mappings()]
     return found, _count(connection, query)
+
+
+def has_public_weights(connection: Connection, model_id: str) -> bool:
+    """Whether a model has weights that everybody may read."""
+    query = select(saved_weights.c.id).where(saved_weights.c.model_id == model_id, saved_weights.c.is_public).limit(1)
+    return connection.execute(query).first() is not None
 
 
 def expired_weights(connection: Connection, now: float) -> list[SavedWeights]:

@@ -34,7 +34,14 @@ from smelt.control.keyring import KeyRing
 pytestmark = pytest.mark.anyio
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
-PUBLIC = {"/healthz", "/login", "/logout", "/static/{name}"}
+PUBLIC = {
+    "/healthz",
+    "/api/v1/healthz",
+    "/api/v1/downloads/{token}/{folder:path}/{file}",
+    "/login",
+    "/logout",
+    "/static/{name}",
+}
 GUESSES = [
     *("/", "/docs", "/redoc", "/metrics", "/debug", "/admin", "/invocations", "/tokenize", "/pause", "/update_weights"),
     *("/v1", "/v1/", "//v1/models", "/v1//models", "/v1/./models", "/V1/models", "/%761/models", "/v1/models/"),
