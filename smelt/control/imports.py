@@ -79,6 +79,7 @@ class Imports:
         self._settings = settings
         self._ledger = ledger
         self._progress: dict[str, Progress] = {}
+        self._current: str | None = None  # the one that is being done
         self._given_up: set[str] = set()
 
     async def create(self, source: str, name: str) -> ImportJob:
@@ -112,7 +113,7 @@ class Imports:
     async def cancel(self, job_id: str) -> ImportJob:
         """Give one up, and what it has fetched or copied so far; one that is over stays as it is. NotFound."""
         await self.read(job_id)
-        if await self._ledger.cancel(LOCAL_OWNER, job_id):
+        if await self._ledger.cancel(LOCAL_OWNER, job_id) and job_id == self._current:
             self._given_up.add(job_id)
         return await self.read(job_id)
 
@@ -140,7 +141,9 @@ class Imports:
 
     async def _do(self, granted: Granted, epoch: int) -> None:
         """Do one, and write down what came of it as soon as the disk takes it."""
+        self._current = granted.id
         failure = await self._outcome(granted)
+        self._current = None
         self._given_up.discard(granted.id)
         body, category = b"", None
         if failure is not None:
