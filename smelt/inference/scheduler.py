@@ -1,8 +1,8 @@
 """Scheduler: what each step computes, and who waits; knows no model and no tensors.
 
-A step has room for `max_step_tokens`. First comes one token for every sequence that is writing, then parts of the
-prompts, shared between their owners: a long prompt comes in chunks and holds up nobody. Where blocks run out, the
-youngest sequence gives back its own and is computed anew later.
+A step has room for `max_step_tokens`, or for half of that where sequences are writing. First comes one token for each
+of these, then parts of the prompts, shared between their owners: a long prompt comes in chunks and holds up nobody.
+Where blocks run out, the youngest sequence gives back its own and is computed anew later.
 """
 
 from collections.abc import Iterator
@@ -87,7 +87,9 @@ class Scheduler:
         """What to do next. The caller says what came of it: `tables.mark_computed`, `remove`."""
         chunks = self._next_tokens()
         copies = self._admit()
-        chunks += self._share(self.max_step_tokens - len(chunks), {chunk.sequence for chunk in chunks})
+        # Whoever is writing waits for the whole step: half of one then, for little of the speed.
+        most = max(self.max_step_tokens // 2, len(chunks) + 1) if chunks else self.max_step_tokens
+        chunks += self._share(most - len(chunks), {chunk.sequence for chunk in chunks})
         return Plan(sorted(chunks, key=lambda chunk: chunk.num_tokens > 1), copies)
 
     def _next_tokens(self) -> list[Chunk]:

@@ -32,7 +32,7 @@ def figures(plan: Plan) -> list[tuple[int, int]]:
 
 
 def test_a_long_prompt_comes_in_chunks_and_holds_up_no_stream() -> None:
-    scheduler = make()
+    scheduler = make(max_step_tokens=40)
     scheduler.add(asked(3, 100))
     step(scheduler)
     scheduler.add(asked(50, 200))
