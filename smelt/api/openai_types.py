@@ -136,7 +136,7 @@ class SamplingBody(Body):
     presence_penalty: Penalty = Field(None, description="taken from the logits of tokens that the answer has (0)")
     frequency_penalty: Penalty = Field(None, description="the same, for each time that it has them (0)")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="divides the logits of tokens that prompt or answer have (1)"
+        None, ge=0.01, le=10, description="divides the logits of tokens that prompt or answer have (1)"
     )
     logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="token id -> what is added to its logit"

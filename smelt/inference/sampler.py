@@ -20,6 +20,7 @@ MAX_LOGPROBS = 20  # alternatives at one place
 MAX_LOGIT_BIASES = 1024
 MAX_BIAS = 100.0
 MAX_STOPS = 64
+LEAST_TOP_P = 1e-9  # less than the most likely token has in any vocabulary, and more than fp32 rounds to 0
 COLDEST = 1e-5  # below this temperature only the most likely token has a share that a number can hold
 PART_WIDTH = 512  # a row is searched in parts: first which one, then where in it
 MIN_CANDIDATES = 64
@@ -46,7 +47,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("top_k", p.top_k is None or p.top_k >= 1, "at least 1, or None to keep every token"),
         ("top_p", 0 < p.top_p <= 1, "above 0 and at most 1"),
         ("min_p", 0 <= p.min_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", 0 < p.repetition_penalty < float("inf"), "a positive number (1 changes nothing)"),
+        ("repetition_penalty", 0.01 <= p.repetition_penalty <= 100, "between 0.01 and 100 (1 changes nothing)"),
         ("presence_penalty", -2 <= p.presence_penalty <= 2, "between -2 and 2"),
         ("frequency_penalty", -2 <= p.frequency_penalty <= 2, "between -2 and 2"),
     ]
@@ -137,7 +138,7 @@ def _draw_from_candidates(scaled_BV: Tensor, sequences: list[Sequence], num_cand
     top_k = torch.tensor([p.top_k for p in params], device=scaled_BV.device)[:, None]
     probs_BK = values_BK.masked_fill(ranks >= top_k, -torch.inf).softmax(dim=-1)
     mass_before_BK = probs_BK.cumsum(dim=-1) - probs_BK
-    is_cut = (mass_before_BK >= _column([p.top_p for p in params], scaled_BV)) & (ranks > 0)
+    is_cut = (mass_before_BK >= _column([max(p.top_p, LEAST_TOP_P) for p in params], scaled_BV)) & (ranks > 0)
     is_cut |= probs_BK < _column([p.min_p for p in params], scaled_BV) * probs_BK[:, :1]
     places_B1, _ = _invert(_only(probs_BK, ~is_cut), _draws(sequences, scaled_BV))
     return ids_BK.gather(1, places_B1)[:, 0]
@@ -153,7 +154,7 @@ def _draw_from_all(scaled_BV: Tensor, sequences: list[Sequence]) -> Tensor:
         kept_BV = _only(probs_BV, probs_BV >= min_p_B1 * probs_BV.amax(dim=-1, keepdim=True))
     tokens_B1, rest_B1 = _search(kept_BV, _draws(sequences, probs_BV))
     rows = torch.tensor([row for row, p in enumerate(params) if p.top_p < 1], dtype=torch.long, device=probs_BV.device)
-    top_p_B1 = _column([p.top_p for p in params], probs_BV)
+    top_p_B1 = _column([max(p.top_p, LEAST_TOP_P) for p in params], probs_BV)
     while len(rows):
         beyond = _is_beyond(probs_BV[rows], tokens_B1[rows], top_p_B1[rows])
         rows = rows[beyond]

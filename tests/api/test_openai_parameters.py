@@ -150,7 +150,7 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {**HI, "logprobs": 1}, "logprobs"),
     *((TEXT, {**HELLO, name: value}, name) for name in ("presence_penalty", "frequency_penalty")
       for value in (-2.1, 2.1, "1", True)),
-    *((TEXT, {**HELLO, "repetition_penalty": value}, "repetition_penalty") for value in (0, -1, 11)),
+    *((TEXT, {**HELLO, "repetition_penalty": value}, "repetition_penalty") for value in (0, -1, 0.001, 11)),
     *((TEXT, {**HELLO, "min_p": value}, "min_p") for value in (-0.1, 1.1)),
     *((TEXT, {**HELLO, "top_k": value}, "top_k") for value in (-2, 2**40, 1.5)),
     *((TEXT, {**HELLO, "logit_bias": value}, "logit_bias") for value in (

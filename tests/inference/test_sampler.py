@@ -52,6 +52,7 @@ def shares(logits: Tensor, num_draws: int = 4000, **settings: Any) -> list[float
         ({"temperature": 1.0, "top_k": 500}, [0.1, 0.4, 0.05, 0.3, 0.15]),
         ({"temperature": 1.0, "top_p": 0.6}, [0, 4 / 7, 0, 3 / 7, 0]),
         ({"temperature": 1.0, "top_p": 0.01}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1.0, "top_p": 5e-324}, [0, 1, 0, 0, 0]),  # 0 in fp32
         ({"temperature": 1.0, "top_p": 0.75}, [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
         # top_p is a share of what top_k has left: 4/7 of two tokens is more than 0.5
         ({"temperature": 1.0, "top_k": 2, "top_p": 0.5}, [0, 1, 0, 0, 0]),
