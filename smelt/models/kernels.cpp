@@ -434,6 +434,7 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
 
 }  // namespace
 
+#include "lora.h"
 #include "rowwise.h"
 
 extern "C" {

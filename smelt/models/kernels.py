@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE, INCLUDED = (Path(__file__).with_name(name) for name in ("kernels.cpp", "rowwise.h"))
+SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("kernels.cpp", "lora.h", "rowwise.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 120.0
 WHOLE_ROW = 1 << 62  # as a window: no limit
@@ -34,6 +34,7 @@ Address, Count, Threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LINEAR = [Address] * 4 + [Count] * 3 + [Threads]
 _LINEAR_INT8 = [Address] * 5 + [Count] * 3 + [Threads]
 _ATTEND = [Address, Count, Address, Address, Count, Address, Count, Address, Count, Address] + [Count] * 5 + [Threads]
+_LORA = [Address] * 8 + [Count, Address] + [Count] * 4 + [Threads]
 _RMS_NORM = [Address] * 3 + [Count] * 2 + [ctypes.c_float, Threads]
 _ROTATE = [Address, Count, Address, Address, Address, Count, Count, Count, Threads]
 _WRITE_CACHE: list[Any] = [Address, Count] * 2 + [Address] * 3 + [Count] * 3
@@ -47,6 +48,7 @@ class Kernels:
         self._linear = _by_dtype(functions, "linear", _LINEAR)
         self._linear_int8 = _by_dtype(functions, "linear_int8", _LINEAR_INT8)
         self._attend = _by_dtype(functions, "attend", _ATTEND)
+        self._lora = _by_dtype(functions, "lora", _LORA)
         self._rms_norm = _by_dtype(functions, "rms_norm", _RMS_NORM)
         self._rotate = _by_dtype(functions, "rotate", _ROTATE)
         self._write_cache = functions.write_cache
@@ -110,6 +112,35 @@ class Kernels:
             torch.get_num_threads(),
         )
         return out_BHD
+
+    def add_lora(
+        self,
+        y_NO: Tensor,
+        x_NC: Tensor,
+        factors: tuple[Tensor, Tensor, Tensor],
+        groups: tuple[Tensor, Tensor, Tensor],
+        part_rows: Tensor,
+    ) -> None:
+        """What `lora.LoraMatrix` adds to y: `factors` are its a, b and scales (fp32), `groups` a `lora.Groups`."""
+        a, b, scales = factors
+        order, starts, slots = groups
+        self._lora[x_NC.dtype](
+            x_NC.data_ptr(),
+            a.data_ptr(),
+            b.data_ptr(),
+            scales.data_ptr(),
+            y_NO.data_ptr(),
+            order.data_ptr(),
+            starts.data_ptr(),
+            slots.data_ptr(),
+            len(slots),
+            part_rows.data_ptr(),
+            len(part_rows),
+            b.shape[1],
+            x_NC.shape[1],
+            y_NO.shape[1],
+            torch.get_num_threads(),
+        )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """(..., C): `torch.nn.functional.rms_norm` over the last dimension."""
@@ -213,7 +244,7 @@ def _built(folder: Path) -> Kernels | None:
 def compiled(folder: Path, compiler: str, openmp: Path) -> Path:
     """The library of this source, compiler and processor. OSError, or SubprocessError where the compiler fails."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [path.read_text() for path in (SOURCE, INCLUDED)]
+    sources = [path.read_text() for path in (SOURCE, *INCLUDED)]
     key = hashlib.sha256("\n".join([*sources, version, _instructions(), str(openmp), *FLAGS]).encode())
     library = folder / f"kernels-{key.hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,14 @@
 The factors of all slots lie in one tensor per matrix. Rows are laid out in tiles of one slot each, and all tiles are
 multiplied at once. Gradients pass through the stacked factors, each slot's into its own part.
 
+A few rows on a CPU are left to our own kernel, which reads each factor once and where it lies.
+
 Shapes: N rows of a batch, S slots, P parts of a fused matrix (q, k, v), R rank, n tiles of T rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +22,21 @@ from torch import Tensor, nn
 from smelt.models.adapter_folders import Adapter, Factors, Matrix, matrices_of
 from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
+from smelt.models.kernels import Kernels, kernels
 
 # What a tile costs besides its rows, in rows: to read its slot's factors, and to copy them first.
 READ_COST, COPY_COST = 4, 24
 RANK_STEP = 8  # ranks are filled up to a multiple: odd widths are slow
 INITIAL_SLOTS = 4
+MOST_ROWS = 64  # that our kernel takes; torch is faster from there on
+
+
+class Groups(NamedTuple):
+    """The rows that have adapters, sorted by slot; all int64 and on the CPU."""
+
+    order: Tensor  # (M,) rows
+    starts: Tensor  # (G + 1,) where in `order` each slot's begin, and the end
+    slots: Tensor  # (G,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,7 @@ class Tiles:
     `slots` picks the factors of each tile. `rows` None: tile by tile these are all rows in order, without a gap.
     """
 
+    groups: Groups
     slots: slice | Tensor  # a range of slots with one tile each, or the slot of each tile (n,)
     grid: Tensor  # (n, T) the row in each place; places left over repeat a row
     rows: Tensor | None  # (M,) the rows that have an adapter
@@ -55,7 +68,9 @@ def lay_out(slots: NDArray[np.int64], device: torch.device) -> Tiles | None:
     grid = np.full(int(firsts[-1] + num_tiles[-1]) * num_in_tile, rows[0])
     grid[places] = rows
     is_whole = len(grid) == len(slots) and bool((grid == np.arange(len(slots))).all())
+    starts = np.append(np.cumsum(counts) - counts, len(rows))
     return Tiles(
+        groups=Groups(*map(torch.from_numpy, (rows, starts, used))),
         slots=slice(int(used[0]), int(used[-1]) + 1) if is_range else _to(np.repeat(used, num_tiles), device),
         grid=_to(grid.reshape(-1, num_in_tile), device),
         rows=None if is_whole else _to(rows, device),
@@ -79,7 +94,7 @@ def _to(array: NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 class LoraMatrix(nn.Module):
-    """The factors of all slots for one fused matrix: `a` (S, P R, in), `b` (S, out, R), `scales` (S, P R).
+    """The factors of all slots for one fused matrix: `a` (S, P R, in), `b` (S, R, out), `scales` (S, P R).
 
     Parts of one slot lie below each other. What a slot or a part does not use is zero.
     """
@@ -94,8 +109,9 @@ class LoraMatrix(nn.Module):
         self.rank = 0
         empty = torch.zeros(0, dtype=dtype, device=device)
         self.register_buffer("a", empty.view(0, 0, matrix.width))
-        self.register_buffer("b", empty.view(0, sum(matrix.num_rows), 0))
-        self.register_buffer("scales", empty.view(0, 0))
+        self.register_buffer("b", empty.view(0, 0, sum(matrix.num_rows)))
+        self.register_buffer("scales", empty.float().view(0, 0))
+        self.part_rows = torch.tensor(matrix.num_rows)
 
     def reserve(self, num_slots: int, rank: int) -> None:
         """Make room for so many slots of such a rank, keeping what is there."""
@@ -104,22 +120,22 @@ class LoraMatrix(nn.Module):
             return
         num_parts, old_slots, old_rank = len(self.num_rows), len(self.a), self.rank
         a = self.a.new_zeros(num_slots, num_parts, rank, self.a.shape[2])
-        b = self.b.new_zeros(num_slots, self.b.shape[1], rank)
+        b = self.b.new_zeros(num_slots, rank, self.b.shape[2])
         scales = self.scales.new_zeros(num_slots, num_parts, rank)
         a[:old_slots, :, :old_rank] = self.a.view(old_slots, num_parts, old_rank, self.a.shape[2])
-        b[:old_slots, :, :old_rank] = self.b
+        b[:old_slots, :old_rank] = self.b
         scales[:old_slots, :, :old_rank] = self.scales.view(old_slots, num_parts, old_rank)
         self.a, self.b, self.scales, self.rank = a.flatten(1, 2), b, scales.flatten(1, 2), rank
 
     def put(self, slot: int, parts: Sequence[Factors | None]) -> None:
         """Fill a slot; what was in it is gone."""
         self.clear(slot)
-        for part, (factors, b) in enumerate(zip(parts, torch.split(self.b[slot], self.num_rows), strict=True)):
+        for part, (factors, b) in enumerate(zip(parts, torch.split(self.b[slot], self.num_rows, dim=1), strict=True)):
             if factors is not None:
                 rank, start = len(factors.a), part * self.rank
                 self.a[slot, start : start + rank] = factors.a
                 self.scales[slot, start : start + rank] = factors.scale
-                b[:, :rank] = factors.b
+                b[:rank] = factors.b.t()
 
     def clear(self, slot: int) -> None:
         """Make a slot change nothing."""
@@ -128,18 +144,27 @@ class LoraMatrix(nn.Module):
 
     def forward(self, x_NC: Tensor, y_NO: Tensor, tiles: Tiles) -> Tensor:
         """y with what the adapters add to it: in place where no gradient is asked for."""
+        if (fast := _kernels_for(x_NC, y_NO, tiles)) is not None:
+            fast.add_lora(y_NO, x_NC.contiguous(), (self.a, self.b, self.scales), tiles.groups, self.part_rows)
+            return y_NO
         a, b, scales = self.a[tiles.slots], self.b[tiles.slots], self.scales[tiles.slots]
         num_tiles, size = tiles.grid.shape
         x = x_NC.view(num_tiles, size, -1) if tiles.rows is None else x_NC[tiles.grid]
-        hidden = torch.bmm(x, a.transpose(1, 2)) * scales[:, None]  # (n, T, P R)
-        parts = zip(torch.split(hidden, self.rank, dim=2), torch.split(b, self.num_rows, dim=1), strict=True)
-        added = torch.cat([torch.bmm(h, b_part.transpose(1, 2)) for h, b_part in parts], dim=2).flatten(0, 1)
+        hidden = (torch.bmm(x, a.transpose(1, 2)) * scales[:, None]).to(x.dtype)  # (n, T, P R)
+        parts = zip(torch.split(hidden, self.rank, dim=2), torch.split(b, self.num_rows, dim=2), strict=True)
+        added = torch.cat([torch.bmm(h, b_part) for h, b_part in parts], dim=2).flatten(0, 1)
         if tiles.rows is None:
             return y_NO + added if torch.is_grad_enabled() else y_NO.add_(added)
         added = added[tiles.places]
         if torch.is_grad_enabled():
             return y_NO.index_add(0, tiles.rows, added)
         return y_NO.index_add_(0, tiles.rows, added)
+
+
+def _kernels_for(x_NC: Tensor, y_NO: Tensor, tiles: Tiles) -> Kernels | None:
+    if torch.is_grad_enabled() or x_NC.device.type != "cpu" or x_NC.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return kernels() if len(tiles.groups.order) <= MOST_ROWS and y_NO.is_contiguous() else None
 
 
 class Lora:

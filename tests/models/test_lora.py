@@ -10,11 +10,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters import PeftModel
+from kernels_built import built_kernels
 from smelt.errors import NotFound, UnsafeFile, UnsupportedModel
-from smelt.models.adapter_folders import CONFIG_FILE, WEIGHTS_FILE, matrices_of, merged, read_adapter, write_adapter
+from smelt.models import lora as lora_module
+from smelt.models.adapter_folders import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Factors,
+    Matrix,
+    matrices_of,
+    merged,
+    read_adapter,
+    write_adapter,
+)
 from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
-from smelt.models.lora import Lora, lay_out
+from smelt.models.lora import Lora, LoraMatrix, lay_out
 from smelt.models.weights import assemble, read_model
 
 ADAPTERS = {
@@ -130,6 +141,67 @@ def test_gradients_reach_each_adapter_s_own_factors(peft_model: PeftModel) -> No
         assert not gradient[1].any()
         for slot in (0, 2):
             torch.testing.assert_close(gradient[slot], alone[slot][index][slot], atol=1e-4, rtol=1e-4)
+
+
+# --- The kernel for few rows -----------------------------------------------------------------------------
+
+
+def random_matrix(rows: tuple[int, ...], width: int, ranks: list[int], dtype: torch.dtype) -> LoraMatrix:
+    torch.manual_seed(5)
+    matrix = LoraMatrix(Matrix(tuple("pqr"[: len(rows)]), rows, width), dtype, torch.device("cpu"))
+    matrix.reserve(len(ranks), max(ranks))
+    for slot, rank in enumerate(ranks):
+        parts = [Factors(torch.randn(rank, width) / width**0.5, torch.randn(n, rank), 0.3 + slot) for n in rows]
+        matrix.put(slot, parts if slot else [None, *parts[1:]])
+    return matrix
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = built_kernels()
+    monkeypatch.setattr(lora_module, "kernels", lambda: built)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width", "ranks"),
+    [((576, 192, 192), 576, [16, 8, 16]), ((300, 37), 33, [3, 5, 1]), ((7,), 5, [24, 1, 9]), ((1, 1), 1, [8, 8, 8])],
+)
+def test_the_kernel_adds_what_torch_adds(
+    kernel: None, rows: tuple[int, ...], width: int, ranks: list[int], dtype: torch.dtype, error: float
+) -> None:
+    matrix = random_matrix(rows, width, ranks, dtype)
+    slots = np.array([2, -1, 0, 1, 1, 1, -1, 2, 1, 1, 1, 0])
+    tiles = lay_out(slots, torch.device("cpu"))
+    assert tiles is not None
+    x, y = torch.randn(12, width).to(dtype), torch.randn(12, sum(rows)).to(dtype)
+    expected = y.double()
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            hidden = (matrix.a[slot].double() @ x[row].double() * matrix.scales[slot].double()).view(len(rows), -1)
+            parts = matrix.b[slot].double().split(list(rows), dim=1)
+            expected[row] += torch.cat([h @ b for h, b in zip(hidden, parts, strict=True)])
+    by_torch = matrix(x, y, tiles)  # with gradients, so without the kernel
+    with torch.no_grad():
+        by_kernel = matrix(x, y.clone(), tiles)
+    torch.testing.assert_close(by_kernel.double(), expected, atol=error, rtol=error / 5)
+    torch.testing.assert_close(by_torch.double(), expected, atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_added_to_a_row_does_not_depend_on_its_company(kernel: None, dtype: torch.dtype) -> None:
+    matrix = random_matrix((96, 40), 70, [8, 16, 4], dtype)
+    slots = np.array([2, -1, 0, 1, 1, 1, -1, 2, 1, 1, 1, 0, 1])
+    x, y = torch.randn(13, 70).to(dtype), torch.randn(13, 136).to(dtype)
+
+    def added(rows: list[int]) -> torch.Tensor:
+        tiles = lay_out(slots[rows], torch.device("cpu"))
+        with torch.no_grad():
+            return y[rows] if tiles is None else matrix(x[rows], y[rows], tiles)
+
+    together = added(list(range(13)))
+    for row in range(13):
+        assert torch.equal(added([row])[0], together[row])
 
 
 # --- Folders ---------------------------------------------------------------------------------------------
