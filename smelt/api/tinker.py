@@ -1,6 +1,6 @@
-"""Tinker's API: sessions, what the server can do, telemetry; knows no operation and computes nothing.
+"""Tinker's API: all its routes together, and what clients ask before anything else; computes nothing.
 
-The other routes below /api/v1 are in `tinker_training`, `tinker_sampling` and `tinker_rest`. Errors are {"detail"},
+Errors are {"detail"},
 and never 409 or 402, which Tinker's client takes for a reason to wait and try again.
 """
 
@@ -8,14 +8,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body
 from starlette.requests import Request
-from starlette.responses import Response
 
-from smelt.api import telemetry, tinker_rest, tinker_sampling, tinker_training
-from smelt.api.openai_desk import json_response
+from smelt.api import telemetry, tinker_account, tinker_rest, tinker_sampling, tinker_sessions, tinker_training
 from smelt.api.services import Services
 from smelt.api.tinker_answers import is_near
-from smelt.api.tinker_types import FinishBody, HeartbeatBody, SessionBody
-from smelt.storage.records import Session
 from smelt.transport.frames import MAX_FRAME_BYTES
 
 MAX_CHUNK_DATA = 65536  # data that a client sends at once
@@ -29,33 +25,11 @@ def router(services: Services) -> APIRouter:
     # Routes are tried one after the other, so what is asked most comes first.
     tinker_training.add_routes(routes, services)
     tinker_sampling.add_routes(routes, services)
-    _add_sessions(routes, services)
+    tinker_sessions.add_routes(routes, services)
     _add_client(routes, services)
     tinker_rest.add_routes(routes, services)
+    tinker_account.add_routes(routes, services)
     return routes
-
-
-def _add_sessions(routes: APIRouter, services: Services) -> None:
-    sessions = services.post_training.sessions
-
-    @routes.post("/create_session")
-    async def create_session(request: Request, body: SessionBody) -> dict[str, Any]:
-        """Begin a session, to which models and samplers belong."""
-        session = Session(owner=request.state.caller.owner, **body.model_dump())
-        return {"type": "create_session", "session_id": await sessions.create(session)}
-
-    @routes.post("/session_heartbeat")
-    async def heartbeat(request: Request, body: HeartbeatBody) -> Response:
-        """Say that the client lives; 410 where the session had been finished."""
-        is_open = await sessions.beat(request.state.caller.owner, body.session_id)
-        if not is_open:
-            return json_response(b'{"detail":"the session was finished"}', 410)
-        return json_response(b'{"type":"session_heartbeat"}')
-
-    @routes.post("/sessions/{session_id}/finish", status_code=204)
-    async def finish(request: Request, session_id: str, body: FinishBody) -> None:
-        """Say that the client is done, and how it went."""
-        await sessions.finish(request.state.caller.owner, session_id, body.model_dump())
 
 
 def _add_client(routes: APIRouter, services: Services) -> None:

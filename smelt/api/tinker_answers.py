@@ -3,7 +3,9 @@
 A result goes out as it is kept, so that it is the same bytes however often it is asked for.
 """
 
+import json
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -44,6 +46,23 @@ def not_yet(request_id: str, has_workers: bool) -> Response:
     if not has_workers:
         answer |= {"queue_state": "paused_capacity", "queue_state_reason": "no worker is connected"}
     return encoded(answer, 408)
+
+
+def owner_of(request: Request) -> str:
+    """Who asks."""
+    return str(request.state.caller.owner)
+
+
+def texts(metadata: dict[str, Any] | None) -> dict[str, str] | None:
+    """A user's metadata as clients read it: texts, though they may send anything."""
+    if metadata is None:
+        return None
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+
+
+def iso_time(seconds: float) -> str:
+    """Seconds since 1970 as clients read them."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def is_near(request: Request) -> bool:

@@ -1,9 +1,8 @@
-"""Tinker's REST: training runs, checkpoints, sessions and keys, as its client and its command line ask for them.
+"""Tinker's REST: training runs and checkpoints, as its client and its command line ask for them.
 
 A training run is a model, and a checkpoint is weights that it has saved. Knows no operation.
 """
 
-import json
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,8 @@ from fastapi.responses import FileResponse
 from starlette.requests import Request
 
 from smelt.api.services import Services
-from smelt.api.tinker_types import CopyBody, PathBody, ProjectBody, TtlBody
+from smelt.api.tinker_answers import iso_time, owner_of, texts
+from smelt.api.tinker_types import CopyBody, PathBody, TtlBody
 from smelt.control.download_links import DownloadLinks
 from smelt.control.post_training import PostTraining
 from smelt.control.saved_weights import SCHEME, copy_session, expiry, path_of
@@ -32,7 +32,6 @@ def add_routes(routes: APIRouter, services: Services) -> None:
     _add_checkpoints(routes, services.post_training)
     _add_changes(routes, services.post_training)
     _add_downloads(routes, services)
-    _add_sessions(routes, services.post_training)
 
 
 def _add_runs(routes: APIRouter, training: PostTraining) -> None:
@@ -131,7 +130,7 @@ def _add_downloads(routes: APIRouter, services: Services) -> None:
         for file in await weights.files(found):
             token, expires = links.make(found.folder, file)
             urls[file] = str(request.url_for("download", token=token, folder=found.folder, file=file))
-        return {"urls": urls, "expires": _time(expires)}
+        return {"urls": urls, "expires": iso_time(expires)}
 
     @routes.get("/downloads/{token}/{folder:path}/{file}", response_class=FileResponse)
     async def download(token: str, folder: str, file: str) -> FileResponse:
@@ -141,38 +140,6 @@ def _add_downloads(routes: APIRouter, services: Services) -> None:
         if not path.is_file():
             raise NotFound("this file is gone")
         return FileResponse(path, media_type="application/octet-stream", filename=file)
-
-
-def _add_sessions(routes: APIRouter, training: PostTraining) -> None:
-    sessions = training.sessions
-
-    @routes.get("/sessions")
-    async def list_sessions(request: Request, limit: Limit = 20, offset: Offset = 0) -> dict[str, list[str]]:
-        """The caller's sessions, newest first."""
-        return {"sessions": [each.id for each in await sessions.page(owner_of(request), limit, offset)]}
-
-    @routes.get("/sessions/{session_id}")
-    async def show_session(request: Request, session_id: str) -> dict[str, Any]:
-        """A session, its models and its samplers."""
-        owner = owner_of(request)
-        session = await sessions.read(owner, session_id)
-        models, samplers = await sessions.parts(owner, session_id)
-        return {
-            "training_run_ids": [model.id for model in models],
-            "sampler_ids": [sampler.id for sampler in samplers],
-            "user_metadata": _texts(session.user_metadata),
-            "display_name": session.display_name,
-        }
-
-    @routes.put("/sessions/{session_id}/project", status_code=204)
-    async def assign_project(request: Request, session_id: str, body: ProjectBody) -> None:
-        """Say which project a session is of."""
-        await sessions.assign_project(owner_of(request), session_id, body.project_id)
-
-
-def owner_of(request: Request) -> str:
-    """Who asks."""
-    return str(request.state.caller.owner)
 
 
 async def _model(request: Request, training: PostTraining, run_id: str, scope: Scope) -> TrainingModel:
@@ -190,10 +157,10 @@ async def _run(model: TrainingModel, training: PostTraining) -> dict[str, Any]:
         "model_owner": model.owner,
         "is_lora": model.rank > 0,
         "lora_rank": model.rank or None,
-        "last_request_time": _time(await training.models.last_request(model)),
+        "last_request_time": iso_time(await training.models.last_request(model)),
         "last_checkpoint": checkpoint and await _checkpoint(checkpoint, training),
         "last_sampler_checkpoint": sampler and await _checkpoint(sampler, training),
-        "user_metadata": _texts(model.user_metadata),
+        "user_metadata": texts(model.user_metadata),
     }
 
 
@@ -201,25 +168,14 @@ async def _checkpoint(weights: SavedWeights, training: PostTraining) -> dict[str
     return {
         "checkpoint_id": f"{weights.type}/{weights.name}",
         "checkpoint_type": CHECKPOINT_TYPES[weights.type],
-        "time": _time(weights.created),
+        "time": iso_time(weights.created),
         "tinker_path": path_of(weights),
         "size_bytes": await training.weights.size(weights),
         "public": weights.is_public,
-        "user_metadata": _texts(weights.user_metadata),
-        "expires_at": None if weights.expires is None else _time(weights.expires),
+        "user_metadata": texts(weights.user_metadata),
+        "expires_at": None if weights.expires is None else iso_time(weights.expires),
     }
 
 
 def _path(run_id: str, kind: str, name: str) -> str:
     return f"{SCHEME}{run_id}/{kind}/{name}"
-
-
-def _texts(metadata: dict[str, Any] | None) -> dict[str, str] | None:
-    """Clients read texts, and may send anything."""
-    if metadata is None:
-        return None
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()

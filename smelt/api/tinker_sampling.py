@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from smelt.api.services import Services
 from smelt.api.streaming import json_body
-from smelt.api.tinker_answers import add_direct, promise
+from smelt.api.tinker_answers import add_direct, owner_of, promise
 from smelt.api.tinker_types import SampleBody, SamplingSessionBody, sample, understand
 from smelt.control.samplers import weights_of
 
@@ -22,7 +22,7 @@ def add_routes(routes: APIRouter, services: Services) -> None:
     async def asample(request: Request) -> Response:
         """Samples from a prompt; a seed that is not given is drawn now."""
         body = understand(SampleBody, await json_body(request, MAX_PROMPT_BYTES))
-        sampler = await samplers.find(request.state.caller.owner, body.sampling_session_id)
+        sampler = await samplers.find(owner_of(request), body.sampling_session_id)
         wanted = sample(body, weights_of(sampler))
         to_the_end = body.sampling_params.max_tokens is None
         promised = await samplers.sample(sampler, body.seq_id, wanted, body.meant(), to_the_end=to_the_end)
@@ -34,7 +34,7 @@ def add_routes(routes: APIRouter, services: Services) -> None:
     async def create_sampling_session(request: Request, body: SamplingSessionBody) -> dict[str, Any]:
         """Open a sampler of a base model, or of saved weights."""
         sampler_id = await samplers.create(
-            request.state.caller.owner,
+            owner_of(request),
             body.session_id,
             body.sampling_session_seq_id,
             body.base_model,
@@ -45,5 +45,5 @@ def add_routes(routes: APIRouter, services: Services) -> None:
     @routes.get("/samplers/{sampler_id}")
     async def show_sampler(request: Request, sampler_id: str) -> dict[str, Any]:
         """What a sampler draws from."""
-        sampler = await samplers.find(request.state.caller.owner, sampler_id)
+        sampler = await samplers.find(owner_of(request), sampler_id)
         return {"sampler_id": sampler.id, "base_model": sampler.base_model, "model_path": sampler.path}

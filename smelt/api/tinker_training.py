@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, Presence, json_body, whole_body
-from smelt.api.tinker_answers import PROTOBUF, add_direct, encoded, is_near, not_yet, promise, result
+from smelt.api.tinker_answers import PROTOBUF, add_direct, encoded, is_near, not_yet, owner_of, promise, result
 from smelt.api.tinker_types import (
     CreateModelBody,
     LoadBody,
@@ -57,7 +57,7 @@ class TrainingRoutes:
         body = understand(RetrieveBody, await json_body(request, MAX_JSON_BYTES))
         try:
             async with Presence(request.receive):
-                found = await outcome(self._services.ledger, _owner(request), body.request_id, POLL_S)
+                found = await outcome(self._services.ledger, owner_of(request), body.request_id, POLL_S)
         except ClientLeft:  # also when the server goes down: then it hears to ask again
             found = None
         if found is None:
@@ -70,7 +70,7 @@ class TrainingRoutes:
             raise UnsupportedEncoding(f"send a ForwardBackwardRequest with the header `Content-Type: {PROTOBUF}`")
         body = await whole_body(request.receive, self._max_body_bytes)
         where = await _aside(body, place_of, body)
-        model = await self._models.find(_owner(request), where.model_id)
+        model = await self._models.find(owner_of(request), where.model_id)
         served = await self._models.served(model)
         fault = await _aside(body, fault_of, body, None if served is None else served.config)
         place = Place(model, where.seq, where.meant)
@@ -101,31 +101,31 @@ class TrainingRoutes:
         raw = await json_body(request, MAX_JSON_BYTES)
         body = understand(LoadBody, raw)
         if body.session_id is not None:
-            return await self._open_from(_owner(request), body, body.session_id)
+            return await self._open_from(owner_of(request), body, body.session_id)
 
         async def take(place: Place, body: LoadBody) -> str:
             return await self._models.load(place, body.path, with_optimizer=body.optimizer)
 
-        return await self._taken(_owner(request), "load_weights", LoadBody, raw, take)
+        return await self._taken(owner_of(request), "load_weights", LoadBody, raw, take)
 
     async def create_model(self, request: Request) -> Response:
         """Open a model with fresh adapters, or all of it."""
         body = understand(CreateModelBody, await json_body(request, MAX_JSON_BYTES))
         check_optimizer(body.optimizer_config)
-        slot = Slot(_owner(request), body.session_id, body.model_seq_id, body.meant(), body.user_metadata)
+        slot = Slot(owner_of(request), body.session_id, body.model_seq_id, body.meant(), body.user_metadata)
         model_id, promised = await self._models.create(slot, body.base_model, _lora(body))
         return promise(promised, model_id=model_id)
 
     async def unload_model(self, request: Request) -> Response:
         """Give a model up, after all that was asked of it before."""
         body = understand(ModelBody, await json_body(request, MAX_JSON_BYTES))
-        model = await self._models.find(_owner(request), body.model_id)
+        model = await self._models.find(owner_of(request), body.model_id)
         return promise(await self._models.unload(model), model_id=model.id)
 
     async def get_info(self, request: Request) -> Response:
         """What a model is; clients on this machine also hear where its tokenizer lies."""
         body = understand(ModelBody, await json_body(request, MAX_JSON_BYTES))
-        model = await self._models.find(_owner(request), body.model_id)
+        model = await self._models.find(owner_of(request), body.model_id)
         served = await self._models.served(model)
         data = {"model_name": model.base_model}
         if served is not None and served.config is not None:
@@ -160,7 +160,7 @@ class TrainingRoutes:
         self, request: Request, kind: str, body_class: type[B], take: Take[B], *volatile: str
     ) -> Response:
         raw = await json_body(request, MAX_JSON_BYTES)
-        return await self._taken(_owner(request), kind, body_class, raw, take, *volatile)
+        return await self._taken(owner_of(request), kind, body_class, raw, take, *volatile)
 
     async def _taken(
         self, owner: str, kind: str, body_class: type[B], raw: bytes, take: Take[B], *volatile: str
@@ -198,10 +198,6 @@ def add_routes(routes: APIRouter, services: Services) -> None:
     add_direct(routes, "/create_model", training.create_model, CreateModelBody)
     add_direct(routes, "/unload_model", training.unload_model, ModelBody)
     add_direct(routes, "/get_info", training.get_info, ModelBody)
-
-
-def _owner(request: Request) -> str:
-    return str(request.state.caller.owner)
 
 
 def _lora(body: CreateModelBody) -> Lora:

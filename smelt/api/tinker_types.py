@@ -7,7 +7,7 @@ for what else is wrong with it: the operation takes its place and fails there.
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from smelt.api.openai_parsing import parse
 from smelt.errors import InvalidInput
@@ -62,6 +62,32 @@ class ProjectBody(TinkerBody):
     """Whose work a session is."""
 
     project_id: str
+
+
+class StatusQueryBody(TinkerBody):
+    """How sessions shall stand."""
+
+    type: str
+    reasons: list[str] | None = None
+
+
+class CursorBody(TinkerBody):
+    """The last session of the page before."""
+
+    last_created_at: Annotated[AwareDatetime, Field(strict=False)]
+    last_session_id: str
+
+
+class SearchBody(TinkerBody):
+    """Which sessions are looked for. Whose they are needs no answer: nobody sees those of others."""
+
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = None
+    statuses: list[StatusQueryBody] | None = None
+    limit: int = Field(50, ge=1, le=200)
+    cursor: CursorBody | None = None
 
 
 class LoraBody(TinkerBody):

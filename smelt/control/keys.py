@@ -76,6 +76,11 @@ def revoke_key(connection: Connection, name: str, owner: str = LOCAL_OWNER) -> N
         records.replace(connection, changed(key, revoked=time.time()))
 
 
+def key_of(connection: Connection, owner: str, key_id: str) -> Key:
+    """The owner's key of that id. NotFound."""
+    return records.get(connection, Key, owner, key_id)
+
+
 def remove_key(connection: Connection, name: str, owner: str = LOCAL_OWNER) -> None:
     """Forget a revoked key, which frees its name. InvalidInput while it still opens something."""
     key = _named(connection, name, owner)

@@ -83,6 +83,10 @@ class Sessions:
 
         return await self._ask(ask)
 
+    async def trace(self, session_id: str) -> list[tuple[str, str, str, float, float]]:
+        """(lane, kind, state, accepted, last changed) of each request of a session, in seconds since 1970."""
+        return await self._ask(partial(session_rows.trace, session_id=session_id))
+
     def standing(self, session: Session) -> Standing:
         """Whether its client is there. After a start nobody is gone before they could have been heard."""
         if session.finished is not None:

@@ -97,6 +97,15 @@ def ephemeral_samplers(connection: Connection) -> list[SamplerRecord]:
     return [SamplerRecord(**row) for row in connection.execute(query).mappings()]
 
 
+def trace(connection: Connection, session_id: str) -> list[tuple[str, str, str, float, float]]:
+    """(lane, kind, state, created, updated) of each future of a session's models and samplers, as they came."""
+    models = select(training_models.c.id).where(training_models.c.session_id == session_id)
+    of_session = models.union(select(samplers.c.id).where(samplers.c.session_id == session_id))
+    columns = (futures.c.lane, futures.c.kind, futures.c.state, futures.c.created, futures.c.updated)
+    query = select(*columns).where(futures.c.lane.in_(of_session)).order_by(futures.c.number)
+    return [(row.lane, row.kind, row.state, row.created, row.updated) for row in connection.execute(query)]
+
+
 def num_waiting(connection: Connection, kind: str) -> int:
     """Requests of a kind that could be worked on, if anybody had the time."""
     query = select(func.count()).select_from(futures).where(and_(futures.c.ready, futures.c.kind == kind))

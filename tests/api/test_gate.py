@@ -38,6 +38,7 @@ PUBLIC = {
     "/healthz",
     "/api/v1/healthz",
     "/api/v1/downloads/{token}/{folder:path}/{file}",
+    "/api/v1/downloads/{token}/traces/{session_id}.json",
     "/login",
     "/logout",
     "/static/{name}",
