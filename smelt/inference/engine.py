@@ -155,8 +155,12 @@ class Engine:
     def _adapter_ids(self, chunks: list[Chunk]) -> Tensor | None:
         if all(chunk.sequence.adapter is None for chunk in chunks):
             return None
-        names = [chunk.sequence.adapter for chunk in chunks]
-        slots = [NO_ADAPTER if name is None else self.adapters.slot(name) for name in names]
+        slots = [
+            NO_ADAPTER
+            if (name := chunk.sequence.adapter) is None
+            else self.adapters.slot(name, chunk.sequence.adapter_version)
+            for chunk in chunks
+        ]
         return torch.from_numpy(np.repeat(slots, [chunk.num_tokens for chunk in chunks]))[None]
 
     def _note_computed(self, chunks: list[Chunk], hidden_NC: Tensor) -> None:
