@@ -16,7 +16,8 @@ from smelt.errors import SmeltError, Unavailable
 from smelt.inference.answer import Answer
 from smelt.inference.embeddings import Slice, embed_in_slices
 from smelt.inference.events import EmbedRequest, End, Event, Piece, Request, Vectors
-from smelt.inference.service import LONG_TEXT, TextModel
+from smelt.inference.prompts import LONG_TEXT
+from smelt.inference.service import TextModel
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +34,11 @@ class Writing:
 
     @property
     def is_long(self) -> bool:
-        """Whether others should not wait for its encoding."""
-        turns = sum(len(message.content) for message in self.request.messages)
-        return turns + (len(self.request.prompt) if isinstance(self.request.prompt, str) else 0) > LONG_TEXT
+        """Whether others should not wait for its encoding; a grammar may take a second too."""
+        request = self.request
+        num_chars = sum(len(message.content) for message in request.messages)
+        num_chars += len(request.prompt) if isinstance(request.prompt, str) else 0
+        return num_chars > LONG_TEXT or request.params.grammar is not None
 
     @property
     def has_ended(self) -> bool:

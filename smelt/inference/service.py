@@ -20,18 +20,17 @@ from smelt.data.chat import parse_messages
 from smelt.data.chat_format import ChatFormat
 from smelt.data.tokenizers import StreamDecoder, Tokenizer
 from smelt.data.tool_calls import ToolCallStream
-from smelt.errors import InvalidInput, TokenizerError
+from smelt.errors import InvalidInput
 from smelt.inference.answer import Answer
 from smelt.inference.embeddings import check_inputs, embed_in_slices, join_vectors
 from smelt.inference.engine import MAX_RUNNING, Engine
 from smelt.inference.grammar import GrammarCompiler
+from smelt.inference.prompts import Prompts
 from smelt.inference.sequence import Sequence, Status
 from smelt.inference.stop_strings import StopStrings
 from smelt.inference.whitespace import OuterSpace
 from smelt.models.decoder import Decoder
 from smelt.types import LOCAL_OWNER, ChatMessage, SamplingParams
-
-LONG_TEXT = 20_000  # characters: above a few milliseconds of encoding
 
 
 class TextModel:
@@ -53,6 +52,7 @@ class TextModel:
         self.tokenizer = tokenizer
         self.engine = Engine(model, tokenizer.vocab_size, max_running=max_running, kv_bytes=kv_bytes)
         self.chat_format = chat_format or ChatFormat.of(None, tokenizer)
+        self._prompts = Prompts(model.config, tokenizer, self.chat_format)
         self._answers: dict[Sequence, Answer] = {}
         self._paused: set[Sequence] = set()
         self._lock = threading.Lock()
@@ -105,7 +105,7 @@ class TextModel:
 
     def encode_inputs(self, texts: Items[str | Items[int]]) -> list[list[int]]:
         """The tokens of texts that are to become vectors; InvalidInput names the one that cannot."""
-        inputs = [self._encode(text) if isinstance(text, str) else list(text) for text in texts]
+        inputs = [self._prompts.encode(text) if isinstance(text, str) else list(text) for text in texts]
         check_inputs(inputs, self.config)
         return inputs
 
@@ -123,7 +123,7 @@ class TextModel:
 
         With `echo` they begin with the prompt; then `max_tokens` 0 only scores it. Encoding a long text takes its time.
         """
-        prompt_ids = self._prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        prompt_ids = self._prompts.to_go_on_from(prompt) if isinstance(prompt, str) else list(prompt)
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt_ids)
         return [
             self._answer(sequence, shown_by, echo=text if echo else None)
@@ -144,10 +144,7 @@ class TextModel:
 
         `tools` are definitions in OpenAI's form. InvalidInput where the model's template knows none.
         """
-        self._check_length(sum(len(message.content) for message in messages))
-        prompt_ids = self.chat_format.prompt_ids(messages, tools)
-        if not self.chat_format.has_template:
-            prompt_ids = self._begun(prompt_ids)
+        prompt_ids = self._prompts.of_chat(messages, tools)
         params = replace(params, stop=(*params.stop, *self.chat_format.stop_strings))
         return [
             self._answer(sequence, shown_by, is_turn=True, may_call=bool(tools))
@@ -254,7 +251,7 @@ class TextModel:
         echo: bool = False,
     ) -> Iterator[tuple[Sequence, SamplingParams]]:
         """What draws each answer, and the settings by which that is shown."""
-        ends = frozenset() if params.ignore_eos else self._end_ids() | self._turn_end_ids()
+        ends = frozenset() if params.ignore_eos else self._prompts.text_end_ids | self._prompts.turn_end_ids
         num_prompt_logprobs = params.num_logprobs if echo else None
         params = replace(params, stop_token_ids=params.stop_token_ids | ends, num_prompt_logprobs=num_prompt_logprobs)
         grammar = None if params.grammar is None else self._grammars.start(params.grammar)
@@ -289,49 +286,7 @@ class TextModel:
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer, self.engine.vocab_size, self._turn_end_ids())
-
-    def _turn_end_ids(self) -> frozenset[int]:
-        """Tokens that end what the model says, beside the end-of-text token."""
-        return frozenset(token for token in self.chat_format.stop_token_ids if token < self.config.vocab_size)
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        """Without a prompt: what begins a text or ends the one before, or a new line, or else the first token."""
-        if prompt or self.tokenizer.bos_id is not None:
-            return self._encode(prompt)
-        if ends := self._end_ids():
-            return list(ends)
-        try:
-            return self.tokenizer.encode("\n")
-        except TokenizerError:
-            return [0]
-
-    def _encode(self, text: str) -> list[int]:
-        self._check_length(len(text))
-        return self._begun(self.tokenizer.encode(text))
-
-    def _begun(self, token_ids: list[int]) -> list[int]:
-        """With the token before them that begins every text, where the model expects one."""
-        return token_ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *token_ids]
-
-    def _check_length(self, num_chars: int) -> None:
-        """InvalidInput for a long text that cannot fit, before it costs anything."""
-        limit = self.config.block_size * self._longest_token if num_chars > LONG_TEXT else LONG_TEXT
-        if num_chars > limit:
-            raise InvalidInput(
-                f"the prompt has {num_chars:,} characters, but the model's context of {self.config.block_size} tokens "
-                f"holds {limit:,} at most; shorten the prompt"
-            )
-
-    @cached_property
-    def _longest_token(self) -> int:
-        """Bytes, and so characters at most, of the longest token."""
-        return max(len(self.tokenizer.decode_bytes([token])) for token in range(self.tokenizer.vocab_size))
-
-    def _end_ids(self) -> frozenset[int]:
-        """The end-of-text token, where the model has a row for it (vocabularies made elsewhere may not)."""
-        eot_id = self.tokenizer.eot_id
-        return frozenset() if eot_id is None or eot_id >= self.config.vocab_size else frozenset({eot_id})
+        return GrammarCompiler(self.tokenizer, self.engine.vocab_size, self._prompts.turn_end_ids)
 
 
 def _params(sampling: dict[str, Any]) -> SamplingParams:
