@@ -44,11 +44,18 @@ def show_playground(page: Page, url: str, _run_id: str) -> None:
     expect(page.locator("#summary")).to_contain_text("tokens in", timeout=60_000)
 
 
+def show_models(page: Page, url: str, _run_id: str) -> None:
+    """The models that are registered."""
+    page.goto(f"{url}/dashboard/models")
+    expect(page.locator("tbody tr").first).to_be_visible()
+
+
 PICTURES: dict[str, tuple[Callable[[Page, str, str], None], dict[str, Any]]] = {
     "runs": (show_runs, {"viewport": {"width": 1100, "height": 430}}),
     "run": (show_run, DESKTOP),
     "run-dark": (show_run, DARK),
     "run-phone": (show_run, PHONE),
+    "models": (show_models, {"viewport": {"width": 1100, "height": 560}}),
     "playground": (show_playground, DESKTOP),
     "playground-dark": (show_playground, DARK),
 }

@@ -9,6 +9,8 @@ from smelt.errors import SmeltError, Unavailable
 from smelt.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from smelt.configs import DecoderConfig
     from smelt.control.models import ModelInfo
 
@@ -23,6 +25,9 @@ Examples:
   smelt models unload shakespeare
   smelt models export out my-model-for-transformers
   smelt models rm shakespeare"""
+
+# Columns of `ls` that give way on a narrow terminal, the first one first.
+LESS_IMPORTANT = ("from", "tokenizer", "architecture")
 
 ALIAS_EXAMPLES = """\b
 Examples:
@@ -41,7 +46,6 @@ def command() -> None:
 def list_command() -> None:
     """List the registered models and their aliases and, while a server runs, what it has loaded."""
     from rich.console import Console
-    from rich.table import Table
 
     from smelt.control.models import list_models
 
@@ -51,27 +55,52 @@ def list_command() -> None:
         click.echo("no models yet; make one with smelt train, or: smelt models import SOURCE NAME")
         return
     loaded = loaded_models(settings)
-    headings = ["name", "aliases", "architecture", "parameters", "context", "size", "tokenizer", "loaded", "from"]
-    hidden = {"aliases": not any(model.aliases for model in models), "loaded": loaded is None}
-    headings = [heading for heading in headings if not hidden.get(heading)]
+    console = Console()
+    rows = [list_row(model, is_loaded=loaded is not None and model.name in loaded) for model in models]
+    headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
+    if console.is_terminal:
+        headings = fitting(rows, headings, console.width)
+    console.print(table_of(rows, headings), markup=False, soft_wrap=not console.is_terminal)
+
+
+def fitting(rows: list[dict[str, str]], headings: list[str], width: int) -> list[str]:
+    """The headings of a table that a terminal has room for; the less important ones give way."""
+    kept = list(headings)
+    for heading in LESS_IMPORTANT:
+        widths = [max(len(heading), *(len(row[heading]) for row in rows)) for heading in kept]
+        if sum(widths) + 2 * (len(kept) - 1) <= width:
+            break
+        kept = [other for other in kept if other != heading]
+    return kept
+
+
+def table_of(rows: list[dict[str, str]], headings: list[str]) -> "Table":
+    """Rows as a table, with numbers to the right."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         is_number = heading in ("parameters", "context", "size")
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading != "from", overflow="fold")
-    for model in models:
-        cells = list_row(model, is_loaded=loaded is not None and model.name in loaded)
-        table.add_row(*(cells[heading] for heading in headings))
-    Console().print(table, markup=False)
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[heading] for heading in headings))
+    return table
 
 
 def list_row(model: "ModelInfo", is_loaded: bool) -> dict[str, str]:
-    """What `ls` says of a model, by the headings of its columns."""
-    cells = {"name": model.name, "aliases": " ".join(model.aliases), "size": size_text(model.num_bytes)}
-    cells |= {"tokenizer": model.tokenizer or "none", "from": model.origin or "", "loaded": "yes" if is_loaded else ""}
-    if model.config is None:
-        return {**cells, "architecture": "unusable, see show", "parameters": "", "context": ""}
-    shape = {"parameters": f"{model.config.num_parameters:,}", "context": f"{model.config.block_size:,}"}
-    return {**cells, **shape, "architecture": model.config.architecture}
+    """What `ls` says of a model, by heading."""
+    config = model.config
+    return {
+        "name": model.name,
+        "aliases": " ".join(model.aliases),
+        "architecture": config.architecture if config else "unusable, see show",
+        "parameters": f"{config.num_parameters:,}" if config else "",
+        "context": f"{config.block_size:,}" if config else "",
+        "size": size_text(model.num_bytes),
+        "tokenizer": model.tokenizer or "none",
+        "loaded": "yes" if is_loaded else "",
+        "from": model.origin or "",
+    }
 
 
 @command.command("show", epilog="\b\nExample:\n  smelt models show out")

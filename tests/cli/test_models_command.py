@@ -11,7 +11,7 @@ from gated import make_key
 from holding import holding_server
 from live import serving
 from smelt.api.app import create_app
-from smelt.cli.models import command, size_text
+from smelt.cli.models import command, fitting, size_text
 from smelt.cluster.claims import held_home, note_address
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
@@ -152,6 +152,14 @@ def test_the_running_server_loads_and_unloads(tmp_path: Path, monkeypatch: pytes
             models("load", "onn")
         with services.database.connect() as connection:
             assert [key.name for key in all_keys(connection)] == (["laptop"] if has_keys else [])
+
+
+def test_a_narrow_terminal_loses_what_matters_less() -> None:
+    rows = [{"name": "small", "architecture": "gpt2", "size": "1 KiB", "tokenizer": "bytes", "from": "x" * 30}]
+    headings = list(rows[0])
+    assert fitting(rows, headings, 80) == headings
+    assert fitting(rows, headings, 60) == ["name", "architecture", "size", "tokenizer"]
+    assert fitting(rows, headings, 20) == ["name", "size"]
 
 
 @pytest.mark.parametrize(
