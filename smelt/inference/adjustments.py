@@ -56,15 +56,13 @@ def _penalise(scores_BV: Tensor, rows: list[int], sequences: list[Sequence]) -> 
 
     ids = torch.from_numpy(np.concatenate([ids for ids, _ in counted])).to(scores_BV.device)
     counts = torch.from_numpy(np.concatenate([counts for _, counts in counted])).to(scores_BV.device)
-    # Prompts may hold ids that the model has beyond the tokenizer's, which are not among the logits.
-    is_known = ids < scores_BV.shape[1]
-    places = (torch.from_numpy(np.repeat(rows, sizes)).to(scores_BV.device)[is_known], ids[is_known])
+    places = (torch.from_numpy(np.repeat(rows, sizes)).to(scores_BV.device), ids)
     own = [sequences[row].params for row in rows]
     scores = scores_BV[places]
-    repetition = spread([p.repetition_penalty for p in own])[is_known]
+    repetition = spread([p.repetition_penalty for p in own])
     scores = torch.where(scores > 0, scores / repetition, scores * repetition)
-    scores -= (spread([p.frequency_penalty for p in own]) * counts)[is_known]
-    scores -= (spread([p.presence_penalty for p in own]) * (counts > 0))[is_known]
+    scores -= spread([p.frequency_penalty for p in own]) * counts
+    scores -= spread([p.presence_penalty for p in own]) * (counts > 0)
     scores_BV[places] = scores
 
 

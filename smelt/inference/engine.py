@@ -44,10 +44,10 @@ class EngineStats:
 class Engine:
     """`add` a sequence, `step` until it is finished, or `abort` it.
 
-    `vocab_size` is how many token ids the tokenizer has where the model has more: the rest are never drawn. The cache
-    has `num_blocks` blocks, or what `kv_bytes` hold, or else room for `max_running` contexts and at most a quarter of
-    the free memory; memory is taken as it is needed. A step computes `max_step_tokens` at most, one for each running
-    sequence at least.
+    `vocab_size` is how many token ids the tokenizer has where the model has more: the rest are neither taken nor
+    drawn. The cache has `num_blocks` blocks, or what `kv_bytes` hold, or else room for `max_running` contexts and at
+    most a quarter of the free memory; memory is taken as it is needed. A step computes `max_step_tokens` at most, one
+    for each running sequence at least.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Engine:
             raise InvalidInput("the prompt has no tokens; begin with the end-of-text token to start from nothing")
         if sequence.num_tokens >= self.max_length:
             raise InvalidInput(self._why_too_long(sequence.num_tokens))
-        if min(sequence.prompt_ids) < 0 or max(sequence.prompt_ids) >= self.model.config.vocab_size:
-            raise InvalidInput(f"the prompt has token ids outside of 0..{self.model.config.vocab_size - 1}")
+        if min(sequence.prompt_ids) < 0 or max(sequence.prompt_ids) >= self.vocab_size:
+            raise InvalidInput(f"the prompt has token ids outside of 0..{self.vocab_size - 1}")
         check_params(sequence.params, self.vocab_size)
         if sequence.adapter is not None:
             sequence.adapter_version = self.adapters.version(sequence.adapter)

@@ -85,12 +85,6 @@ def test_counts_grow_with_the_answer() -> None:
             assert torch.equal(adjusted, adjust(logits, [at_once]))
 
 
-def test_prompt_ids_beyond_the_logits_are_passed_over() -> None:
-    logits = logits_of(1)
-    expected = adjust(logits, [sequence([1], [], repetition_penalty=1.5)])
-    assert torch.equal(adjust(logits, [sequence([1, NUM_IDS + 3], [], repetition_penalty=1.5)]), expected)
-
-
 class Fixed:
     """A grammar that always allows the same tokens."""
 

@@ -277,6 +277,11 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model: Decoder) -> None:
     assert set(sequence.output_ids) == set(range(7))
 
 
+def test_a_prompt_has_none_of_the_ids_beyond_the_tokenizer_s(model: Decoder) -> None:
+    with pytest.raises(InvalidInput, match=r"outside of 0\.\.6"):
+        Engine(model, vocab_size=7).add(Sequence([1, 7], SamplingParams()))
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
