@@ -89,10 +89,12 @@ class Sequence:
         return self._uniform
 
     def resumed(self, context: list[int], num_left: int) -> "Sequence":
-        """What goes on from this context where this sequence stopped, with its luck and its grammar."""
+        """What goes on from this context where this sequence stopped, with its luck, penalties and grammar."""
         params = replace(self.params, max_tokens=num_left, num_prompt_logprobs=None)
         sequence = Sequence(context, params, self.owner, self.adapter, self.grammar)
         sequence.random, sequence._uniform = self.random, self._uniform
+        if self.token_counts is not None:
+            sequence.token_counts = self.token_counts.restarted(self.output_ids)
         return sequence
 
     def append(self, token: int, logprob: float, top: Alternatives, max_length: int) -> None:

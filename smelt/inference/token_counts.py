@@ -26,6 +26,12 @@ class TokenCounts:
         self._num_counted = len(output_ids)
         return self._ids[: len(self._slots)], self._counts[: len(self._slots)]
 
+    def restarted(self, output_ids: list[int]) -> "TokenCounts":
+        """These counts, for an answer that goes on from here as if it began anew."""
+        self.update(output_ids)
+        self._num_counted = 0
+        return self
+
     def _slot(self, token: int) -> int:
         slot = self._slots.setdefault(token, len(self._slots))
         if slot == len(self._ids):

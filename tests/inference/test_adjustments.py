@@ -85,6 +85,17 @@ def test_counts_grow_with_the_answer() -> None:
             assert torch.equal(adjusted, adjust(logits, [at_once]))
 
 
+def test_an_answer_that_outgrows_its_context_keeps_its_penalties() -> None:
+    logits = logits_of(1)
+    first = sequence([1, 2], [3, 4], repetition_penalty=1.5, frequency_penalty=0.5)
+    adjust(logits, [first])
+    first.output_ids.append(3)
+    resumed = first.resumed([4, 3], num_left=10)
+    resumed.output_ids.append(3)
+    at_once = sequence([1, 2], [3, 4, 3, 3], repetition_penalty=1.5, frequency_penalty=0.5)
+    assert torch.equal(adjust(logits, [resumed]), adjust(logits, [at_once]))
+
+
 class Fixed:
     """A grammar that always allows the same tokens."""
 
