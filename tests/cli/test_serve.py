@@ -176,6 +176,18 @@ def test_what_was_accepted_is_answered_whoever_dies(home: Path, model: Path) -> 
     assert [answer["status"] for answer in answers] == ["completed"] * len(accepted)
 
 
+def test_an_import_that_was_accepted_is_done_though_the_api_dies(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(home / "runs" / "done" / "best")
+    monkeypatch.setenv("SMELT_FAULT", "after_commit_before_answer:1")  # which kills it there
+    with serving(home, "--no-worker") as server:
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"{server.url}/v1/imports", json={"source": "runs/done", "name": "mine"}, timeout=30)
+        (job,) = persistently(lambda: httpx.get(f"{server.url}/v1/imports", timeout=30).json()["data"])
+        job = httpx.get(f"{server.url}/v1/imports/{job['id']}", params={"wait": 20}, timeout=60).json()
+        assert (job["name"], job["status"]) == ("mine", "completed")
+        assert httpx.get(f"{server.url}/v1/models/mine", timeout=30).json()["context"] == 64
+
+
 def promised(server: Server, number: int) -> str:
     """The id of an answer that was asked for in the background."""
     body = {"model": "tiny", "prompt": f"Once {number}", "max_tokens": 40, "background": True}
