@@ -16,7 +16,7 @@ from smelt.api.tinker_types import CopyBody, PathBody, TtlBody
 from smelt.control.download_links import DownloadLinks
 from smelt.control.post_training import PostTraining
 from smelt.control.saved_weights import SCHEME, copy_session, expiry, path_of
-from smelt.errors import InvalidInput, NotFound
+from smelt.errors import InvalidInput
 from smelt.storage.records import SavedWeights, TrainingModel
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -128,17 +128,15 @@ def _add_downloads(routes: APIRouter, services: Services) -> None:
         found = (await weights.find_saved(owner_of(request), _path(run_id, kind, name))).weights
         urls, expires = {}, 0.0
         for file in await weights.files(found):
-            token, expires = links.make(found.folder, file)
-            urls[file] = str(request.url_for("download", token=token, folder=found.folder, file=file))
+            token, expires = links.make(found.id, file)
+            urls[file] = str(request.url_for("download", token=token, weights_id=found.id, file=file))
         return {"urls": urls, "expires": iso_time(expires)}
 
-    @routes.get("/downloads/{token}/{folder:path}/{file}", response_class=FileResponse)
-    async def download(token: str, folder: str, file: str) -> FileResponse:
+    @routes.get("/downloads/{token}/{weights_id}/{file}", response_class=FileResponse)
+    async def download(token: str, weights_id: str, file: str) -> FileResponse:
         """A file of saved weights, for whoever has its address."""
-        links.check(token, folder, file)
-        path = services.settings.home / folder / file
-        if not path.is_file():
-            raise NotFound("this file is gone")
+        links.check(token, weights_id, file)
+        path = await weights.file(weights_id, file)
         return FileResponse(path, media_type="application/octet-stream", filename=file)
 
 

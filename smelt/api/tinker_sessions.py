@@ -28,7 +28,7 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=2**62)]
 
 MAX_SEARCHED = 100_000
-TRACES = "traces"  # in the place of a folder, in addresses that are signed
+TRACES = "traces"  # where addresses of weights have an id
 
 
 def add_routes(routes: APIRouter, services: Services) -> None:

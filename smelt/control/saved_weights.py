@@ -138,6 +138,14 @@ class WeightsStore:
         except FileNotFoundError:
             raise NotFound(f"the files of {path_of(weights)} are gone") from None
 
+    async def file(self, weights_id: str, name: str) -> Path:
+        """Where a file of weights lies, whoever owns them. NotFound."""
+        found = await self._ask(lambda connection: records.of_all_owners(connection, SavedWeights, id=weights_id))
+        path = self._home / found[0].folder / name if found else None
+        if path is None or not await asyncio.to_thread(path.is_file):
+            raise NotFound("this file is gone")
+        return path
+
     async def change(self, owner: str, path: str, **values: Any) -> None:
         """Publish weights or take that back, or say when they expire; only their owner may. NotFound."""
         found = await self._own(owner, path)

@@ -37,7 +37,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 PUBLIC = {
     "/healthz",
     "/api/v1/healthz",
-    "/api/v1/downloads/{token}/{folder:path}/{file}",
+    "/api/v1/downloads/{token}/{weights_id}/{file}",
     "/api/v1/downloads/{token}/traces/{session_id}.json",
     "/login",
     "/logout",
