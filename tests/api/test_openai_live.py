@@ -124,6 +124,34 @@ def test_answers_have_the_form_that_was_asked_for(client: openai.OpenAI) -> None
     assert refused.value.param == "response_format"
 
 
+MIXED: list[dict[str, Any]] = [
+    {}, {"temperature": 1, "top_p": 0.5}, {"temperature": 1, "extra_body": {"top_k": 5}}, {"n": 3, "temperature": 1},
+    {"temperature": 1, "extra_body": {"min_p": 0.2, "repetition_penalty": 1.3}}, {"best_of": 4, "temperature": 1},
+    {"presence_penalty": 1.5, "frequency_penalty": -1}, {"logit_bias": {"65": 5, "66": 5}}, {"echo": True, "stop": "!"},
+    {"model": "ending", "extra_body": {"response_format": {"type": "regex", "pattern": "[a-z]{3,9}"}}},
+]  # fmt: skip
+
+
+def test_answers_do_not_depend_on_their_company(client: openai.OpenAI) -> None:
+    asked = [
+        {
+            **GREEDY,
+            "prompt": "To be " * (number % 5 + 1),
+            "max_tokens": 20 + number,
+            "seed": number,
+            **MIXED[number % 10],
+        }
+        for number in range(40)
+    ]
+
+    def texts(settings: dict[str, Any]) -> list[str]:
+        return [choice.text for choice in client.completions.create(**settings).choices]
+
+    with ThreadPoolExecutor(20) as clients:
+        together = list(clients.map(texts, asked))
+    assert together == [texts(settings) for settings in asked]
+
+
 def test_texts_are_embedded(client: openai.OpenAI) -> None:
     answer = client.embeddings.create(model="tiny", input=["To be", "or not", "To be"])
     first, second, third = (item.embedding for item in answer.data)

@@ -13,7 +13,7 @@ from scripted import Scripted, scripted
 from smelt.api.app import create_app
 from smelt.api.openai_chat_types import CHAT_TOKENS, MAX_TOOL_BYTES, ChatBody
 from smelt.api.openai_parsing import parse
-from smelt.api.openai_types import MAX_LOGPROBS, MAX_PROMPT_CHARS, MAX_SCHEMA_BYTES, MAX_TOKENS
+from smelt.api.openai_types import MAX_LOGPROBS, MAX_PROMPT_CHARS, MAX_PROMPT_TOKENS, MAX_SCHEMA_BYTES, MAX_TOKENS
 from smelt.api.services import Services
 from smelt.types import Grammar, SamplingParams
 
@@ -109,7 +109,7 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
     *((TEXT, {**HELLO, "seed": value}, "seed") for value in (2**63, -(2**63) - 1, 1.5, "x")),
     *((TEXT, {**HELLO, "stop": value}, "stop") for value in ("", [""], ["a"] * 5, 5, "s" * 257, [1])),
     *((TEXT, {**HELLO, "prompt": value}, "prompt") for value in (
-        None, 5, True, [], [[]], [-1], [2**31], [True], [1, "a"], ["a"] * 65, [["a"]], {}, "x" * (MAX_PROMPT_CHARS + 1),
+        None, 5, True, [], [[]], [-1], [2**31], [True], [1, "a"], ["a"] * 65, [["a"]], {}, [1] * (MAX_PROMPT_TOKENS + 1), "x" * (MAX_PROMPT_CHARS + 1),
         ["x" * (MAX_PROMPT_CHARS // 2 + 1)] * 2)),
     *((CHAT, {**HI, "messages": value}, "messages") for value in (None, [], "Hi", {}, [HI["messages"][0]] * 1025)),
     (CHAT, {**HI, "messages": [{"role": "user", "content": "x" * (MAX_PROMPT_CHARS // 2 + 1)}] * 2}, "messages"),
