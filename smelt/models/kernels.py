@@ -36,6 +36,7 @@ _LINEAR_INT8 = [Address] * 5 + [Count] * 3 + [Threads]
 _ATTEND = [Address, Count, Address, Address, Count, Address, Count, Address, Count, Address] + [Count] * 5 + [Threads]
 _LORA = [Address] * 8 + [Count, Address] + [Count] * 4 + [Threads]
 _RMS_NORM = [Address] * 3 + [Count] * 2 + [ctypes.c_float, Threads]
+_SWIGLU = [Address] * 2 + [Count] * 2 + [Threads]
 _ROTATE = [Address, Count, Address, Address, Address, Count, Count, Count, Threads]
 _WRITE_CACHE: list[Any] = [Address, Count] * 2 + [Address] * 3 + [Count] * 3
 
@@ -50,6 +51,7 @@ class Kernels:
         self._attend = _by_dtype(functions, "attend", _ATTEND)
         self._lora = _by_dtype(functions, "lora", _LORA)
         self._rms_norm = _by_dtype(functions, "rms_norm", _RMS_NORM)
+        self._swiglu = _by_dtype(functions, "swiglu", _SWIGLU)
         self._rotate = _by_dtype(functions, "rotate", _ROTATE)
         self._write_cache = functions.write_cache
         self._write_cache.argtypes, self._write_cache.restype = _WRITE_CACHE, None
@@ -149,6 +151,13 @@ class Kernels:
         self._rms_norm[x.dtype](
             x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps, torch.get_num_threads()
         )
+        return y
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """(..., 2F) -> (..., F): silu(first half) * second half."""
+        width = x.shape[-1] // 2
+        y = x.new_empty((*x.shape[:-1], width))
+        self._swiglu[x.dtype](x.data_ptr(), y.data_ptr(), y.numel() // width, width, torch.get_num_threads())
         return y
 
     def rotate(self, x_NHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

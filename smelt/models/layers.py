@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smelt.configs import DecoderConfig
 from smelt.models.batch import Batch
 from smelt.models.linear import Linear
-from smelt.models.rowwise import RMSNorm, rotate
+from smelt.models.rowwise import RMSNorm, rotate, swiglu
 
 # (layer, q_BTHD, k_BTGD, v_BTGD) -> out_BTHD: how queries meet keys. Training attends within the
 # batch; the inference engine passes one that reads and writes its cache.
@@ -145,8 +145,7 @@ class MLP(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         hidden = self.up(x_BTC)
         if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
+            return self.down(swiglu(hidden))
         return self.down(F.gelu(hidden, approximate=self.gelu_form))
 
 

@@ -49,9 +49,37 @@ void rotate(const X *x, int64_t x_stride, const X *cos, const X *sin, X *y, int6
         }
 }
 
+// y = silu(gate) * up, where each row of x has all gates first.
+template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) if (num_rows >= ROWS_PER_THREAD)
+    for (int64_t r = 0; r < num_rows; r++) {
+        const X *gates = x + 2 * r * width, *ups = gates + width;
+        X *to = y + r * width;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            const floats gate = widen(gates + i), power = exponential(gate < 0.0f ? gate : -gate);
+            const floats silu = gate * (gate < 0.0f ? power : floats{} + 1.0f) / (power + 1.0f);
+            for (int lane = 0; lane < LANES; lane++)
+                assign(to[i + lane], rounded<X>(silu[lane]) * to_float(ups[i + lane]));
+        }
+        for (; i < width; i++) {
+            const float gate = to_float(gates[i]);
+            assign(to[i], rounded<X>(gate / (1.0f + std::exp(-gate))) * to_float(ups[i]));
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+void swiglu_fp32(const float *x, float *y, int64_t num_rows, int64_t width, int threads) {
+    swiglu(x, y, num_rows, width, threads);
+}
+
+void swiglu_bf16(const bf16 *x, bf16 *y, int64_t num_rows, int64_t width, int threads) {
+    swiglu(x, y, num_rows, width, threads);
+}
 
 void rms_norm_fp32(const float *x, const float *weight, float *y, int64_t num_rows, int64_t width, float eps,
                    int threads) {

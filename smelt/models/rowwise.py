@@ -1,4 +1,4 @@
-"""Work on single rows between the products of a decoder: norms, rotary positions, writing into a cache.
+"""Work on single rows between the products of a decoder: norms, gates, rotary positions, writing into a cache.
 
 Compiled where it can be. Knows no architecture. Shapes: B rows, T tokens, H heads, D width of a head; N tokens in
 one row, G heads of keys.
@@ -19,6 +19,14 @@ class RMSNorm(nn.RMSNorm):
         if (fast := _kernels_for(x)) is not None and x.is_contiguous() and x.dtype == self.weight.dtype:
             return fast.rms_norm(x, self.weight, self.eps or 0.0)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2F) -> (..., F): silu(first half) * second half."""
+    if (fast := _kernels_for(x)) is not None and x.is_contiguous():
+        return fast.swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

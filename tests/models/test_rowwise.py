@@ -34,6 +34,17 @@ def test_norms(compiled: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 3072), (2, 20, 74), (1, 2, 2)])
+def test_gates(compiled: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (30 * torch.randn(shape)).to(dtype)
+    found = rowwise.swiglu(x)
+    by_torch(monkeypatch)
+    torch.testing.assert_close(found, rowwise.swiglu(x))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])
 def test_rotations(compiled: None, monkeypatch: pytest.MonkeyPatch, num_tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
