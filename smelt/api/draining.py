@@ -1,7 +1,7 @@
 """Draining: how an ASGI application lets its answers finish before it goes; knows no route and no signal.
 
 Whoever posts waits for an answer, and gets it. A GET that is still open follows something (a run's events, a long
-poll); it is told that its client has left, and the client asks the next server.
+poll), and so does one kind of POST; it is told that its client has left, and the client asks the next server.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FOLLOWING = ("GET", "HEAD")
+LONG_POLL = "/api/v1/retrieve_future"
 
 
 class Draining:
@@ -24,7 +25,7 @@ class Draining:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] == "http" and scope["method"] in FOLLOWING:
+        if scope["type"] == "http" and (scope["method"] in FOLLOWING or scope["path"] == LONG_POLL):
             receive = self._until_it_begins(receive)
         await self._app(scope, receive, send)
 
