@@ -12,7 +12,7 @@ from asking import Ask, Client, alone, asked, make_model
 from smelt.errors import InvalidInput, NotFound, Overloaded, Unavailable
 from smelt.inference.events import End, Event
 from smelt.inference.server import InferenceServer
-from smelt.types import SamplingParams
+from smelt.types import Grammar, SamplingParams
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -274,3 +274,15 @@ def test_two_hundred_who_leave_at_any_moment_leave_nothing_behind() -> None:
     client.server.submit("last", asked("x"))
     assert len(client.text("last")) == 30
     client.server.close()
+
+
+def test_a_form_that_becomes_too_expensive_fails_alone(client: Client) -> None:
+    """The answer to a hostile expression ends with what is wrong with it; the others go on where they stood."""
+    hostile = SamplingParams(max_tokens=50, temperature=1.0, seed=1, grammar=Grammar("regex", "(a{1000}){1000}"))
+    client.server.submit("1", asked("first", 1, 60))
+    client.begun("1", 3)
+    client.server.submit("bad", Ask("x", params=hostile))
+    error = client.end("bad").error
+    assert isinstance(error, InvalidInput)
+    assert error.param == "response_format"
+    assert client.text("1") == alone(asked("first", 1, 60))
