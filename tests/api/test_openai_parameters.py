@@ -109,7 +109,8 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
     *((TEXT, {**HELLO, "seed": value}, "seed") for value in (2**63, -(2**63) - 1, 1.5, "x")),
     *((TEXT, {**HELLO, "stop": value}, "stop") for value in ("", [""], ["a"] * 5, 5, "s" * 257, [1])),
     *((TEXT, {**HELLO, "prompt": value}, "prompt") for value in (
-        None, 5, True, [], [[]], [-1], [2**31], [True], [1, "a"], ["a"] * 65, [["a"]], {}, [1] * (MAX_PROMPT_TOKENS + 1), "x" * (MAX_PROMPT_CHARS + 1),
+        None, 5, True, [], [[]], [-1], [2**31], [True], [1, "a"], ["a"] * 65, [["a"]], {},
+        [1] * (MAX_PROMPT_TOKENS + 1), "x" * (MAX_PROMPT_CHARS + 1),
         ["x" * (MAX_PROMPT_CHARS // 2 + 1)] * 2)),
     *((CHAT, {**HI, "messages": value}, "messages") for value in (None, [], "Hi", {}, [HI["messages"][0]] * 1025)),
     (CHAT, {**HI, "messages": [{"role": "user", "content": "x" * (MAX_PROMPT_CHARS // 2 + 1)}] * 2}, "messages"),
