@@ -168,7 +168,7 @@ class SamplingBody(Body):
     @property
     def num_logprobs(self) -> int | None:
         """How many likely tokens are told at each place; None where no log-probabilities are."""
-        raise NotImplementedError
+        return None
 
     def sampling(self, max_tokens: int, num_prompt_logprobs: int | None = None) -> SamplingParams:
         """How to draw, with OpenAI's defaults."""
