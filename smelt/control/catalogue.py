@@ -16,7 +16,7 @@ from pathlib import Path
 from smelt.configs import DecoderConfig
 from smelt.control.models import show_model
 from smelt.errors import SmeltError, StorageError, UnknownModel
-from smelt.models.aliases import DEFAULT_NAMES, read_aliases, write_whole
+from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_whole
 from smelt.models.folders import Stamp, read_config, stamp_of
 from smelt.models.registry import default_name, is_registered, model_in, registered_names
 
@@ -188,10 +188,15 @@ class Catalogue:
         if is_registered(name, self._models_folder):
             return f"the model {name!r} is damaged; smelt models show {name} says how"
         names = sorted(self._served)
+        if name in DEFAULT_NAMES and names:
+            return f"there is no default model; choose it: smelt models alias {DEFAULT} NAME; there are: {_told(names)}"
         close = difflib.get_close_matches(name, [*names, *self._aliases], n=3)
-        told = ", ".join(names[:MAX_NAMES_TOLD]) + (", ..." if len(names) > MAX_NAMES_TOLD else "")
         near = f"did you mean {' or '.join(close)}? " if close else ""
-        return f"no model {name!r} is served; {near}there are: {told or 'none yet (smelt models import)'}"
+        return f"no model {name!r} is served; {near}there are: {_told(names) or 'none yet (smelt models import)'}"
+
+
+def _told(names: list[str]) -> str:
+    return ", ".join(names[:MAX_NAMES_TOLD]) + (", ..." if len(names) > MAX_NAMES_TOLD else "")
 
 
 def read_choice(models_folder: Path) -> str | None:

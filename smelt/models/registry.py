@@ -108,6 +108,8 @@ def _not_found(name: str, models_folder: Path) -> str:
     names = registered_names(models_folder)
     close = difflib.get_close_matches(name, [*names, *read_aliases(models_folder), *HUB_NAMES], n=3)
     parts = [f"no model or folder {name!r}"]
+    if name in DEFAULT_NAMES and names:
+        parts.append(f"choose the default model: smelt models alias {DEFAULT} NAME")
     if close:
         parts.append(f"did you mean {' or '.join(close)}?")
     parts.append(

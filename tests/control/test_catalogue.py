@@ -175,6 +175,8 @@ async def test_the_default_model_has_two_more_names(
     assert await aliases(catalogue) == {"gpt": "a", "default": "a"}  # the only one
     import_model(source, "b", models, origin="x")
     assert await aliases(catalogue) == {}
+    with pytest.raises(UnknownModel, match="no default model; choose it: smelt models alias default NAME"):
+        await catalogue.find("gpt")
     set_alias("default", "b", models)
     assert await aliases(catalogue) == {"gpt": "b", "default": "b"}
     assert (await Catalogue(models, "a").find("gpt")).name == "a"  # what the server was given comes first

@@ -47,7 +47,7 @@ def test_gpt_and_default_mean_the_only_model_or_the_one_that_was_named_so(tmp_pa
     only = make_model(tmp_path / "only")
     assert resolve("gpt", tmp_path) == resolve("default", tmp_path) == only
     other = make_model(tmp_path / "other")
-    with pytest.raises(NotFound, match="no model or folder 'gpt'"):
+    with pytest.raises(NotFound, match="no model or folder 'gpt'; choose the default model"):
         resolve("gpt", tmp_path)
     write_aliases({"default": "other"}, tmp_path)
     assert resolve("gpt", tmp_path) == resolve("default", tmp_path) == other
