@@ -13,7 +13,9 @@ from click.testing import CliRunner
 
 from certificates import write_certificate
 from smelt.cli.worker import command
+from smelt.cluster import worker
 from smelt.configs import DecoderConfig
+from smelt.control.models import set_alias
 from smelt.control.workers import Workers
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import ConfigError, WorkerLost
@@ -104,3 +106,18 @@ def test_mistakes_are_named(home: Path, arguments: list[str], message: str) -> N
     result = CliRunner().invoke(command, arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
+
+
+def test_a_model_is_preloaded_by_its_alias_under_its_own_name(
+    home: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_alias("short", "tiny", home / "models")
+    preloaded: list[str | None] = []
+
+    async def run_worker(_settings: object, _address: object, preload: str | None, *_door: object) -> None:
+        preloaded.append(preload)
+
+    monkeypatch.setattr(worker, "run_worker", run_worker)
+    for given in ("short", "tiny", str(model_folder)):
+        CliRunner().invoke(command, ["--preload", given], catch_exceptions=False)
+    assert preloaded == ["tiny", "tiny", str(model_folder)]
