@@ -185,7 +185,7 @@ class Uplink:
             return
         if not self._status.leaving:  # else it goes back by itself when we hang up
             work = Work(grant.future_id, grant, request.num_samples)
-            self._server.submit(self._remember(work), request)
+            self._server.submit(self._remember(work), request, is_promised=True)
 
     def _remember(self, work: Work) -> str:
         key = self._key(work.request_id)

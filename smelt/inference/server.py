@@ -60,9 +60,12 @@ class InferenceServer:
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
-    def submit(self, key: str, request: Request) -> None:
-        """Have a request answered: Pieces, then an End of each answer, all with this key, which no other has had."""
-        self._commands.put(partial(self._accept, Writing(key, request), request.model))
+    def submit(self, key: str, request: Request, is_promised: bool = False) -> None:
+        """Have a request answered: Pieces, then an End of each answer, all with this key, which no other has had.
+
+        One that `is_promised` may wait however many do.
+        """
+        self._commands.put(partial(self._accept, Writing(key, request), request.model, is_promised))
 
     def embed(self, key: str, request: EmbedRequest) -> None:
         """Have texts turned into vectors: Vectors, then one End."""
@@ -177,11 +180,11 @@ class InferenceServer:
 
     # --- Requests ------------------------------------------------------------------------------------------
 
-    def _accept(self, job: Job, name: str) -> None:
+    def _accept(self, job: Job, name: str, is_promised: bool = False) -> None:
         assert job.key not in self._jobs, "a key is used once"
         resident = self._residents.find(name)
         num_waiting = len(resident.arrived) + sum(not other.has_begun for other in resident.jobs)
-        if num_waiting >= self._max_waiting:
+        if num_waiting >= self._max_waiting and not is_promised:
             error = Overloaded(f"{num_waiting} requests wait for {name} already; try again in a moment", 5)
             self._events.append(job.aborted(error))
             return

@@ -225,8 +225,10 @@ def test_a_full_queue_is_said_so() -> None:
     error = client.end("3").error
     assert isinstance(error, Overloaded)
     assert "2 requests wait for gpt already" in str(error)
+    client.server.submit("promised", asked("p"), is_promised=True)
     may_load.set()
     assert client.text("1") == alone(asked("1"))
+    assert client.text("promised") == alone(asked("p"))
     client.server.submit("4", asked("4"))
     assert client.text("4") == alone(asked("4"))
     client.server.close()
