@@ -183,8 +183,8 @@ def test_no_prefix_is_shared_across_owners_and_adapters(
 ) -> None:
     engine, one_token = Engine(model), SamplingParams(max_tokens=1)
     run(engine, [Sequence([7] * 40, one_token, owner="ann")])
-    monkeypatch.setattr(engine.adapters, "version", lambda _: 1)
-    monkeypatch.setattr(engine.adapters, "slot", lambda _: NO_ADAPTER)
+    monkeypatch.setattr(engine.adapters, "version", lambda *_: 1)
+    monkeypatch.setattr(engine.adapters, "slot", lambda *_: NO_ADAPTER)
     (theirs,) = run(engine, [Sequence([7] * 40, one_token, **other)])
     (own,) = run(engine, [Sequence([7] * 40, one_token, owner="ann")])
     assert (theirs.num_cached_tokens, own.num_cached_tokens) == (0, 39)
