@@ -30,6 +30,7 @@ from smelt.api.protocol import BoundedProtocol
 from smelt.api.services import Services
 from smelt.api.telemetry import configure_logging
 from smelt.control.abuse_checker import AbuseChecker
+from smelt.control.session_cleanup import SessionCleanup
 from smelt.control.workers import Workers
 from smelt.errors import ConfigError, SmeltError
 from smelt.settings import Settings, load_settings, runtime_folder
@@ -100,8 +101,9 @@ async def run(settings: Settings, listener: socket.socket, default_model: str | 
     with opened(settings) as (engine, writer, ledger):
         checker = AbuseChecker(settings, engine, writer)
         workers = Workers(ledger, witness=partial(note_background, checker))
-        app = Draining(create_app(Services(settings, engine, writer, ledger, workers, checker, default_model)))
-        async with AsyncExitStack() as doors, chores(ledger):
+        services = Services(settings, engine, writer, ledger, workers, checker, default_model)
+        app = Draining(create_app(services))
+        async with AsyncExitStack() as doors, chores(services):
             for address, key, tls in ways_in(settings):
                 way_in = listen(address, workers.serve, key=key, tls=tls, next_epoch=ledger.open_epoch)
                 await doors.enter_async_context(way_in)
@@ -164,12 +166,15 @@ def ways_in(settings: Settings) -> Iterator[tuple[Address, bytes | None, ssl.SSL
 
 
 @asynccontextmanager
-async def chores(ledger: Ledger) -> AsyncIterator[None]:
-    """Keep the ledger tidy while the block runs."""
+async def chores(services: Services) -> AsyncIterator[None]:
+    """Keep the ledger and the folders of sessions tidy while the block runs."""
+    ledger = services.ledger
+    cleanup = SessionCleanup(services.post_training, services.database, services.writer, services.settings.home)
     rounds: dict[str, tuple[float, Callable[[], Awaitable[object]]]] = {
         "give up missing requests": (60.0, ledger.abandon_holes),
         "drop old results": (600.0, partial(ledger.expire, RESULT_SECONDS)),
         "remove files of no request": (3600.0, ledger.collect_files),
+        "remove what sessions left behind": (600.0, cleanup.tidy),
     }
     async with AsyncExitStack() as tasks:
         for name, (seconds, chore) in rounds.items():

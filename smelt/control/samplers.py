@@ -58,6 +58,7 @@ class Samplers:
         self._catalogue = catalogue
         self._sessions = sessions
         self._weights = weights
+        self._started = time.monotonic()
         self._known: dict[str, Known] = {}
         self._num_waiting = 0
         self._counted_at = float("-inf")
@@ -127,7 +128,7 @@ class Samplers:
     def idle_s(self, sampler_id: str) -> float:
         """How long nobody has asked for a sampler, as far as this process knows."""
         known = self._known.get(sampler_id)
-        return float("inf") if known is None else time.monotonic() - known.used
+        return time.monotonic() - (self._started if known is None else known.used)
 
     def forget(self, sampler_id: str) -> None:
         """Its row is gone."""
