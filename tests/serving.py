@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from families import random_state
@@ -35,6 +36,7 @@ class Server:
     def __init__(self, home: Path, *arguments: str) -> None:
         self.home = home
         self.log = home.with_name(f"{home.name}.log")
+        _share_kernels(home)
         command = [sys.executable, "-m", "smelt", "serve", "--port", "0", *arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -70,6 +72,15 @@ class Server:
 def environment(home: Path) -> dict[str, str]:
     """For a process that works in that home folder, with one thread."""
     return {**os.environ, "SMELT_HOME": str(home), "SMELT_THREADS": "1", "SMELT_DEVICE": "cpu"}
+
+
+def _share_kernels(home: Path) -> None:
+    """Have them compiled once and not for each home folder, which takes a while; they are found by their content."""
+    shared = Path(tempfile.gettempdir()) / f"smelt-kernels-{os.getuid()}"
+    shared.mkdir(mode=0o700, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (home / "kernels").symlink_to(shared)
 
 
 @contextmanager
