@@ -7,7 +7,6 @@ Where blocks run out, the youngest sequence gives back its own and is computed a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 from smelt.inference.block_tables import BlockTables, Prefix
 from smelt.inference.fair_queue import FairQueue
@@ -118,35 +117,36 @@ class Scheduler:
         computes is overtaken.
         """
         copies: list[tuple[int, int]] = []
-        while len(self.running) < self.max_running and (found := self._candidate()):
-            sequence, prefix = found
+        for sequence in self._candidates():
+            prefix = self.tables.find_prefix(sequence)
+            if prefix.is_coming:
+                continue
             # Room to go on for all that run: whom a new sequence drives out would only drive it out again.
             if not self.tables.has_room(sequence, prefix, len(self.running)):
                 break
             copies += self.tables.give(sequence, prefix)
-            if sequence in self._preempted:
-                self._preempted.remove(sequence)
-            else:
-                self._next.remove(sequence)
-                sequence.num_cached_tokens = prefix.num_tokens
-                self.total_prompt_tokens += len(sequence.prompt_ids)
-                self.total_cached_tokens += prefix.num_tokens
-            sequence.status = Status.RUNNING
-            self.running.append(sequence)
+            self._run(sequence, prefix)
         return copies
 
-    def _candidate(self) -> tuple[Sequence, Prefix] | None:
-        """Who is next, but for those that wait for a prefix, and what it finds in the cache."""
-        for sequence in chain(self._preempted, self._next, self._from_queue()):
-            prefix = self.tables.find_prefix(sequence)
-            if not prefix.is_coming:
-                return sequence, prefix
-        return None
-
-    def _from_queue(self) -> Iterator[Sequence]:
-        while self._queue and len(self._next) < self.max_running:
+    def _candidates(self) -> Iterator[Sequence]:
+        """Who waits, in order, while there are places."""
+        for sequence in [*self._preempted, *self._next]:
+            if len(self.running) < self.max_running:
+                yield sequence
+        while self._queue and len(self.running) < self.max_running and len(self._next) < self.max_running:
             self._next.append(self._queue.pop())
             yield self._next[-1]
+
+    def _run(self, sequence: Sequence, prefix: Prefix) -> None:
+        if sequence in self._preempted:
+            self._preempted.remove(sequence)
+        else:
+            self._next.remove(sequence)
+            sequence.num_cached_tokens = prefix.num_tokens
+            self.total_prompt_tokens += len(sequence.prompt_ids)
+            self.total_cached_tokens += prefix.num_tokens
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
 
     def _share(self, num_tokens: int, planned: set[Sequence]) -> list[Chunk]:
         """Parts of prompts, so many tokens in all: each owner's share is the same, the oldest of an owner's first."""
