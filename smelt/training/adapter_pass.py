@@ -1,0 +1,174 @@
+"""LoRA adapters of several sessions in one forward and backward pass; knows no loss, no optimizer and no files.
+
+    y += scale B (A x)        for each datum by the adapter of its session
+
+All tiles of ADAPTER_TILE tokens are multiplied at once, each by its own adapter's factors. Gradients of the factors
+are computed in fp32 for each tile and added up datum by datum, in their order: so an adapter's gradient is the same
+bits whoever else is in the pass.
+
+Shapes: n tiles of T tokens, S adapters of one rank, P parts of a fused matrix, R their rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smelt.models.adapter_folders import Matrix
+from smelt.models.decoder import Decoder
+from smelt.training.packed_data import ADAPTER_TILE, Place
+
+# Of each fused matrix the pairs (A (r, in), B (out, r)) of its parts: the factors, or their gradients.
+Pairs = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An adapter that takes part: its factors, where their gradients go (fp32), and its datums in order."""
+
+    rank: int
+    factors: Pairs
+    gradients: Pairs
+    scale: float
+    places: tuple[Place, ...]
+
+
+class AdapterPass:
+    """The factors of all members, stacked; `applied` to a model while it computes."""
+
+    def __init__(self, members: Sequence[Member], matrices: Mapping[str, Matrix], model: Decoder) -> None:
+        weight = model.embedding.weight
+        self._model = model
+        self._stacks = [
+            (name, _Stack(own, name, matrix, weight.dtype, weight.device))
+            for own in _by_rank(members)
+            for name, matrix in matrices.items()
+            if any(name in member.factors for member in own)
+        ]
+        # The model is frozen: without something that wants a gradient, no backward pass would come by.
+        self._anchor = torch.zeros((), device=weight.device, requires_grad=True)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model computes with the adapters; its batch must be the row that the places are of."""
+        handles = [
+            self._model.get_submodule(name).register_forward_hook(self._hook(stack)) for name, stack in self._stacks
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, stack: "_Stack") -> Any:
+        def add(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            x: Tensor = args[0]
+            added: Tensor = _Add.apply(x.flatten(0, -2), y.flatten(0, -2), self._anchor, stack)  # type: ignore[no-untyped-call]
+            return added.view_as(y)
+
+        return add
+
+
+def _by_rank(members: Sequence[Member]) -> list[list[Member]]:
+    """Those of one rank together: filled up to a larger one, a product would be summed in another order."""
+    groups: dict[int, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.rank, []).append(member)
+    return list(groups.values())
+
+
+class _Stack:
+    """One fused matrix of members of one rank: `a` (S, P R, in), `b` (S, out, R), `scales` (S,).
+
+    `tiles` are theirs in the row, and `slots` say whose each of them is. A tile never comes alone, for that would be
+    a product of another kind: then another one keeps it company, and what comes of that is dropped.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], name: str, matrix: Matrix, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.members, self.name, self.num_rows = members, name, list(matrix.num_rows)
+        self.rank = members[0].rank
+        self.a = torch.zeros(len(members), len(self.num_rows) * self.rank, matrix.width, dtype=dtype, device=device)
+        self.b = torch.zeros(len(members), sum(self.num_rows), self.rank, dtype=dtype, device=device)
+        for slot, member in enumerate(members):
+            if pairs := member.factors.get(name):
+                self.a[slot] = torch.cat([a for a, _ in pairs])
+                self.b[slot] = torch.cat([b for _, b in pairs])
+        self.scales = torch.tensor([member.scale for member in members], dtype=dtype, device=device)
+        owned = [(t, slot) for slot, m in enumerate(members) for place in m.places for t in _tiles_of(place)]
+        self.num_tiles = len(owned)
+        if len(owned) == 1:
+            owned.append((owned[0][0] ^ 1, 0))  # rows have an even number of tiles
+        self.tiles, self.slots = torch.tensor(owned, device=device).unbind(1)
+        self._firsts = _firsts(members)
+
+    def add_gradients(self, a: Tensor, b: Tensor) -> None:
+        """Add up what the tiles give, (n, P R, in) and (n, out, R), datum by datum."""
+        for member, firsts in zip(self.members, self._firsts, strict=True):
+            starts = [sum(self.num_rows[:part]) for part in range(len(self.num_rows))]
+            for part, (own_a, own_b) in enumerate(member.gradients.get(self.name, ())):
+                ranks = slice(part * self.rank, (part + 1) * self.rank)
+                rows = slice(starts[part], starts[part] + self.num_rows[part])
+                for first, end in firsts:
+                    own_a += a[first:end, ranks].sum(dim=0)
+                    own_b += b[first:end, rows].sum(dim=0)
+
+
+def _tiles_of(place: Place) -> range:
+    return range(place.first_tile, place.end_tile)
+
+
+def _firsts(members: Sequence[Member]) -> list[list[tuple[int, int]]]:
+    """Of each member's datums where their tiles begin and end, counted among those of all members."""
+    found: list[list[tuple[int, int]]] = []
+    start = 0
+    for member in members:
+        found.append([])
+        for place in member.places:
+            found[-1].append((start, start + len(_tiles_of(place))))
+            start = found[-1][-1][1]
+    return found
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack) -> Tensor:
+        x = x_NC.view(-1, ADAPTER_TILE, x_NC.shape[1])[stack.tiles]
+        hidden = torch.bmm(x, stack.a[stack.slots].transpose(1, 2)) * stack.scales[stack.slots][:, None, None]
+        parts = zip(
+            torch.split(hidden, stack.rank, dim=2),
+            torch.split(stack.b[stack.slots], stack.num_rows, dim=1),
+            strict=True,
+        )
+        added = torch.cat([torch.bmm(h, b.transpose(1, 2)) for h, b in parts], dim=2)
+        ctx.stack = stack
+        ctx.save_for_backward(x, hidden)
+        return _added(y_NO.clone(), added, stack)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (g_NO,) = gradients
+        stack: _Stack = ctx.stack
+        x, hidden = ctx.saved_tensors
+        g = g_NO.reshape(-1, ADAPTER_TILE, g_NO.shape[1])[stack.tiles]
+        g_parts = torch.split(g, stack.num_rows, dim=2)
+        b_parts = torch.split(stack.b[stack.slots], stack.num_rows, dim=1)
+        g_hidden = torch.cat([torch.bmm(g_part, b) for g_part, b in zip(g_parts, b_parts, strict=True)], dim=2)
+        g_hidden = g_hidden * stack.scales[stack.slots][:, None, None]
+        pairs = zip(g_parts, torch.split(hidden, stack.rank, dim=2), strict=True)
+        b_gradients = [torch.bmm(g_part.transpose(1, 2).float(), h.float()) for g_part, h in pairs]
+        a_gradients = torch.bmm(g_hidden.transpose(1, 2).float(), x.float())
+        stack.add_gradients(a_gradients, torch.cat(b_gradients, dim=1))
+        g_x = torch.bmm(g_hidden, stack.a[stack.slots])
+        return _added(g_NO.new_zeros(len(g_NO), g_x.shape[2]), g_x, stack), g_NO, None, None
+
+
+def _added(rows: Tensor, tiles: Tensor, stack: _Stack) -> Tensor:
+    """The rows with what the stack's tiles add to them, in place."""
+    num = stack.num_tiles
+    rows.view(-1, ADAPTER_TILE, rows.shape[1]).index_add_(0, stack.tiles[:num], tiles[:num])
+    return rows

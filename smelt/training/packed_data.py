@@ -1,0 +1,88 @@
+"""Datums of many sessions as one row of tokens; knows no model, no loss and no session.
+
+Each datum is filled up to a multiple of ADAPTER_TILE with tokens that nobody looks at, and datums of one length lie
+side by side. So a datum is computed alike whoever shares the row: attention sees it at its own length, and adapters
+see it in tiles of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smelt.configs import DecoderConfig
+from smelt.models.batch import Batch
+from smelt.models.fixed_tiles import TILE_ROWS
+from smelt.models.layers import Attend, attend_within
+
+ADAPTER_TILE = 64  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a datum lies in the row: its tokens and, with what fills it up, its tiles of ADAPTER_TILE tokens."""
+
+    start: int
+    num_tokens: int
+    first_tile: int
+    end_tile: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedData:
+    """One row of N tokens. `places` are in the order of the datums that were given, `groups` in that of the row."""
+
+    tokens: NDArray[np.int64]  # (N,)
+    positions: NDArray[np.int64]  # (N,)
+    places: tuple[Place, ...]
+    groups: tuple[tuple[int, int], ...]  # (how many datums, their length filled up), one after the other
+
+    def batch(self, device: torch.device) -> Batch:
+        """For `Decoder.forward`."""
+        tokens, positions = (torch.from_numpy(each)[None].to(device) for each in (self.tokens, self.positions))
+        return Batch(tokens, positions=positions)
+
+    def attend(self, config: DecoderConfig) -> Attend:
+        """Each datum attends to itself, in a batch of those of its length."""
+        shapes = [Batch(torch.empty(num, length, dtype=torch.int64)) for num, length in self.groups]
+        each = [attend_within(shape, config, 0.0) for shape in shapes]
+        lengths = [num * length for num, length in self.groups]
+
+        def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
+            parts = zip(*(x[0].split_with_sizes(lengths) for x in (q_1NHD, k_1NGD, v_1NGD)), strict=True)
+            mixed = [
+                attend_group(layer, *(x.unflatten(0, group) for x in qkv)).flatten(0, 1)
+                for attend_group, group, qkv in zip(each, self.groups, parts, strict=True)
+            ]
+            return torch.cat(mixed)[None]
+
+        return attend
+
+
+def pack(data: Sequence[NDArray[np.int32]]) -> PackedData:
+    """The tokens of datums, none of them empty, as one row."""
+    lengths = [-(-len(tokens) // ADAPTER_TILE) * ADAPTER_TILE for tokens in data]
+    order = sorted(range(len(data)), key=lengths.__getitem__)
+    num_tokens = sum(lengths)
+    # What fills up the last tile is a datum of its own, or a few: an adapter's tile never comes alone.
+    spare = -num_tokens % TILE_ROWS
+    row = np.zeros(num_tokens + spare, np.int64)
+    positions = np.zeros(num_tokens + spare, np.int64)
+    places: dict[int, Place] = {}
+    start = 0
+    for index in order:
+        own, length = data[index], lengths[index]
+        row[start : start + len(own)] = own
+        positions[start : start + length] = np.minimum(np.arange(length), len(own) - 1)
+        places[index] = Place(start, len(own), start // ADAPTER_TILE, (start + length) // ADAPTER_TILE)
+        start += length
+    positions[num_tokens:] = np.arange(spare) % ADAPTER_TILE
+    return PackedData(row, positions, tuple(places[i] for i in range(len(data))), _groups(sorted(lengths), spare))
+
+
+def _groups(lengths: list[int], spare: int) -> tuple[tuple[int, int], ...]:
+    groups = [(lengths.count(length), length) for length in dict.fromkeys(lengths)]
+    return (*groups, (spare // ADAPTER_TILE, ADAPTER_TILE)) if spare else tuple(groups)

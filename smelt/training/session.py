@@ -1,0 +1,245 @@
+"""Sessions: adapters of one frozen model that are trained by request, many of them in one pass; knows no requests' log.
+
+    forward_backward        adds to a session's gradient, and gives the log-probabilities of its targets
+    optim_step              one step of AdamW with that gradient, which is then cleared
+
+What a session computes is the same bits whoever else is in the pass, on a CPU with the number of threads unchanged:
+see `fixed_tiles`, `packed_data` and `adapter_pass`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from smelt.errors import InvalidInput, NonFiniteLoss, UnsupportedModel
+from smelt.models.adapter_folders import matrices_of
+from smelt.models.decoder import Decoder
+from smelt.models.fixed_tiles import fixed_tiles
+from smelt.models.linear import Linear
+from smelt.training.adapter_pass import AdapterPass, Member
+from smelt.training.losses import LOSSES
+from smelt.training.packed_data import Place, pack
+from smelt.training.target_logprobs import target_logprobs
+from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
+from smelt.types import Datum
+
+MAX_PASS_TOKENS = 4096
+# What each loss needs at every token, besides its targets. Others are passed over.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "importance_sampling": ("logprobs", "advantages"),
+    "ppo": ("logprobs", "advantages"),
+    "cispo": ("logprobs", "advantages"),
+    "dro": ("logprobs", "advantages"),
+    "gspo": ("logprobs", "advantages"),
+}
+OPTIONAL = ("weights", "sequence_ratio_mask", "clip_low_threshold", "clip_high_threshold")
+SETTINGS = ("clip_low_threshold", "clip_high_threshold", "beta")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Datums to go through one session's model."""
+
+    adapter: TrainedAdapter
+    data: Sequence[Datum]
+    loss_name: str
+    loss_settings: Mapping[str, float | str] = field(default_factory=dict)
+    forward_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Of each datum log p of its targets, (N,) or (N, K), and figures under the names of Tinker's clients."""
+
+    logprobs: list[NDArray[np.float32]]
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True, eq=False)
+class _Loaded:
+    """A datum of a work, with its inputs as tensors; later its log-probabilities and its loss."""
+
+    work: Work
+    datum: Datum
+    targets: Tensor  # (N, K)
+    inputs: dict[str, Tensor | float]
+    logprobs: NDArray[np.float32] | None = None
+    loss: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class SessionTrainer:
+    """All sessions on one model. Belongs to one thread; the model's weights are never changed.
+
+    UnsupportedModel where they are quantized.
+    """
+
+    def __init__(self, model: Decoder, *, max_pass_tokens: int = MAX_PASS_TOKENS) -> None:
+        self.model = model.requires_grad_(False)
+        self.max_pass_tokens = max_pass_tokens
+        self._matrices = matrices_of(model.config)
+        self._device = model.embedding.weight.device
+        head = model.embedding if model.head is None else model.head
+        if not isinstance(head, nn.Embedding | Linear):
+            raise UnsupportedModel("sessions cannot train on quantized weights; serve the model without --quantize")
+        self._head = head.weight
+
+    def create(
+        self, *, rank: int, seed: int, train_attn: bool = True, train_mlp: bool = True, train_unembed: bool = True
+    ) -> TrainedAdapter:
+        """A new session's adapter, which changes nothing yet. InvalidInput for a rank that cannot be."""
+        parts = {"attention": train_attn, "mlp": train_mlp}
+        matrices = {name: matrix for name, matrix in self._matrices.items() if parts[name.split(".")[2]]}
+        return TrainedAdapter(self.model.config, matrices, rank, seed, self._device)
+
+    def forward_backward(self, works: Sequence[Work]) -> list[Outcome | Exception]:
+        """What came of each work, in order. One that fails takes no other with it, and fails its session's window."""
+        loaded: list[list[_Loaded] | Exception] = [self._load(work) for work in works]
+        outcomes: list[Outcome | Exception] = []
+        all_datums = [datum for each in loaded if isinstance(each, list) for datum in each]
+        failure = self._try(all_datums)
+        for work, each in zip(works, loaded, strict=True):
+            if isinstance(each, list):
+                outcomes.append(self._outcome(work, each) if failure is None else self._alone(work, each))
+            else:
+                outcomes.append(each)
+            if isinstance(outcomes[-1], Exception) and not work.forward_only:
+                work.adapter.fail_window()
+        return outcomes
+
+    def optim_step(self, adapter: TrainedAdapter, settings: OptimSettings) -> dict[str, float]:
+        """Step with the gradient since the last step; figures. TrainingError where a part of it has failed."""
+        return adapter.step(settings)
+
+    def _try(self, datums: list[_Loaded]) -> Exception | None:
+        """Compute all of them; what went wrong, and then no session's gradient has changed."""
+        adapters = {datum.work.adapter for datum in datums if not datum.work.forward_only}
+        before = {adapter: adapter.gradients.clone() for adapter in adapters}
+        try:
+            for backward in (True, False):
+                own = [datum for datum in datums if datum.work.forward_only is not backward]
+                for part in self._parts(own):
+                    self._compute(part, backward)
+        except Exception as error:  # noqa: BLE001 - whatever it was, each work is tried alone next
+            for adapter, gradients in before.items():
+                adapter.gradients.copy_(gradients)
+            return error
+        return None
+
+    def _alone(self, work: Work, datums: list[_Loaded]) -> Outcome | Exception:
+        return self._try(datums) or self._outcome(work, datums)
+
+    def _parts(self, datums: list[_Loaded]) -> Iterator[list[_Loaded]]:
+        """As many datums at once as there is room for, in order; one at least."""
+        part: list[_Loaded] = []
+        num_tokens = 0
+        for datum in datums:
+            if part and num_tokens + len(datum.datum.tokens) > self.max_pass_tokens:
+                yield part
+                part, num_tokens = [], 0
+            part.append(datum)
+            num_tokens += len(datum.datum.tokens)
+        if part:
+            yield part
+
+    def _compute(self, datums: list[_Loaded], backward: bool) -> None:
+        """One pass over datums of many sessions."""
+        packed = pack([datum.datum.tokens for datum in datums])
+        members = _members(datums, packed.places)
+        adapters = AdapterPass(members, self._matrices, self.model)
+        with torch.set_grad_enabled(backward), fixed_tiles():
+            with adapters.applied():
+                hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
+            losses = self._losses(datums, packed.places, hidden_NC)
+            if backward:
+                torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _losses(self, datums: list[_Loaded], places: tuple[Place, ...], hidden_NC: Tensor) -> list[Tensor]:
+        """The loss of each datum. Those with as many targets at each place are looked up together."""
+        losses: dict[_Loaded, Tensor] = {}
+        for num_targets in {datum.targets.shape[1] for datum in datums}:
+            own = [(d, place) for d, place in zip(datums, places, strict=True) if d.targets.shape[1] == num_targets]
+            rows = torch.cat([torch.arange(place.start, place.start + place.num_tokens) for _, place in own])
+            own_NC = hidden_NC.index_select(0, rows.to(self._device))
+            logprobs_NK = target_logprobs(own_NC, self._head, torch.cat([datum.targets for datum, _ in own]))
+            parts = torch.split(logprobs_NK, [place.num_tokens for _, place in own])
+            losses |= {datum: _loss(datum, part) for (datum, _), part in zip(own, parts, strict=True)}
+        return [losses[datum] for datum in datums]
+
+    def _load(self, work: Work) -> list[_Loaded] | Exception:
+        try:
+            return [self._loaded(work, datum, f"datum {number}") for number, datum in enumerate(work.data)]
+        except InvalidInput as error:
+            return error
+
+    def _loaded(self, work: Work, datum: Datum, place: str) -> _Loaded:
+        if work.loss_name not in LOSSES:
+            raise InvalidInput(f"unknown loss {work.loss_name!r}; known: {', '.join(LOSSES)}", "loss_fn")
+        config = self.model.config
+        if len(datum.tokens) > config.block_size:
+            raise InvalidInput(
+                f"{place} has {len(datum.tokens)} tokens, and the model's context is {config.block_size}"
+            )
+        _check_ids(datum.tokens, config.vocab_size, f"{place}: the model input")
+        for name in ("target_tokens", *NEEDED[work.loss_name]):
+            if name not in datum.inputs:
+                raise InvalidInput(f"{place}: {work.loss_name} needs {name}", name)
+        targets = datum.inputs["target_tokens"]
+        _check_ids(targets, config.vocab_size, f"{place}: target_tokens")
+        inputs: dict[str, Tensor | float] = {
+            name: float(value)
+            for name, value in work.loss_settings.items()
+            if name in SETTINGS and not isinstance(value, str)
+        }
+        for name in (*NEEDED[work.loss_name], *OPTIONAL):
+            if name in datum.inputs:
+                inputs[name] = self._input(datum, name, place)
+        targets_NK = torch.from_numpy(targets.astype(np.int64).reshape(len(datum.tokens), -1)).to(self._device)
+        return _Loaded(work, datum, targets_NK, inputs)
+
+    def _input(self, datum: Datum, name: str, place: str) -> Tensor:
+        values, targets = datum.inputs[name], datum.inputs["target_tokens"]
+        if values.shape != targets.shape:
+            raise InvalidInput(
+                f"{place}: {name} has the shape {list(values.shape)}, and target_tokens has {list(targets.shape)}", name
+            )
+        return torch.from_numpy(values.astype(np.float32)).to(self._device)
+
+    def _outcome(self, work: Work, datums: list[_Loaded]) -> Outcome:
+        metrics = {"loss:sum": math.fsum(datum.loss for datum in datums)}
+        for name in datums[0].metrics if datums else ():
+            metrics[f"{name}:mean"] = math.fsum(datum.metrics[name] for datum in datums) / len(datums)
+        return Outcome([datum.logprobs for datum in datums if datum.logprobs is not None], metrics)
+
+
+def _loss(datum: _Loaded, logprobs_NK: Tensor) -> Tensor:
+    """A datum's loss; what came of it is noted in the datum."""
+    logprobs = logprobs_NK if datum.datum.inputs["target_tokens"].ndim == 2 else logprobs_NK[:, 0]
+    loss, metrics = LOSSES[datum.work.loss_name](logprobs, datum.inputs)
+    if not bool(torch.isfinite(loss)) and not datum.work.forward_only:
+        raise NonFiniteLoss(f"the loss of {datum.work.loss_name} is {float(loss)}; look at its inputs")
+    datum.logprobs = logprobs.detach().cpu().numpy()
+    datum.loss, datum.metrics = float(loss.detach()), {name: float(value) for name, value in metrics.items()}
+    return loss
+
+
+def _members(datums: list[_Loaded], places: tuple[Place, ...]) -> list[Member]:
+    """Each session of the pass, with its datums in order."""
+    own: dict[TrainedAdapter, list[Place]] = {}
+    for datum, place in zip(datums, places, strict=True):
+        own.setdefault(datum.work.adapter, []).append(place)
+    return [
+        Member(adapter.rank, adapter.factors, adapter.gradient_factors, adapter.scale, tuple(mine))
+        for adapter, mine in own.items()
+    ]
+
+
+def _check_ids(ids: NDArray[np.int32] | NDArray[np.int64] | NDArray[np.float32], vocab_size: int, place: str) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise InvalidInput(f"{place} has token ids outside of 0..{vocab_size - 1}")

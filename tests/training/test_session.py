@@ -1,0 +1,332 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from families import FAMILIES, make_reference
+from smelt.configs import PRESETS, DecoderConfig
+from smelt.errors import CheckpointError, InvalidInput, NonFiniteLoss, TrainingError
+from smelt.models.batch import Batch
+from smelt.models.decoder import Decoder
+from smelt.models.quantization import quantize
+from smelt.models.weights import read_model
+from smelt.training.losses import LOSSES
+from smelt.training.session import Outcome, SessionTrainer, Work
+from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
+from smelt.types import Datum
+
+VOCAB = 61
+
+
+def make_model(dtype: torch.dtype = torch.float32, **shape: Any) -> Decoder:
+    torch.manual_seed(0)
+    given = {"vocab_size": VOCAB, "block_size": 256, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, **shape}
+    model = Decoder(DecoderConfig(**{**PRESETS["nano-llama"], **given}))
+    model.initialize(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def trainer() -> SessionTrainer:
+    return SessionTrainer(make_model())
+
+
+def adapter_of(trainer: SessionTrainer, seed: int = 0, rank: int = 4, **flags: bool) -> TrainedAdapter:
+    """One that changes something: B is no longer zero."""
+    adapter = trainer.create(rank=rank, seed=seed, **flags)
+    generator = torch.Generator().manual_seed(100 + seed)
+    for pairs in adapter.factors.values():
+        for _, b in pairs:
+            b.copy_(torch.randn(b.shape, generator=generator) * 0.02)
+    return adapter
+
+
+def datum_of(num_tokens: int, seed: int = 0, **inputs: Any) -> Datum:
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(0, VOCAB, num_tokens + 1)
+    weights = draw.uniform(-1, 1, num_tokens).astype(np.float32)
+    given = {"target_tokens": tokens[1:].astype(np.int64), "weights": weights, **inputs}
+    return Datum(tokens[:-1].astype(np.int32), given)
+
+
+def rl_datum(num_tokens: int, seed: int = 0) -> Datum:
+    draw = np.random.default_rng(1000 + seed)
+    sampled = -draw.uniform(2, 6, num_tokens).astype(np.float32)
+    return datum_of(num_tokens, seed, logprobs=sampled, advantages=draw.normal(size=num_tokens).astype(np.float32))
+
+
+def done(outcome: Outcome | Exception) -> Outcome:
+    assert isinstance(outcome, Outcome), outcome
+    return outcome
+
+
+def reference(
+    model: Decoder, adapter: TrainedAdapter, data: list[Datum], loss: str
+) -> tuple[list[Tensor], float, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Log-probabilities, the loss and the factors' gradients, by autograd through W + scale B A, datum by datum."""
+    leaves = {
+        name: [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in pairs]
+        for name, pairs in adapter.factors.items()
+    }
+    state = dict(model.named_parameters())
+    changed = {
+        f"{name}.weight": state[f"{name}.weight"] + adapter.scale * torch.cat([b @ a for a, b in pairs])
+        for name, pairs in leaves.items()
+    }
+    total, logprobs = torch.zeros(()), []
+    for datum in data:
+        batch = Batch(torch.from_numpy(datum.tokens.astype(np.int64))[None])
+        hidden = functional_call(model, changed, (batch,))
+        targets = torch.from_numpy(datum.inputs["target_tokens"])
+        logprobs.append(model.logits(hidden)[0].log_softmax(-1).gather(1, targets[:, None])[:, 0])
+        inputs: Mapping[str, Tensor] = {n: torch.from_numpy(v) for n, v in datum.inputs.items() if n != "target_tokens"}
+        total = total + LOSSES[loss](logprobs[-1], inputs)[0]
+    total.backward()
+    gradients = {name: [(given(a), given(b)) for a, b in pairs] for name, pairs in leaves.items()}
+    return [each.detach() for each in logprobs], float(total.detach()), gradients
+
+
+def given(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_losses_and_gradients_are_those_of_autograd(trainer: SessionTrainer, loss: str) -> None:
+    adapter = adapter_of(trainer)
+    data = [rl_datum(5, 1), rl_datum(130, 2), rl_datum(64, 3)]
+    outcome = done(trainer.forward_backward([Work(adapter, data, loss)])[0])
+    logprobs, total, gradients = reference(trainer.model, adapter, data, loss)
+    for own, expected in zip(outcome.logprobs, logprobs, strict=True):
+        assert own == pytest.approx(expected.numpy(), abs=1e-5)
+    assert outcome.metrics["loss:sum"] == pytest.approx(total, rel=1e-5, abs=1e-4)
+    for name, pairs in adapter.gradient_factors.items():
+        for (a, b), (expected_a, expected_b) in zip(pairs, gradients[name], strict=True):
+            torch.testing.assert_close(a, expected_a, rtol=1e-3, atol=2e-4)
+            torch.testing.assert_close(b, expected_b, rtol=1e-3, atol=2e-4)
+    assert all(bool(b.abs().sum() > 0) for pairs in adapter.gradient_factors.values() for _, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral sliding", "qwen3", "llama 3 rope"])
+def test_every_family_can_be_trained(name: str, tmp_path: Path) -> None:
+    assert name in FAMILIES
+    make_reference(name).save_pretrained(tmp_path)
+    trainer = SessionTrainer(read_model(tmp_path))
+    adapter = adapter_of(trainer)
+    data = [datum_of(20, 1), datum_of(9, 2)]
+    outcome = done(trainer.forward_backward([Work(adapter, data, "cross_entropy")])[0])
+    logprobs, total, gradients = reference(trainer.model, adapter, data, "cross_entropy")
+    assert outcome.metrics["loss:sum"] == pytest.approx(total, abs=1e-4)
+    assert outcome.logprobs[1] == pytest.approx(logprobs[1].numpy(), abs=1e-5)
+    for matrix, pairs in adapter.gradient_factors.items():
+        torch.testing.assert_close(pairs[0][1], gradients[matrix][0][1], rtol=1e-3, atol=2e-4)
+
+
+def bits(trainer: SessionTrainer, works: list[Work], which: int) -> tuple[bytes, bytes]:
+    """What one of the works has got, to the last bit: log-probabilities, and its session's gradient."""
+    for work in works:
+        work.adapter.gradients.zero_()
+    outcome = done(trainer.forward_backward(works)[which])
+    logprobs = b"".join(each.tobytes() for each in outcome.logprobs)
+    return logprobs, works[which].adapter.gradients.numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [4, 8])
+def test_company_changes_no_bit(dtype: torch.dtype, rank: int) -> None:
+    trainer = SessionTrainer(make_model(dtype))
+    adapters = [adapter_of(trainer, seed, rank if seed % 3 == 0 else 1 + 3 * seed) for seed in range(8)]
+    own = Work(adapters[0], [rl_datum(70, 1), rl_datum(12, 2), rl_datum(70, 3)], "importance_sampling")
+    alone = bits(trainer, [own], 0)
+    mates = [Work(adapter, [rl_datum(30 + i, i)], "cross_entropy") for i, adapter in enumerate(adapters[1:], 1)]
+    longer = [Work(adapter, [rl_datum(200, i), rl_datum(70, i)], "ppo") for i, adapter in enumerate(adapters[1:3], 1)]
+    same_shape = [Work(adapter, [rl_datum(70, i)] * 3, "dro") for i, adapter in enumerate(adapters[1:5], 1)]
+    only_forward = [Work(adapter, mates[0].data, "cross_entropy", forward_only=True) for adapter in adapters[1:2]]
+    for company in (mates, longer, same_shape, only_forward):
+        assert bits(trainer, [own, *company], 0) == alone
+        assert bits(trainer, [*company, own], len(company)) == alone, "in another order"
+
+
+@pytest.mark.parametrize("max_pass_tokens", [1, 80, 200])
+def test_how_it_is_cut_into_passes_changes_no_bit(max_pass_tokens: int) -> None:
+    model = make_model()
+    whole, parts = SessionTrainer(model), SessionTrainer(model, max_pass_tokens=max_pass_tokens)
+    own = Work(adapter_of(whole), [rl_datum(70, 1), rl_datum(12, 2), rl_datum(90, 3)], "cross_entropy")
+    assert bits(parts, [own], 0) == bits(whole, [own], 0)
+
+
+def test_gradients_add_up_until_the_step(trainer: SessionTrainer) -> None:
+    once, twice = adapter_of(trainer), adapter_of(trainer)
+    data = [datum_of(30, 1), datum_of(50, 2)]
+    trainer.forward_backward([Work(once, data, "cross_entropy")])
+    trainer.forward_backward([Work(twice, data[:1], "cross_entropy")])
+    trainer.forward_backward([Work(twice, data[1:], "cross_entropy")])
+    assert torch.equal(once.gradients, twice.gradients)
+    trainer.optim_step(once, OptimSettings())
+    assert not once.gradients.any()
+
+
+def test_forward_alone_gives_the_same_and_no_gradient(trainer: SessionTrainer) -> None:
+    adapter = adapter_of(trainer)
+    data = [datum_of(40, 1)]
+    forward = done(trainer.forward_backward([Work(adapter, data, "cross_entropy", forward_only=True)])[0])
+    assert not adapter.gradients.any()
+    both = done(trainer.forward_backward([Work(adapter, data, "cross_entropy")])[0])
+    assert forward.logprobs[0] == pytest.approx(both.logprobs[0], abs=1e-6)
+
+
+def test_several_targets_at_each_place(trainer: SessionTrainer) -> None:
+    adapter, single = adapter_of(trainer), datum_of(10, 1)
+    targets = np.stack([single.inputs["target_tokens"], np.full(10, 3)], axis=1)
+    weights = np.tile(np.array([0.25, 0.75], np.float32), (10, 1))
+    several = Datum(single.tokens, {"target_tokens": targets, "weights": weights})
+    outcome = done(trainer.forward_backward([Work(adapter, [several, single], "cross_entropy")])[0])
+    assert [each.shape for each in outcome.logprobs] == [(10, 2), (10,)]
+    assert outcome.logprobs[0][:, 0] == pytest.approx(outcome.logprobs[1], abs=1e-6)
+    expected = -(outcome.logprobs[0] * weights).sum() - (outcome.logprobs[1] * single.inputs["weights"]).sum()
+    assert outcome.metrics["loss:sum"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_step_is_that_of_adamw(trainer: SessionTrainer) -> None:
+    adapter = adapter_of(trainer)
+    weights = adapter.masters.clone().requires_grad_()
+    settings = OptimSettings(learning_rate=0.01, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.1, grad_clip_norm=0.5)
+    theirs = torch.optim.AdamW([weights], lr=0.01, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.1)
+    for number in range(3):
+        trainer.forward_backward([Work(adapter, [datum_of(20, number)], "cross_entropy")])
+        weights.grad = adapter.gradients.clone()
+        norm = torch.nn.utils.clip_grad_norm_([weights], 0.5)
+        theirs.step()
+        metrics = trainer.optim_step(adapter, settings)
+        assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+        torch.testing.assert_close(adapter.masters, weights.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_of_one_moves_no_other(trainer: SessionTrainer) -> None:
+    first, second = adapter_of(trainer, 1), adapter_of(trainer, 2)
+    trainer.forward_backward([Work(each, [datum_of(20)], "cross_entropy") for each in (first, second)])
+    weights, gradients = second.masters.clone(), second.gradients.clone()
+    trainer.optim_step(first, OptimSettings())
+    assert torch.equal(second.masters, weights)
+    assert torch.equal(second.gradients, gradients)
+
+
+WRONG: dict[str, tuple[Datum, str]] = {
+    "unknown loss 'dpo'": (datum_of(4), "dpo"),
+    "ppo needs logprobs": (datum_of(4), "ppo"),
+    "the model's context is 256": (datum_of(257), "cross_entropy"),
+    "target_tokens has token ids outside": (datum_of(2, target_tokens=np.array([0, VOCAB])), "cross_entropy"),
+    "the model input has token ids outside": (Datum(np.array([-1], np.int32), datum_of(1).inputs), "cross_entropy"),
+    "weights has the shape [3]": (datum_of(4, weights=np.zeros(3, np.float32)), "cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_work_takes_no_other_with_it(trainer: SessionTrainer, words: str) -> None:
+    datum, loss = WRONG[words]
+    wrong, right = adapter_of(trainer, 1), adapter_of(trainer, 2)
+    alone = bits(trainer, [Work(right, [datum_of(9)], "cross_entropy")], 0)
+    right.gradients.zero_()
+    outcomes = trainer.forward_backward(
+        [Work(wrong, [datum_of(4), datum], loss), Work(right, [datum_of(9)], "cross_entropy")]
+    )
+    assert isinstance(outcomes[0], InvalidInput)
+    assert words in str(outcomes[0])
+    assert (done(outcomes[1]).logprobs[0].tobytes(), right.gradients.numpy().tobytes()) == alone
+    with pytest.raises(TrainingError, match="has failed"):
+        trainer.optim_step(wrong, OptimSettings())
+    trainer.forward_backward([Work(wrong, [datum_of(4)], "cross_entropy")])
+    trainer.optim_step(wrong, OptimSettings())  # a new window
+
+
+def test_a_loss_that_is_not_finite_fails_alone(trainer: SessionTrainer) -> None:
+    wrong, right = adapter_of(trainer, 1), adapter_of(trainer, 2)
+    alone = bits(trainer, [Work(right, [datum_of(9)], "cross_entropy")], 0)
+    right.gradients.zero_()
+    endless = datum_of(4, weights=np.array([0, np.inf, 0, 0], np.float32))
+    outcomes = trainer.forward_backward(
+        [Work(wrong, [endless], "cross_entropy"), Work(right, [datum_of(9)], "cross_entropy")]
+    )
+    assert isinstance(outcomes[0], NonFiniteLoss)
+    assert not wrong.gradients.any()
+    assert (done(outcomes[1]).logprobs[0].tobytes(), right.gradients.numpy().tobytes()) == alone
+
+
+def train(trainer: SessionTrainer, adapter: TrainedAdapter, steps: range) -> None:
+    for number in steps:
+        trainer.forward_backward([Work(adapter, [datum_of(20, number)], "cross_entropy")])
+        trainer.optim_step(adapter, OptimSettings(learning_rate=0.01))
+
+
+def test_a_checkpoint_continues_as_if_nothing_had_been(trainer: SessionTrainer, tmp_path: Path) -> None:
+    whole = trainer.create(rank=4, seed=5)
+    train(trainer, whole, range(3))
+    whole.save(tmp_path / "c")
+    train(trainer, whole, range(3, 6))
+    again, fresh = trainer.create(rank=4, seed=6), trainer.create(rank=4, seed=6)
+    again.load(tmp_path / "c", with_optimizer=True)
+    fresh.load(tmp_path / "c", with_optimizer=False)
+    assert torch.equal(again.masters, fresh.masters)
+    for adapter in (again, fresh):
+        train(trainer, adapter, range(3, 6))
+    assert torch.equal(again.masters, whole.masters)
+    assert not torch.equal(fresh.masters, whole.masters), "its optimizer began anew"
+
+
+def test_a_snapshot_holds_the_gradient_that_waits_and_what_has_failed(trainer: SessionTrainer, tmp_path: Path) -> None:
+    adapter, again = trainer.create(rank=4, seed=5), trainer.create(rank=4, seed=6)
+    train(trainer, adapter, range(2))
+    trainer.forward_backward([Work(adapter, [datum_of(20, 7)], "cross_entropy")])
+    adapter.write_state(tmp_path / "s")
+    again.read_state(tmp_path / "s")
+    for each in (adapter, again):
+        trainer.optim_step(each, OptimSettings(learning_rate=0.01))
+    assert torch.equal(again.masters, adapter.masters)
+    assert again.num_steps == adapter.num_steps == 3
+    adapter.fail_window()
+    adapter.write_state(tmp_path / "failed")
+    again.read_state(tmp_path / "failed")
+    with pytest.raises(TrainingError):
+        trainer.optim_step(again, OptimSettings())
+
+
+def test_what_belongs_to_another_adapter_is_refused(trainer: SessionTrainer, tmp_path: Path) -> None:
+    trainer.create(rank=4, seed=0).save(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="rank 4"):
+        trainer.create(rank=8, seed=0).load(tmp_path / "c", with_optimizer=True)
+    with pytest.raises(CheckpointError, match="does not train"):
+        trainer.create(rank=4, seed=0, train_mlp=False).load(tmp_path / "c", with_optimizer=True)
+    (tmp_path / "c" / "session.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        trainer.create(rank=4, seed=0).load(tmp_path / "c", with_optimizer=True)
+
+
+def test_only_what_is_asked_for_is_trained(trainer: SessionTrainer) -> None:
+    assert {name.split(".")[2] for name in trainer.create(rank=2, seed=0, train_mlp=False).factors} == {"attention"}
+    assert {name.split(".")[2] for name in trainer.create(rank=2, seed=0, train_attn=False).factors} == {"mlp"}
+    with pytest.raises(InvalidInput, match="nothing to train"):
+        trainer.create(rank=2, seed=0, train_attn=False, train_mlp=False)
+    with pytest.raises(InvalidInput, match="rank must be between"):
+        trainer.create(rank=0, seed=0)
+
+
+def test_seeds_decide_how_it_begins(trainer: SessionTrainer) -> None:
+    first, same, other = (trainer.create(rank=2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.masters, same.masters)
+    assert not torch.equal(first.masters, other.masters)
+    assert all(not bool(b.any()) for pairs in first.factors.values() for _, b in pairs)
+
+
+def test_quantized_weights_are_refused() -> None:
+    model = make_model()
+    quantize(model, "int8")
+    with pytest.raises(InvalidInput, match="without --quantize"):
+        SessionTrainer(model)
