@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from smelt.control.answers import LiveAnswer, LiveRequest
+from smelt.control.lane_logs import keep_snapshot, log_parts
 from smelt.errors import ConnectionClosed, OutOfSpace, StaleEpoch, StorageError, TransportError, WorkerLost
 from smelt.storage.futures import Granted, Ledger
 from smelt.transport.failures import is_of_the_user
@@ -26,13 +27,16 @@ from smelt.transport.messages import (
     Failure,
     Finish,
     Grant,
+    LogWanted,
     Message,
     Ping,
     Pong,
     Result,
+    SnapshotTaken,
     TextChunk,
     WorkerStatus,
 )
+from smelt.transport.operations import SAMPLE, TRAINING_KINDS
 from smelt.transport.streams import Connection
 
 PING_SECONDS = 5.0
@@ -48,18 +52,34 @@ Witness = Callable[[Granted, Result], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
-    """What a role is granted. `answers_for_death`: whether the work may have been what killed it."""
+class Share:
+    """Kinds of work of which a peer holds so many rows at most, whatever it holds of others."""
 
     kinds: tuple[str, ...]
     max_granted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What a role is granted. `answers_for_death`: whether the work may have been what killed it."""
+
+    shares: tuple[Share, ...]
     answers_for_death: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of all shares."""
+        return tuple(kind for share in self.shares for kind in share.kinds)
 
 
 DUTIES: dict[Role, Duty] = {
-    "worker": Duty(("generate",), max_granted=16, answers_for_death=True),
+    # Many sessions' operations are computed at once, and so are many samples.
+    "worker": Duty(
+        (Share(("generate",), 16), Share(TRAINING_KINDS, 256), Share((SAMPLE,), 256)),
+        answers_for_death=True,
+    ),
     # One run at a time, for they share the device. A run has a process of its own, and its launcher reports its death.
-    "launcher": Duty(("train",), max_granted=1, answers_for_death=False),
+    "launcher": Duty((Share(("train",), 1),), answers_for_death=False),
 }
 
 
@@ -75,12 +95,12 @@ class Link:
         self._ledger = ledger
         self._witness = witness
         self._duty = DUTIES[connection.role]
-        self._room = asyncio.Event()
+        self._rooms = {share: asyncio.Event() for share in self._duty.shares}
         self._num_unanswered = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: set[asyncio.Task[None]] = set()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._granting: asyncio.Task[None] | None = None
+        self._granting: list[asyncio.Task[None]] = []
 
     @property
     def num_busy(self) -> int:
@@ -101,8 +121,8 @@ class Link:
 
         Where this server goes down and cancels it, nothing is given back: the next start recovers it all.
         """
-        self._room.set()
-        self._granting = self._start(self._grant())
+        self._update_room()
+        self._granting = [self._start(self._grant(share)) for share in self._duty.shares]
         self._start(self._receive())
         self._start(self._ping())
         try:
@@ -153,8 +173,8 @@ class Link:
 
     def stop_granting(self) -> None:
         """Take no more from the ledger. What is granted in this moment comes back when the link ends."""
-        if self._granting is not None:
-            self._granting.cancel()
+        for granting in self._granting:
+            granting.cancel()
 
     async def send(self, message: Message) -> None:
         """Raises what `Connection.send` raises; where the peer is gone, the link ends."""
@@ -193,11 +213,11 @@ class Link:
             except TimeoutError:
                 log.warning("%s reads nothing", self.connection.name)
 
-    async def _grant(self) -> None:
+    async def _grant(self, share: Share) -> None:
         while True:
-            await self._room.wait()
-            limit = self._duty.max_granted - len(self.granted)
-            ask = partial(self._ledger.next_grants, self.connection.epoch, limit, self._duty.kinds)
+            await self._rooms[share].wait()
+            limit = share.max_granted - self._num_granted(share)
+            ask = partial(self._ledger.next_grants, self.connection.epoch, limit, share.kinds, self._duty.kinds)
             rows = await _stored("cannot grant work", ask)
             self.granted |= {row.id: row for row in rows}
             self._update_room()
@@ -218,11 +238,15 @@ class Link:
         except TransportError as oversize:
             await self._keep(Result(row.id, epoch, failure=Failure("TooLarge", str(oversize))))
 
+    def _num_granted(self, share: Share) -> int:
+        return sum(row.kind in share.kinds for row in self.granted.values())
+
     def _update_room(self) -> None:
-        if len(self.granted) < self._duty.max_granted:
-            self._room.set()
-        else:
-            self._room.clear()
+        for share, room in self._rooms.items():
+            if self._num_granted(share) < share.max_granted:
+                room.set()
+            else:
+                room.clear()
 
     async def _receive(self) -> None:
         async for message in self.connection:
@@ -237,6 +261,10 @@ class Link:
                     self._keep_soon(message)
                 case WorkerStatus():
                     self._take_status(message)
+                case LogWanted():
+                    self._start(self._send_log(message))
+                case SnapshotTaken():
+                    self._start(self._keep_snapshot(message))
                 case Pong():
                     pass
                 case _:
@@ -246,6 +274,16 @@ class Link:
         answer = self._answers.get(piece.request_id)
         if answer is not None and not answer.push(piece):
             self.cancel(piece.request_id)
+
+    async def _send_log(self, wanted: LogWanted) -> None:
+        async for part in log_parts(self._ledger, wanted):
+            await self.send(part)
+
+    async def _keep_snapshot(self, taken: SnapshotTaken) -> None:
+        """What was done before it is kept first: it was sent first."""
+        if self._keeping:
+            await asyncio.wait(self._keeping)
+        await self.send(await _stored("cannot keep a snapshot", partial(keep_snapshot, self._ledger, taken)))
 
     def _take_status(self, status: WorkerStatus) -> None:
         self.status = status
@@ -269,7 +307,9 @@ class Link:
             body = msgspec.msgpack.encode(result.failure)
             category = "user" if is_of_the_user(result.failure) else "server"
         try:
-            finish = partial(self._ledger.finish, result.future_id, result.epoch, body, category)
+            # A session's results come of its log, again if need be. A failure may not.
+            durable = category is not None or row.kind not in TRAINING_KINDS
+            finish = partial(self._ledger.finish, result.future_id, result.epoch, body, category, durable=durable)
             await _stored("cannot keep a result", finish)
         except StaleEpoch as stale:
             log.info("%s: %s", self.connection.name, stale)

@@ -90,13 +90,14 @@ class Demand:
     epoch: int
     limit: int
     kinds: tuple[str, ...]
+    all_kinds: tuple[str, ...]
     num_changes: int = -1
     answer: asyncio.Future[list[AnyRow]] = field(init=False)
 
     def operation(self, num_changes: int) -> Operation:
         """What grants it; nobody waits for the disk: a grant that is lost with the power was to be redone anyway."""
         self.num_changes = num_changes
-        run = partial(turns.grant, epoch=self.epoch, limit=self.limit, kinds=self.kinds)
+        run = partial(turns.grant, epoch=self.epoch, limit=self.limit, kinds=self.kinds, all_kinds=self.all_kinds)
         return Operation(run, durable=False, answer=self.answer)
 
 
@@ -134,13 +135,16 @@ class Ledger:
         """The number of a worker's new connection; none was ever used before."""
         return await asyncio.wrap_future(self._writer.write(transitions.open_epoch))
 
-    async def next_grants(self, epoch: int, limit: int, kinds: tuple[str, ...]) -> list[Granted]:
+    async def next_grants(
+        self, epoch: int, limit: int, kinds: tuple[str, ...], all_kinds: tuple[str, ...] = ()
+    ) -> list[Granted]:
         """Wait until there is work of these kinds, and take up to `limit` requests of it.
 
+        `all_kinds` has those too that the connection asks for beside this: work whose worker died goes before all.
         StaleEpoch where the connection is over. Whoever stops waiting must `release` the epoch: something may have
         been granted to it in that moment.
         """
-        demand = Demand(epoch, limit, kinds)
+        demand = Demand(epoch, limit, kinds, all_kinds or kinds)
         while True:
             demand.answer = asyncio.get_running_loop().create_future()
             if demand.num_changes == self._num_changes:
@@ -207,9 +211,9 @@ class Ledger:
                 yield await asyncio.to_thread(self._logged, row)
             after = rows[-1].seq
 
-    async def forget_log(self, lane: str, before: int) -> int:
+    async def forget_log(self, lane: str, before: int, *, durable: bool = False) -> int:
         """Drop the requests of a lane below a seq, which nobody will replay; returns of how many futures."""
-        return await self._change(partial(transitions.forget, lane, before), durable=False)
+        return await self._change(partial(transitions.forget, lane, before), durable)
 
     async def abandon_holes(self) -> None:
         """Let lanes go on whose missing seq has not come for so long; to be called every now and then."""

@@ -109,11 +109,13 @@ def advance(connection: Connection, names: Iterable[str]) -> bool:
     return True
 
 
-def grant(connection: Connection, epoch: int, limit: int, kinds: tuple[str, ...]) -> list[AnyRow]:
+def grant(
+    connection: Connection, epoch: int, limit: int, kinds: tuple[str, ...], all_kinds: tuple[str, ...] = ()
+) -> list[AnyRow]:
     """Give up to `limit` ready futures of these kinds to a worker: one of each lane, then their successors.
 
     A lane belongs to one worker while it holds any of its futures. A future whose worker died is granted alone, so
-    that it cannot take others with it again. StaleEpoch where the connection is over.
+    that it cannot take others with it again: before all others of `all_kinds`. StaleEpoch where the connection is over.
     """
     holder = HOLDER(connection, of_epoch=epoch).one_or_none()
     if holder is None or holder.closed:
@@ -121,6 +123,9 @@ def grant(connection: Connection, epoch: int, limit: int, kinds: tuple[str, ...]
     if holder.max_attempts:
         return []
     granted: list[AnyRow] = []
+    beside = tuple(kind for kind in all_kinds if kind not in kinds)
+    if beside and _has_suspects(connection, epoch, beside):
+        return []
     has_successors = True
     while has_successors and len(granted) < limit:
         wanted = {"kinds": kinds, "of_epoch": epoch, "at_most": limit - len(granted)}
@@ -187,6 +192,12 @@ def abandon(connection: Connection, missing: Iterable[tuple[str, int]]) -> None:
             update = lanes.update().where(lanes.c.lane == lane).values(next_seq=waiting[lane, seq])
             connection.execute(update)
             advance(connection, [lane])
+
+
+def _has_suspects(connection: Connection, epoch: int, kinds: tuple[str, ...]) -> bool:
+    """Whether the next of these has had a worker that died."""
+    first = connection.execute(READY, {"kinds": kinds, "of_epoch": epoch, "at_most": 1}).one_or_none()
+    return first is not None and bool(first.attempts)
 
 
 def _mark_granted(connection: Connection, epoch: int, rows: list[AnyRow]) -> bool:

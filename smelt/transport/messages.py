@@ -7,7 +7,7 @@ them and what they answer:
     live requests           Generate, Cancel ->  <- TextChunk ..., Finish for each answer
                             Embed, Cancel ->     <- Embedded, Finish
                             LoadModel, UnloadModel -> <- Finish
-    training sessions       LogPart ->           <- LogWanted, SnapshotTaken
+    training sessions       LogPart, SnapshotKept -> <- LogWanted, SnapshotTaken
     what is going on        Ping ->              <- Pong, WorkerStatus
 
 A body travels in its frame, whatever its size: both ends hold it in memory anyway, and a file would tie workers to
@@ -170,15 +170,24 @@ class LogWanted(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class LogPart(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Operations of a lane in order; another part follows unless this `is_last`."""
+    """Operations of a lane in order; another part follows unless this `is_last`. With a failure the log is lost."""
 
     lane: str
     entries: tuple[LogEntry, ...]
     is_last: bool
+    failure: Failure | None = None
 
 
 class SnapshotTaken(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """A session's state after that seq is on the disk: the log behind the snapshot before it may be forgotten."""
+    """A session's state after that seq is on the disk: the log up to that of the `previous` one may be forgotten."""
+
+    lane: str
+    seq: int
+    previous: int = -1
+
+
+class SnapshotKept(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """All results up to a snapshot are kept, so that no snapshot older than its previous one is needed any more."""
 
     lane: str
     seq: int
@@ -236,6 +245,7 @@ Message = (
     | LogWanted
     | LogPart
     | SnapshotTaken
+    | SnapshotKept
     | Cancel
     | Ping
     | Pong
