@@ -308,6 +308,8 @@ struct Cache {  // of one layer: blocks of (num_kv_heads, block_size, width)
 
 constexpr int64_t PART = 128;  // positions that one thread takes at a time; fixed, so that sums keep their order
 
+constexpr int64_t WORTH_A_THREAD = 1 << 16;  // numbers to read; for fewer it is slower to wake another thread
+
 // What a part of the positions gives for R heads: largest score, sum of exp(score - largest), and the mixed values.
 template <class K, class X> struct Part {
     const Cache &cache;
@@ -400,7 +402,8 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
         for (int64_t h = 0; h < num_heads; h++)
             prepare_row<K>(q + b * q_stride + h * width, width, queries + (b * num_heads + h) * num_steps);
 
-#pragma omp parallel num_threads(threads)
+    const int64_t num_read = num_tasks * cache.num_kv_heads * PART * width;  // at most
+#pragma omp parallel num_threads(threads) if (num_read > WORTH_A_THREAD)
     {
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t task = 0; task < num_tasks; task++)
