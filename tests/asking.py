@@ -36,15 +36,17 @@ def asked(prompt: str, seed: int = 1, max_tokens: int = 30, **changes: Any) -> A
 
 
 class CountingModel(Decoder):
-    """Counts forward passes and rows that are drawn together; fails on a prompt that begins with `poison`."""
+    """Counts forward passes, tokens, and rows that are drawn together; fails on a prompt that begins with `poison`."""
 
     num_passes = 0
+    num_tokens = 0
     max_rows = 0
     poison: int | None = None
     error: BaseException = RuntimeError("a kernel broke")
 
     def forward(self, batch: Any, attend: Any = None) -> torch.Tensor:
         self.num_passes += 1
+        self.num_tokens += batch.tokens.numel()
         if self.poison is not None and ((batch.tokens == self.poison) & (batch.positions == 0)).any():
             raise self.error
         return super().forward(batch, attend)

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from smelt.errors import Overloaded
+from smelt.errors import Overloaded, SmeltError
 from smelt.inference.answer import Answer
 from smelt.inference.events import EmbedRequest, End, Event, Load, Request
 from smelt.inference.jobs import Embedding, Job, Loading, Writing, explained
@@ -144,25 +144,34 @@ class InferenceServer:
         assert resident.model is not None, "only a model that is loaded has running answers"
         try:
             return resident.model.step()
-        except Exception:
-            log.exception("a step of %d answers failed; each goes on alone", len(resident.writing))
-            return self._step_one_by_one(resident, resident.model)
+        except Exception as error:  # noqa: BLE001 - whatever it was, somebody's request is the reason
+            return self._step_one_by_one(resident, resident.model, error)
 
-    def _step_one_by_one(self, resident: Resident, model: TextModel) -> list[Answer]:
-        """Find the answer that fails, and fail its request alone; the others go on where they stood."""
-        suspects = [answer for answer in resident.writing if answer.sequence.status is not Status.WAITING]
-        model.pause()
-        for answer in suspects:
+    def _step_one_by_one(self, resident: Resident, model: TextModel, error: Exception) -> list[Answer]:
+        """After a step that failed find who it was, and fail that request alone; the others go on where they stood."""
+        running = [answer for answer in resident.writing if answer.sequence.status is not Status.WAITING]
+        is_refusal = isinstance(error, SmeltError)
+        log.warning("a step of %d answers failed; each goes on alone", len(running), exc_info=not is_refusal and error)
+        model.pause(keeps_cache=is_refusal)
+        # What refuses is a grammar that has become too expensive, nearly always: then the others need not be tried.
+        suspects = [answer for answer in running if is_refusal and answer.sequence.grammar is not None]
+        tried = self._step_each(resident, model, suspects)
+        if all(answer in resident.writing for answer in suspects):
+            tried += self._step_each(resident, model, [answer for answer in running if answer not in suspects])
+        for answer in resident.writing:
+            if answer.finish_reason is None:
+                model.resume(answer)
+        return [answer for answer in tried if answer in resident.writing]
+
+    def _step_each(self, resident: Resident, model: TextModel, answers: list[Answer]) -> list[Answer]:
+        for answer in answers:
             if answer not in resident.writing:
                 continue  # its request has failed
             try:
                 model.step_alone(answer)
             except Exception as error:  # noqa: BLE001 - whatever it was, it is this request's
                 self._fail(resident.writing[answer], error)
-        for answer in resident.writing:
-            if answer.finish_reason is None:
-                model.resume(answer)
-        return [answer for answer in suspects if answer in resident.writing]
+        return answers
 
     def _embed_slice(self, resident: Resident) -> None:
         """One slice of the oldest; the others follow in turns."""

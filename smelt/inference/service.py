@@ -20,7 +20,7 @@ from smelt.data.chat import parse_messages
 from smelt.data.chat_format import ChatFormat
 from smelt.data.tokenizers import StreamDecoder, Tokenizer
 from smelt.data.tool_calls import ToolCallStream
-from smelt.errors import InvalidInput
+from smelt.errors import InvalidInput, SmeltError
 from smelt.inference.answer import Answer
 from smelt.inference.embeddings import check_inputs, embed_in_slices, join_vectors
 from smelt.inference.engine import MAX_RUNNING, Engine
@@ -178,10 +178,14 @@ class TextModel:
             self._paused.discard(answer.sequence)
             answer.finish_reason = "aborted"
 
-    def pause(self) -> None:
-        """Take everything out of the engine, after a step that failed half-way, until it is resumed."""
+    def pause(self, keeps_cache: bool = False) -> None:
+        """Take everything out of the engine, after a step that failed half-way, until it is resumed.
+
+        What had been computed before is computed anew, unless the step failed in a way that cannot have spoilt it.
+        """
         with self._lock:
-            self._reset()
+            if not keeps_cache:
+                self._reset()
             for sequence in self._answers:
                 self._pause(sequence)
 
@@ -192,11 +196,16 @@ class TextModel:
             self._paused.discard(answer.sequence)
 
     def step_alone(self, answer: Answer) -> None:
-        """While all are paused go on with one of them, until it has a token more: its prompt may take several steps."""
+        """While all are paused go on with one of them, until it has a token more: its prompt may take several steps.
+
+        One that fails is to be aborted.
+        """
         self.resume(answer)
         try:
             while not self.step():
                 pass
+        except SmeltError:
+            raise  # it was refused, and nothing is broken
         except Exception:
             self._reset()
             raise
@@ -224,7 +233,7 @@ class TextModel:
         if sequence.finish_reason != "length" or answer.num_left <= 0:
             answer.close(sequence.finish_reason or "stop")
             return
-        context = (sequence.prompt_ids + sequence.output_ids)[-max(1, self.config.block_size // 2) :]
+        context = (sequence.prompt_ids + sequence.output_ids)[-max(1, self.engine.max_length // 2) :]
         self._run(answer, sequence.resumed(context, answer.num_left))
 
     def _read(self, answer: Answer) -> Iterator[str]:

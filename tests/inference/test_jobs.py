@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from asking import Ask, AskVectors, Client, alone, asked, make_model
-from smelt.types import ChatMessage, SamplingParams
+from smelt.errors import InvalidInput
+from smelt.types import ChatMessage, Grammar, SamplingParams
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -137,3 +139,37 @@ def test_vectors_may_be_cancelled() -> None:
     assert len(client.text("1")) == 30
     assert "vectors" not in client.vectors
     client.server.close()
+
+
+class Tiresome:
+    """A grammar that allows everything, and is refused at its third token."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    def fill(self, mask: torch.Tensor) -> None:
+        if self.num_tokens == 2:
+            raise InvalidInput("the answer's form is too complex", "response_format")
+        mask.fill_(-1)
+
+    def accept(self, token: int) -> None:
+        self.num_tokens += 1
+
+    def fork(self) -> "Tiresome":
+        return Tiresome()
+
+
+def test_a_grammar_that_becomes_too_expensive_costs_others_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smelt.inference.grammar.GrammarCompiler.start", lambda *_: Tiresome())
+    model = client.models["gpt"]
+    client.server.submit("good", asked("x" * 20, 1, 40))
+    client.begun("good", 3)
+    params = SamplingParams(max_tokens=9, temperature=1.0, seed=1, grammar=Grammar("json"))
+    client.server.submit("bad", Ask("y" * 20, params=params))
+    assert "too complex" in str(client.end("bad").error)
+    assert client.ends["bad"].num_output_tokens == 2
+    assert client.text("good") == alone(asked("x" * 20, 1, 40))
+    client.until_load("gpt")
+    assert model.model.num_tokens < 20 + 40 + 20 + 2 + 3 * 16  # a part of a block for each again
