@@ -120,6 +120,7 @@ async def chat_call(catalogue: Catalogue, body: ChatBody, caller: Caller) -> Cal
         messages=turns,
         params=params,
         tools=tools,
+        must_call=body.must_call,
         num_samples=body.num_samples,
         best_of=body.num_samples,
         key_id=caller.key_id or "",

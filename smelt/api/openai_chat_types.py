@@ -1,5 +1,7 @@
 """What a request for the next turn of a chat may hold: messages, tools, their bounds; renders and answers nothing."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,7 +18,7 @@ from smelt.api.openai_types import (
     check_size,
 )
 from smelt.errors import InvalidInput
-from smelt.types import ChatMessage, SamplingParams, ToolCall
+from smelt.types import ChatMessage, Grammar, SamplingParams, ToolCall
 
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128  # offered in a request, or called in a turn
@@ -72,6 +74,19 @@ class Tool(Body):
         """What templates take."""
         known = {name: getattr(self.function, name) for name in Function.model_fields}
         return {"type": self.type, "function": {name: value for name, value in known.items() if value is not None}}
+
+
+class NamedFunction(Body):
+    """One of the functions that are offered."""
+
+    name: Name
+
+
+class ToolChoice(Body):
+    """The function that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Message(Body):
@@ -130,10 +145,15 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = Field(None, description="tell how likely each token was")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and so many of the likeliest at its place (0)")
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="functions that may be called")
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
-        None, description="none, or auto where there are tools"
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
+        None, description="whether a function may be called (auto), has to be, or which one"
     )
     parallel_tool_calls: bool | None = Field(None, description="true: several calls may come at once")
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice not in (None, "none", "auto")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -153,10 +173,15 @@ class ChatBody(SamplingBody):
             check_neutral(tool.model_extra, {}, f"tools.{number}.")
             check_neutral(tool.function.model_extra, NEUTRAL_IN_FUNCTION, f"tools.{number}.function.")
         self._check_choice()
-        definitions = tuple(tool.definition() for tool in self.tools or ())
+        definitions = tuple(tool.definition() for tool in self.tools or () if self._is_offered(tool))
         if (num_bytes := len(msgspec.json.encode(definitions))) > MAX_TOOL_BYTES:
             raise InvalidInput(f"tools have {num_bytes:,} bytes; {MAX_TOOL_BYTES:,} is the limit", "tools")
-        return definitions if self.tool_choice != "none" else ()
+        return definitions
+
+    def _is_offered(self, tool: Tool) -> bool:
+        if isinstance(self.tool_choice, ToolChoice):
+            return tool.function.name == self.tool_choice.function.name
+        return self.tool_choice != "none"
 
     def params(self, context: int | None) -> SamplingParams:
         """How to draw, for a model of that context. InvalidInput for what does not go together or is too much."""
@@ -165,7 +190,8 @@ class ChatBody(SamplingBody):
         max_tokens = self.longest(context)
         check_choices(self.num_samples, max_tokens)
         check_logprobs(self.num_logprobs, max_tokens * self.num_samples, "logprobs")
-        return self.sampling(max_tokens)
+        params = self.sampling(max_tokens)
+        return replace(params, grammar=call_grammar(self.definitions())) if self.must_call else params
 
     def longest(self, context: int | None) -> int:
         """How many tokens a turn may have; by default as many as the context, or as log-probabilities may be told."""
@@ -179,11 +205,41 @@ class ChatBody(SamplingBody):
         return min(longest, MAX_LOGPROBS // (self.num_samples * (1 + self.num_logprobs)))
 
     def _check_choice(self) -> None:
-        if self.tool_choice not in (None, "none", "auto"):
-            raise InvalidInput("tool_choice: only none and auto are supported; the model decides", "tool_choice")
+        if isinstance(self.tool_choice, ToolChoice):
+            check_neutral(self.tool_choice.model_extra, {}, "tool_choice.")
+            check_neutral(self.tool_choice.function.model_extra, {}, "tool_choice.function.")
+        if self.must_call and not any(map(self._is_offered, self.tools or ())):
+            raise InvalidInput("tool_choice: no such function is among the tools", "tool_choice")
         if not self.tools or self.tool_choice == "none":
             return
-        if self.parallel_tool_calls is False:
-            raise InvalidInput("parallel_tool_calls: false is not supported with tools", "parallel_tool_calls")
+        if self.parallel_tool_calls is False and not self.must_call:
+            raise InvalidInput(
+                "parallel_tool_calls: false is not supported where the model decides whether to call",
+                "parallel_tool_calls",
+            )
         if self.response_format is not None and self.response_format.type != "text":
             raise InvalidInput("response_format and tools do not go together; leave one out", "response_format")
+
+
+def call_grammar(definitions: Sequence[dict[str, Any]]) -> Grammar:
+    """One call of one of these functions, as JSON. InvalidInput where their schemas cannot be one."""
+    shared: dict[str, dict[str, Any]] = {}
+    calls = [_call_schema(definition["function"], shared) for definition in definitions]
+    return Grammar("json_schema", msgspec.json.encode({"anyOf": calls, **shared}).decode())
+
+
+def _call_schema(function: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`shared` gets what the function's schema refers to from its root, which is no longer one."""
+    arguments = {"type": "object", **function.get("parameters", {})}
+    for place in ("$defs", "definitions"):
+        if not isinstance(arguments.get(place), dict):
+            continue  # the grammar's business
+        for name, schema in arguments.pop(place).items():
+            if shared.setdefault(place, {}).setdefault(name, schema) != schema:
+                raise InvalidInput(f"tools: two of them mean different things by {place}/{name[:60]}", "tools")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }

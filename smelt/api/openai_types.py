@@ -76,7 +76,7 @@ ALTERNATIVES = {
     "stop": f"a text of 1 to {MAX_STOP_CHARS} characters, or a list of up to {MAX_STOPS} of them",
     "content": 'a text, or a list of parts such as {"type": "text", "text": "Hello"}',
     "logit_bias": f'up to {MAX_BIASES} token ids with numbers from -100 to 100, such as {{"50256": -100}}',
-    "tool_choice": '"none", "auto", or the name of a function',
+    "tool_choice": '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}',
 }
 
 

@@ -210,6 +210,14 @@ def _call(value: Any, arguments_key: str, new_id: Callable[[], str] = _openai_id
     return ToolCall(new_id(), value["name"], json.dumps(arguments, ensure_ascii=False))
 
 
+def _read_json(text: str) -> tuple[str, Calls]:
+    """`{"name": ..., "arguments": {...}}` and nothing else."""
+    return _all_or_text(text, [_call(value, "arguments") for value in _values_in(text)])
+
+
+# What a grammar makes of a call that has to come, whatever the model's template teaches.
+JSON_CALL = Dialect("", _read_json, openings=("{",))
+
 # In this order: what a sign is looked for in may also hold a later one.
 DIALECTS: dict[str, Dialect] = {
     "mistral": Dialect("[TOOL_CALLS]", _read_mistral, ("[TOOL_CALLS]",), ("[{",), ("[CALL_ID]", "[ARGS]")),

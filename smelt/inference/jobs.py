@@ -50,7 +50,8 @@ class Writing:
         request = self.request
         num_answers = max(request.num_samples, request.best_of)
         if request.messages:
-            answers_to = partial(model.answers_to_chat, request.messages, tools=request.tools)
+            tools, must_call = request.tools, request.must_call
+            answers_to = partial(model.answers_to_chat, request.messages, tools=tools, must_call=must_call)
         else:
             answers_to = partial(model.answers_to, request.prompt, echo=request.echo)
         self.answers = answers_to(request.params, num_answers, owner=request.owner, adapter=request.adapter)

@@ -19,7 +19,7 @@ from smelt.configs import DecoderConfig
 from smelt.data.chat import parse_messages
 from smelt.data.chat_format import ChatFormat
 from smelt.data.tokenizers import StreamDecoder, Tokenizer
-from smelt.data.tool_calls import ToolCallStream
+from smelt.data.tool_calls import JSON_CALL, ToolCallStream
 from smelt.errors import InvalidInput, SmeltError
 from smelt.inference.answer import Answer
 from smelt.inference.embeddings import check_inputs, embed_in_slices, join_vectors
@@ -137,17 +137,19 @@ class TextModel:
         num_answers: int = 1,
         *,
         tools: Items[Mapping[str, Any]] = (),
+        must_call: bool = False,
         owner: str = LOCAL_OWNER,
         adapter: str | None = None,
     ) -> list[Answer]:
         """The assistant's next turn in a conversation, to be begun, as often as asked.
 
-        `tools` are definitions in OpenAI's form. InvalidInput where the model's template knows none.
+        `tools` are definitions in OpenAI's form. InvalidInput where the model's template knows none. With `must_call`
+        the grammar makes each answer a call as JSON, whatever form the template teaches.
         """
         prompt_ids = self._prompts.of_chat(messages, tools)
         params = replace(params, stop=(*params.stop, *self.chat_format.stop_strings))
         return [
-            self._answer(sequence, shown_by, is_turn=True, may_call=bool(tools))
+            self._answer(sequence, shown_by, is_turn=True, may_call=bool(tools), must_call=must_call)
             for sequence, shown_by in self._sequences(prompt_ids, params, num_answers, owner, adapter)
         ]
 
@@ -280,13 +282,15 @@ class TextModel:
         echo: str | None = None,
         is_turn: bool = False,
         may_call: bool = False,
+        must_call: bool = False,
     ) -> Answer:
+        as_taught = self.chat_format.tool_calls() if may_call else ToolCallStream(None)
         return Answer(
             sequence,
             params,
             StreamDecoder(self.tokenizer, self.chat_format.call_marks if may_call else None),
             StopStrings(params.stop),
-            self.chat_format.tool_calls() if may_call else ToolCallStream(None),
+            ToolCallStream(JSON_CALL) if must_call else as_taught,
             OuterSpace(is_turn and not self.chat_format.has_template),
             lambda token: self.tokenizer.decode_bytes([token]),
             echo,

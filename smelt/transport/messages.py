@@ -93,6 +93,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     messages: tuple[ChatMessage, ...] = ()
     params: SamplingParams = SamplingParams()
     tools: tuple[dict[str, Any], ...] = ()  # definitions in OpenAI's form, for the chat template
+    must_call: bool = False  # the grammar makes the answer a call as JSON, {"name": ..., "arguments": ...}
     num_samples: int = 1
     best_of: int = 1  # at least num_samples; where it is more, nothing is sent before all are written
     echo: bool = False
