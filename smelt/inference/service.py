@@ -249,6 +249,11 @@ class TextModel:
                     return
                 if not text:
                     self.step()
+        except Exception:
+            self.pause()
+            for other in self.answers:  # they go on, whoever it was that failed
+                self.resume(other)
+            raise
         finally:
             self.abort(answer)
 

@@ -255,6 +255,20 @@ def test_a_step_that_failed_half_way_changes_no_answer(monkeypatch: pytest.Monke
     assert finished(model, answer) == [expected]
 
 
+def test_a_stream_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TextModel(make_model(257), ByteTokenizer())
+    settings: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "seed": 4}
+    expected = model.generate("x", **settings)
+    good, bad = model.stream("x", **settings), model.stream("y", **settings)
+    text = next(good)
+    with monkeypatch.context() as broken:
+        broken.setattr("smelt.inference.engine.sample", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(bad)
+    assert text + "".join(good) == expected
+    assert not model.engine.has_work
+
+
 def test_all_that_was_drawn_is_counted(text_model: TextModel) -> None:
     model = scripted("one two END three")
     [answer] = model.answers_to([120, 121], SamplingParams(max_tokens=50, temperature=0, stop=("END",)))
