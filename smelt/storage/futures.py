@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -74,6 +74,15 @@ class Future:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """How a future has ended, for those who wait for it."""
+
+    state: State
+    category: str | None
+    result: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Logged:
     """A request of a lane as its log has it. One that has failed or was cancelled changed nothing."""
 
@@ -113,7 +122,8 @@ class Ledger:
         self._fault = fault
         self._hole_timeout_s = hole_timeout_s
         self._holes_since: dict[tuple[str, int], float] = {}
-        self._finished: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        # Those who wait for a future: they hear its ending, or None where they shall read it.
+        self._waiting: defaultdict[str, set[asyncio.Future[Ending | None]]] = defaultdict(set)
         self._demands: list[Demand] = []
         self._num_changes = 0
         writer.write(turns.recover).result()
@@ -166,7 +176,7 @@ class Ledger:
         run = partial(transitions.finish, future_id, epoch, body, category, time.time(), self._fault)
         await self._change(run, durable)
         self._fault("after_result_commit")
-        self._wake(future_id)
+        self._wake(future_id, Ending("failed" if category else "done", category, result))
 
     async def release(self, epoch: int, *, died: bool = True) -> None:
         """A worker's connection is over: what it held is queued again.
@@ -193,13 +203,16 @@ class Ledger:
 
     async def wait(self, owner: str, future_id: str, timeout_s: float) -> Future:
         """How a request stands when it is finished, or when the time is over. NotFound where the owner has none."""
-        with self._listening(future_id) as finished:
+        ending = None
+        with self._listening(future_id) as ended:
             future = await self.read(owner, future_id)
             if future.state in FINISHED:
                 return future
             with suppress(TimeoutError):
-                await asyncio.wait_for(finished.wait(), timeout_s)
-        return await self.read(owner, future_id)
+                ending = await asyncio.wait_for(ended, timeout_s)
+        if ending is None:
+            return await self.read(owner, future_id)
+        return replace(future, state=ending.state, category=ending.category, result=ending.result)
 
     async def log(self, lane: str, after: int, before: int) -> AsyncGenerator[Logged, None]:
         """What was asked of a lane between two seqs, in order; one that never came is not among it.
@@ -292,16 +305,17 @@ class Ledger:
             return run(connection)
 
     @contextmanager
-    def _listening(self, future_id: str) -> Iterator[asyncio.Event]:
-        event = asyncio.Event()
-        self._finished[future_id].add(event)
+    def _listening(self, future_id: str) -> Iterator[asyncio.Future[Ending | None]]:
+        ended: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
+        self._waiting[future_id].add(ended)
         try:
-            yield event
+            yield ended
         finally:
-            self._finished[future_id].discard(event)
-            if not self._finished[future_id]:
-                del self._finished[future_id]
+            self._waiting[future_id].discard(ended)
+            if not self._waiting[future_id]:
+                del self._waiting[future_id]
 
-    def _wake(self, future_id: str) -> None:
-        for event in self._finished.get(future_id, ()):
-            event.set()
+    def _wake(self, future_id: str, ending: Ending | None = None) -> None:
+        for ended in self._waiting.get(future_id, ()):
+            if not ended.done():
+                ended.set_result(ending)

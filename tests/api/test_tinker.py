@@ -259,7 +259,7 @@ async def test_a_server_that_goes_down_lets_nobody_wait(services: Services) -> N
         client = Client(http)
         promised = await client.optim_step(await client.model(), 1)
         polling = asyncio.ensure_future(client.result(promised))
-        while not services.ledger._finished:  # noqa: ASYNC110 - nobody announces a poll
+        while not services.ledger._waiting:  # noqa: ASYNC110 - nobody announces a poll
             await asyncio.sleep(0.002)
         app.begin()
         assert (await asyncio.wait_for(polling, 5)).status_code == 408

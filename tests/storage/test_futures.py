@@ -349,7 +349,7 @@ def test_who_waits_is_woken_by_the_result(ledger: Ledger, loop: asyncio.Runner, 
 def test_waiting_ends_with_its_time(ledger: Ledger, loop: asyncio.Runner) -> None:
     [accepted] = loop.run(accept(ledger, 1))
     assert loop.run(ledger.wait("ann", accepted, 0.01)).state == "queued"
-    assert not ledger._finished
+    assert not ledger._waiting
 
 
 def test_large_bodies_lie_in_files(ledger: Ledger, files: Files, loop: asyncio.Runner) -> None:
