@@ -81,11 +81,12 @@ def test_cancelled_before_it_ran_it_never_runs() -> None:
 
 def test_owners_take_turns() -> None:
     client = Client(gpt=make_model(num_slots=1, block_size=8192))
-    client.server.submit("a1", asked("a1", max_tokens=1000, owner="a"))
+    client.server.submit("a1", asked("a1", max_tokens=8000, owner="a"))
     client.begun("a1")
     for key in ("a2", "a3", "a4", "b1", "b2"):
         client.server.submit(key, asked(key, max_tokens=2, owner=key[0]))
     client.until_load("gpt", num_running=1, num_waiting=5)
+    client.server.cancel("a1")
     client.end("a4")
     assert list(client.ends) == ["a1", "a2", "b1", "a3", "b2", "a4"]
     client.server.close()
