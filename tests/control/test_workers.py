@@ -521,12 +521,12 @@ async def test_a_full_disk_delays_results_and_spares_live_answers(
 ) -> None:
     finish, num_refused = ledger.finish, 0
 
-    async def refuse_thrice(*arguments: Any) -> None:
+    async def refuse_thrice(*arguments: Any, **options: Any) -> None:
         nonlocal num_refused
         num_refused += 1
         if num_refused <= 3:
             raise OutOfSpace("the disk is full")
-        await finish(*arguments)
+        await finish(*arguments, **options)
 
     monkeypatch.setattr(ledger, "finish", refuse_thrice)
     async with letting_in(workers, ledger, socket_file), peer(workers, socket_file) as worker:
