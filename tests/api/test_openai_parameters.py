@@ -26,6 +26,12 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 
 
+def defining(value: int) -> dict[str, Any]:
+    """A tool whose schema refers to its own root."""
+    parameters = {"$defs": {"x": {"const": value}}, "properties": {"a": {"$ref": "#/$defs/x"}}}
+    return {"type": "function", "function": {"name": "add", "parameters": parameters}}
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
     with scripted(tmp_path / "home") as served:
@@ -99,6 +105,30 @@ async def test_forms_of_answers_reach_the_model(client: httpx.AsyncClient, model
         for path, body in ((TEXT, HELLO), (CHAT, HI)):
             await ask(client, path, {**body, "response_format": given})
             assert model_server.asked[-1].params.grammar == grammar
+
+
+async def test_calls_that_have_to_come_are_a_grammar(client: httpx.AsyncClient, model_server: Scripted) -> None:
+    def call_of(name: str, arguments: Any) -> dict[str, Any]:
+        properties = {"name": {"const": name}, "arguments": {"type": "object", **arguments}}
+        required = ["name", "arguments"]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    add, now = defining(1), {"type": "function", "function": {"name": "now"}}
+    call_of_add = call_of("add", {"properties": {"a": {"$ref": "#/$defs/x"}}})
+    shared = {"$defs": {"x": {"const": 1}}}
+    choices: list[tuple[Any, list[Any], Any]] = [
+        ("required", [add, now], {"anyOf": [call_of_add, call_of("now", {})], **shared}),
+        ({"type": "function", "function": {"name": "now"}}, [now], {"anyOf": [call_of("now", {})]}),
+    ]
+    for choice, offered, schema in choices:
+        asked = {**HI, "tools": [add, now], "tool_choice": choice, "parallel_tool_calls": False}
+        await ask(client, CHAT, asked)
+        request = model_server.asked[-1]
+        assert (request.tools, request.must_call) == (tuple(offered), True)
+        assert request.params.grammar is not None
+        assert json.loads(request.params.grammar.text) == schema
+    await ask(client, CHAT, {**HI, "tools": [add, now], "tool_choice": "auto"})
+    assert (model_server.asked[-1].must_call, model_server.asked[-1].params.grammar) == (False, None)
 
 
 INVALID: list[tuple[str, dict[str, Any], str]] = [
@@ -178,9 +208,15 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
         ([{"type": "function", "function": {"name": "a", "strict": True}}], "tools.0.function.strict"),
         ([{"type": "function", "function": {"name": "a", "colour": 1}}], "tools.0.function.colour"),
         ([{"type": "function", "function": {"name": "a", "description": "x" * MAX_TOOL_BYTES}}], "tools"))),
-    (CHAT, {**HI, "tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-    (CHAT, {**HI, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice"),
-    (CHAT, {**HI, "tools": [TOOL], "tool_choice": 5}, "tool_choice"),
+    *((CHAT, {**HI, "tools": [TOOL], "tool_choice": value}, "tool_choice") for value in (
+        5, "add", {}, {"type": "function"}, {"type": "function", "function": {"name": "sub"}})),
+    (CHAT, {**HI, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {**HI, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}, "colour": 1}},
+     "tool_choice.colour"),
+    (CHAT, {**HI, "tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+     "response_format"),
+    (CHAT, {**HI, "tools": [defining(1), {**defining(2), "function": {**defining(2)["function"], "name": "sub"}}],
+            "tool_choice": "required"}, "tools"),
     (CHAT, {**HI, "tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
     (CHAT, {**HI, "tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
 ]  # fmt: skip

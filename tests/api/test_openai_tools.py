@@ -1,5 +1,6 @@
 """OpenAI's client against a served model that has learned one call of a function, by its own chat template."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,23 @@ def test_what_was_called_and_its_result_can_be_told(client: openai.OpenAI) -> No
     answer = client.chat.completions.create(**{**ASKED, "messages": [*ASKED["messages"], *turns], "max_tokens": 5})
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 300
+
+
+def test_a_call_that_has_to_come_comes_whatever_was_learned(client: openai.OpenAI) -> None:
+    clock: Any = {"type": "function", "function": {"name": "clock", "parameters": {
+        "properties": {"utc": {"type": "boolean"}}, "required": ["utc"], "additionalProperties": False}}}  # fmt: skip
+    by_name = {"type": "function", "function": {"name": "clock"}}
+    for choice, names in (("required", {"get_weather", "clock"}), (by_name, {"clock"})):
+        asked = {**ASKED, "tools": [TOOL, clock], "tool_choice": choice}
+        (whole,) = client.chat.completions.create(**asked).choices
+        with client.chat.completions.stream(**asked) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        for told in (whole, streamed):
+            assert told.finish_reason == "tool_calls"
+            assert not told.message.content
+            assert told.message.tool_calls is not None
+            (call,) = told.message.tool_calls
+            assert call.type == "function"
+            assert call.function.name in names
+            arguments = json.loads(call.function.arguments)
+            assert isinstance(arguments.get("utc" if call.function.name == "clock" else "city"), bool | str)
