@@ -27,6 +27,7 @@ class Ask:
     tools: tuple[dict[str, Any], ...] = ()
     num_samples: int = 1
     best_of: int = 1
+    must_call: bool = False
     echo: bool = False
     adapter: str | None = None
 
