@@ -8,6 +8,7 @@ of smelt where smelt is not the contender: llama.cpp and vLLM live in environmen
 """
 
 import json
+import os
 import struct
 import sys
 import time
@@ -98,8 +99,6 @@ def transformers(folder: Path, num_threads: int) -> Run:
 
 def vllm(folder: Path, num_threads: int) -> Run:
     """vLLM's own batching. It tells no times of single tokens, so the first ones are timed by a run of their own."""
-    import os
-
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_threads - 1}"}
     from vllm import LLM, SamplingParams
 
@@ -246,9 +245,9 @@ CONTENDERS: dict[str, Callable[[Path, int], Run]] = {
 
 
 def main() -> None:
-    """Answer until the input ends. What libraries print goes to the errors."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr
+    """Answer until the input ends. What libraries and their processes print goes to the errors."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     name, folder, num_threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     run = CONTENDERS[name](folder, num_threads)
     answers.write("ready\n")
