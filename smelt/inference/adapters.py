@@ -1,14 +1,16 @@
 """AdapterPool: the LoRA adapters that an engine can use now, by name; knows no requests and no HTTP."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from smelt.errors import AlreadyExists, InvalidInput, UnknownAdapter
-from smelt.models.adapter_folders import read_adapter
+from smelt.errors import AlreadyExists, InvalidInput, Unavailable, UnknownAdapter
+from smelt.models.adapter_folders import Adapter, read_adapter
 from smelt.models.decoder import Decoder
 from smelt.models.lora import Lora
 
 MAX_ADAPTERS = 64
+MAX_IN_USE = 512  # of those that come and go by themselves, while answers are written with them
 
 
 class Loaded(NamedTuple):
@@ -19,7 +21,7 @@ class Loaded(NamedTuple):
 
 
 class AdapterPool:
-    """Names and slots. Adapters come and go between the steps of an engine, on the thread that steps it."""
+    """Names and slots, the adapter that was used longest ago first. They come and go between the steps of an engine."""
 
     def __init__(self, model: Decoder, max_adapters: int = MAX_ADAPTERS) -> None:
         self._model = model
@@ -30,7 +32,7 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Those that can be used, in order of their arrival."""
+        """Those that can be used, the one that was used longest ago first."""
         return list(self._loaded)
 
     def add(self, name: str, folder: Path) -> None:
@@ -39,7 +41,23 @@ class AdapterPool:
             raise AlreadyExists(f"an adapter {name!r} is loaded already; remove it first")
         if len(self._loaded) >= self._max_adapters:
             raise InvalidInput(f"{self._max_adapters} adapters are loaded, which is the limit; remove one first")
-        adapter = read_adapter(folder, self._model.config)
+        self._put(name, read_adapter(folder, self._model.config))
+
+    def keep(self, name: str, adapter: Adapter, in_use: Collection[str]) -> None:
+        """Put an adapter there unless its name is; the one that was used longest ago makes way, if it is not in use.
+
+        Unavailable where too many are.
+        """
+        if name in self._loaded:
+            return
+        idle = [other for other in self._loaded if other not in in_use]
+        if len(self._loaded) >= self._max_adapters and idle:
+            self.remove(idle[0])
+        elif len(self._loaded) >= MAX_IN_USE:
+            raise Unavailable(f"{len(self._loaded)} adapters are in use; try again", retry_after_s=5)
+        self._put(name, adapter)
+
+    def _put(self, name: str, adapter: Adapter) -> None:
         if self._lora is None:
             self._lora = Lora(self._model)
         slot = min(set(range(len(self._loaded) + 1)) - {loaded.slot for loaded in self._loaded.values()})
@@ -55,8 +73,13 @@ class AdapterPool:
         del self._loaded[name]
 
     def version(self, name: str) -> int:
-        """Tells an adapter from others that had its name before. UnknownAdapter where there is none."""
-        return self._find(name).version
+        """Tells an adapter from others that had its name before. UnknownAdapter where there is none.
+
+        Whoever asks is about to use it.
+        """
+        loaded = self._find(name)
+        self._loaded[name] = self._loaded.pop(name)  # the one that was used last comes last
+        return loaded.version
 
     def slot(self, name: str, version: int) -> int:
         """What stands for an adapter in `Batch.adapter_ids`. UnknownAdapter where that one is gone."""

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from smelt.types import ChatMessage, FinishReason, ModelLoad, SamplingParams, TokenLogprob, ToolCall
+
+if TYPE_CHECKING:
+    from smelt.inference.sequence import Alternatives, PromptWishes
 
 
 class Request(Protocol):
@@ -92,4 +95,26 @@ class Vectors:
     width: int
 
 
-Event: TypeAlias = Piece | End | Vectors | Load
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """Tokens with their log-probabilities, those of the likeliest ones there, and whether a stop ended them."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: "tuple[Alternatives, ...]"
+    has_stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What was drawn after a prompt, and what was asked about that. An End follows."""
+
+    key: str
+    samples: tuple[SampledTokens, ...]
+    prompt_logprobs: tuple[float | None, ...]
+    prompt_top: "tuple[Alternatives, ...]"
+    num_cached_tokens: int
+    wishes: "PromptWishes | None"
+
+
+Event: TypeAlias = Piece | End | Vectors | Samples | Load

@@ -17,6 +17,7 @@ from smelt.inference.answer import Answer
 from smelt.inference.embeddings import Slice, embed_in_slices
 from smelt.inference.events import EmbedRequest, End, Event, Piece, Request, Vectors
 from smelt.inference.prompts import LONG_TEXT
+from smelt.inference.sample_jobs import Holding, Sampling
 from smelt.inference.service import TextModel
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Loading:
         return End(self.key, "aborted", error=error)
 
 
-Job: TypeAlias = Writing | Embedding | Loading
+Job: TypeAlias = Writing | Sampling | Embedding | Loading | Holding
 
 
 def explained(error: BaseException, key: str) -> Exception:

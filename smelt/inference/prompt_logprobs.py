@@ -5,7 +5,7 @@ from torch import Tensor
 
 from smelt.inference.sampler import rate
 from smelt.inference.scheduler import Chunk
-from smelt.inference.sequence import Sequence
+from smelt.inference.sequence import PromptWishes, Sequence
 from smelt.models.decoder import Decoder
 
 SLICE = 64  # positions whose logits are in memory at once
@@ -28,6 +28,8 @@ def rate_prompt(model: Decoder, vocab_size: int, chunk: Chunk, hidden_TC: Tensor
         end = min(start + SLICE, last)
         logits_TV = model.logits(hidden_TC[start - chunk.start : end - chunk.start]).float()[:, :vocab_size]
         _take(sequence, logits_TV, sequence.prompt_ids[start + 1 : end + 1])
+        if sequence.prompt_wishes is not None:
+            _grant(sequence.prompt_wishes, logits_TV, start)
 
 
 def _take(sequence: Sequence, logits_TV: Tensor, next_ids: list[int]) -> None:
@@ -35,3 +37,17 @@ def _take(sequence: Sequence, logits_TV: Tensor, next_ids: list[int]) -> None:
     for _, logprob, top in rate(logits_TV, torch.tensor(next_ids, device=logits_TV.device), num_alternatives):
         sequence.prompt_logprobs.append(logprob)
         sequence.prompt_top_logprobs.append(top)
+
+
+def _grant(wishes: PromptWishes, logits_TV: Tensor, start: int) -> None:
+    logprobs_TV = logits_TV.log_softmax(dim=-1)
+    if wishes.target_ids is not None:
+        targets_TK = torch.from_numpy(wishes.target_ids[start : start + len(logits_TV)]).to(logits_TV.device)
+        found_TK = logprobs_TV.gather(1, targets_TK.clamp(min=0)).masked_fill(targets_TK < 0, 0.0)
+        wishes.target_logprobs += found_TK.tolist()
+    for row in range(len(logits_TV) if wishes.num_alternatives else 0):
+        # A source of its own for each place: chunks of a prompt may be cut anywhere.
+        generator = torch.Generator().manual_seed(wishes.seed + start + row)
+        drawn = torch.multinomial(logprobs_TV[row].exp().cpu(), wishes.num_alternatives, True, generator=generator)
+        values = logprobs_TV[row].cpu()[drawn]
+        wishes.alternatives.append(tuple(zip(drawn.tolist(), values.tolist(), strict=True)))

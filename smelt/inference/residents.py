@@ -20,6 +20,7 @@ from smelt.errors import InvalidInput, SmeltError, Unavailable
 from smelt.inference.answer import Answer
 from smelt.inference.jobs import Embedding, Job, Writing
 from smelt.inference.memory import MIB, Candidate, Room, Upkeep
+from smelt.inference.sample_jobs import Sampling
 from smelt.inference.service import TextModel
 from smelt.types import ModelLoad
 
@@ -42,7 +43,7 @@ class Resident:
     is_reserved: bool = False  # its memory counts as taken
     arrived: list[Job] = field(default_factory=list)  # before the model did, or since it is to leave
     jobs: set[Job] = field(default_factory=set)  # that it works on
-    writing: dict[Answer, Writing] = field(default_factory=dict)
+    writing: dict[Answer, Writing | Sampling] = field(default_factory=dict)
     embedding: deque[Embedding] = field(default_factory=deque)
     leavers: list[str] = field(default_factory=list)  # keys of those who wait for it to be gone
     short_since: float | None = None  # since when it waits for memory

@@ -5,6 +5,9 @@ from enum import Enum
 from random import Random
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from smelt.inference.token_counts import TokenCounts
 from smelt.types import LOCAL_OWNER, FinishReason, SamplingParams
 
@@ -12,6 +15,20 @@ if TYPE_CHECKING:
     from smelt.inference.grammar import GrammarState
 
 Alternatives = tuple[tuple[int, float], ...]
+
+
+@dataclass(eq=False, slots=True)
+class PromptWishes:
+    """What else is asked about the places of a prompt but its first token, and the answers as they come.
+
+    `target_ids` (places, K), -1 for none. Of each place so many alternatives are drawn from the model.
+    """
+
+    target_ids: NDArray[np.int64] | None
+    num_alternatives: int
+    seed: int
+    target_logprobs: list[list[float]] = field(default_factory=list)  # 0 where there is no target
+    alternatives: list[Alternatives] = field(default_factory=list)
 
 
 class Status(Enum):
@@ -42,6 +59,7 @@ class Sequence:
     top_logprobs: list[Alternatives] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)  # None for the first token
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
+    prompt_wishes: PromptWishes | None = None  # only together with `num_prompt_logprobs`
     num_cached_tokens: int = 0  # of the prompt, which needed no computing
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None

@@ -4,6 +4,8 @@
     own thread:   commands, then one step of each model with work, then what came of it -> `deliver`
     side threads: loading a model, turning text into tokens; neither holds up the steps of the others
 
+Between the steps a companion does work of its own on the same thread and models, a bounded piece at a time.
+
 Without work the thread sleeps. A request that fails takes no other with it.
 """
 
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from smelt.errors import Overloaded, SmeltError
 from smelt.inference.answer import Answer
@@ -21,6 +24,7 @@ from smelt.inference.events import EmbedRequest, End, Event, Load, Request
 from smelt.inference.jobs import Embedding, Job, Loading, Writing, explained
 from smelt.inference.memory import Upkeep
 from smelt.inference.residents import Resident, Residents
+from smelt.inference.sample_jobs import Holding, Sampling
 from smelt.inference.sequence import Status
 from smelt.inference.service import TextModel
 
@@ -28,6 +32,16 @@ MAX_WAITING = 512  # requests of one model that have not begun
 REPORT_SECONDS = 0.25  # between two reports of the load, at least
 
 log = logging.getLogger(__name__)
+
+
+class Companion(Protocol):
+    """Work beside the answers, on the server's thread. It must not raise."""
+
+    def next_turn(self) -> float | None:
+        """When it has something to do, on the monotonic clock; None until something comes."""
+
+    def step(self, *, is_shared: bool) -> None:
+        """Do a bounded piece of it: a small one while answers are being written."""
 
 
 class InferenceServer:
@@ -49,6 +63,7 @@ class InferenceServer:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._jobs: dict[str, tuple[Job, Resident]] = {}
         self._residents = Residents(load, upkeep or Upkeep(), self._commands.put, self._greet)
+        self._companion: Companion | None = None
         self._events: list[Event] = []
         self._last_load = Load()
         self._looked_at = float("-inf")
@@ -79,6 +94,27 @@ class InferenceServer:
         """Give a model's memory back once what it works on has ended. An End says when."""
         self._commands.put(partial(self._unload, key, model))
 
+    def sample(self, key: str, model: str, sampling: Sampling) -> None:
+        """Have raw tokens drawn: Samples, then one End."""
+        self._commands.put(partial(self._accept, sampling, model))
+
+    def do(self, call: Callable[[], None]) -> None:
+        """Have something done on the server's thread."""
+        self._commands.put(call)
+
+    def accompany(self, companion: Companion) -> None:
+        """Let a companion work beside the answers, from now on."""
+        self._companion = companion
+
+    def hold(self, model: str, holding: Holding) -> None:
+        """Have a model come and stay, on the server's thread."""
+        self._accept(holding, model)
+
+    def release(self, holding: Holding) -> None:
+        """Let a model leave that was held, on the server's thread."""
+        if holding.key in self._jobs:
+            self._forget(holding)
+
     def cancel(self, key: str) -> None:
         """End a request now; one that has ended already stays as it is."""
         self._commands.put(partial(self._cancel, key))
@@ -102,6 +138,7 @@ class InferenceServer:
             while self._obey():
                 for resident in self._residents:
                     self._step(resident)
+                self._accompany()
                 self._residents.tend()
                 self._report()
         except Exception as bug:  # noqa: BLE001 - a thread that dies in silence would leave everybody waiting
@@ -124,9 +161,19 @@ class InferenceServer:
         """None for as long as no command comes."""
         if any(resident.writing or resident.embedding for resident in self._residents):
             return 0
-        wakes = [self._residents.next_tending(), self._looked_at + REPORT_SECONDS if self._owes_load else None]
+        wakes = [
+            self._residents.next_tending(),
+            None if self._companion is None else self._companion.next_turn(),
+            self._looked_at + REPORT_SECONDS if self._owes_load else None,
+        ]
         times = [wake for wake in wakes if wake is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _accompany(self) -> None:
+        """Let the companion have its turn."""
+        turn = None if self._companion is None else self._companion.next_turn()
+        if self._companion is not None and turn is not None and turn <= time.monotonic():
+            self._companion.step(is_shared=any(resident.writing for resident in self._residents))
 
     def _step(self, resident: Resident) -> None:
         if resident.writing:
@@ -223,24 +270,29 @@ class InferenceServer:
             self._events.append(End(job.key, "stop"))
             return
         resident.jobs.add(job)
+        if isinstance(job, Holding):
+            job.come(model)
+            return
         encoder = self._long_encoder if job.is_long else self._encoder
         prepared = encoder.submit(job.prepare, model)
         prepared.add_done_callback(lambda done: self._commands.put(partial(self._begin, job, resident, done)))
 
-    def _begin(self, job: Writing | Embedding, resident: Resident, prepared: "Future[None]") -> None:
+    def _begin(self, job: Writing | Sampling | Embedding, resident: Resident, prepared: "Future[None]") -> None:
         if job.key not in self._jobs:
             return  # cancelled meanwhile
         error = prepared.exception()
         if error is None and isinstance(job, Embedding):
             resident.embedding.append(job)
-        elif error is None and isinstance(job, Writing):
+        elif error is None and isinstance(job, Writing | Sampling):
             error = self._begin_writing(job, resident)
         if error is not None:
             self._fail(job, error)
 
-    def _begin_writing(self, job: Writing, resident: Resident) -> Exception | None:
+    def _begin_writing(self, job: Writing | Sampling, resident: Resident) -> Exception | None:
         assert resident.model is not None, "a model does not leave while it has jobs"
         try:
+            if isinstance(job, Sampling):
+                job.begin(resident.model)
             for answer in job.answers:
                 resident.model.begin(answer)
                 resident.writing[answer] = job
@@ -254,6 +306,9 @@ class InferenceServer:
             self._events.append(End(key, "stop"))
         else:
             resident.leavers.append(key)
+            for job in resident.jobs.copy():
+                if isinstance(job, Holding):
+                    job.leave()
             self._rest(resident)
 
     def _cancel(self, key: str) -> None:
@@ -264,7 +319,10 @@ class InferenceServer:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._abort(job)
-        self._events.append(job.aborted(explained(error, job.key)))
+        explanation = explained(error, job.key)
+        self._events.append(job.aborted(explanation))
+        if isinstance(job, Holding):
+            job.refused(explanation)
 
     def _abort(self, job: Job) -> None:
         """Take a job out of wherever it is."""
@@ -273,7 +331,7 @@ class InferenceServer:
             resident.arrived.remove(job)
         if isinstance(job, Embedding) and job in resident.embedding:
             resident.embedding.remove(job)
-        for answer in job.answers if isinstance(job, Writing) else ():
+        for answer in job.answers if isinstance(job, Writing | Sampling) else ():
             if resident.writing.pop(answer, None) is not None and resident.model is not None:
                 resident.model.abort(answer)
         self._forget(job)
@@ -310,7 +368,7 @@ class InferenceServer:
     def _report_load(self, loaded: list[Resident]) -> None:
         answers = [answer for resident in loaded for answer in resident.writing]
         num_waiting = sum(answer.sequence.status is Status.WAITING for answer in answers)
-        num_preparing = sum(not isinstance(job, Writing) or not job.answers for job, _ in self._jobs.values())
+        num_preparing = sum(_is_preparing(job) for job, _ in self._jobs.values())
         load = Load(
             tuple(resident.name for resident in loaded),
             len(answers) - num_waiting,
@@ -320,3 +378,9 @@ class InferenceServer:
         if load != self._last_load:
             self._last_load = load
             self._events.append(load)
+
+
+def _is_preparing(job: Job) -> bool:
+    if isinstance(job, Writing | Sampling):
+        return not job.answers
+    return not isinstance(job, Holding)

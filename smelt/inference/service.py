@@ -26,9 +26,10 @@ from smelt.inference.embeddings import check_inputs, embed_in_slices, join_vecto
 from smelt.inference.engine import MAX_RUNNING, Engine
 from smelt.inference.grammar import GrammarCompiler
 from smelt.inference.prompts import Prompts
-from smelt.inference.sequence import Sequence, Status
+from smelt.inference.sequence import PromptWishes, Sequence, Status
 from smelt.inference.stop_strings import StopStrings
 from smelt.inference.whitespace import OuterSpace
+from smelt.models.adapter_folders import Adapter
 from smelt.models.decoder import Decoder
 from smelt.types import LOCAL_OWNER, ChatMessage, SamplingParams
 
@@ -152,6 +153,40 @@ class TextModel:
             self._answer(sequence, shown_by, is_turn=True, may_call=bool(tools), must_call=must_call)
             for sequence, shown_by in self._sequences(prompt_ids, params, num_answers, owner, adapter)
         ]
+
+    def samples_of(
+        self,
+        prompt_ids: Items[int],
+        params: SamplingParams,
+        num_samples: int,
+        *,
+        owner: str,
+        adapter: str | None,
+        wishes: PromptWishes | None = None,
+    ) -> list[Answer]:
+        """Answers of raw tokens, to be begun: they end where the context does, and the first one scores the prompt.
+
+        The prompt is scored where `params.num_prompt_logprobs` or `wishes` ask for that.
+        """
+        ends = frozenset() if params.ignore_eos else self._prompts.text_end_ids | self._prompts.turn_end_ids
+        room = max(1, self.engine.max_length - len(prompt_ids))
+        num_prompt_logprobs = params.num_prompt_logprobs if wishes is None else params.num_prompt_logprobs or 0
+        params = replace(
+            params, stop_token_ids=params.stop_token_ids | ends, max_tokens=max(1, min(params.max_tokens, room))
+        )
+        answers = []
+        for index in range(num_samples):
+            seed = None if params.seed is None else params.seed + index
+            drawn_by = replace(params, seed=seed, num_prompt_logprobs=None if index else num_prompt_logprobs)
+            sequence = Sequence(list(prompt_ids), drawn_by, owner, adapter, prompt_wishes=None if index else wishes)
+            answers.append(self._answer(sequence, drawn_by))
+        return answers
+
+    def keep_adapter(self, name: str, adapter: Adapter) -> None:
+        """Have an adapter ready under a name that no other has had; others that nobody uses may make way."""
+        with self._lock:
+            in_use = {answer.sequence.adapter for answer in self._answers.values()}
+            self.engine.adapters.keep(name, adapter, {used for used in in_use if used is not None})
 
     def begin(self, answer: Answer) -> None:
         """Let the next steps write it. InvalidInput where the model or the engine cannot."""
