@@ -20,6 +20,7 @@ from smelt.api import (
     resources,
     text_generation,
     tinker,
+    tinker_completions,
 )
 from smelt.api.gate import Gate
 from smelt.api.services import Services
@@ -47,6 +48,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     for routes in (
         openai.router(services),
         tinker.router(services),
+        tinker_completions.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
         models.router(services, imports),

@@ -79,6 +79,7 @@ FAMILIES: dict[str, Family] = {
             "checkpoints",
         )
     },
+    "/oai/api/v1": OPENAI,
     "/api/v1/healthz": Family(public=True, always=True),
     "/api/v1/downloads": PUBLIC,  # the address itself is signed
     "/v1/workers": Family(ANY),

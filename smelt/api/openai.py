@@ -33,13 +33,13 @@ def router(services: Services) -> APIRouter:
     catalogue = services.catalogue
     completions = services.completions
     # Routes are tried one after the other, so what is asked most comes first.
-    _add_writing(routes, "/completions", TEXT, CompletionBody, Desk(completions, partial(_text_call, catalogue)))
-    _add_writing(routes, "/chat/completions", CHAT, ChatBody, Desk(completions, partial(_chat_call, catalogue)))
+    add_writing(routes, "/completions", TEXT, CompletionBody, Desk(completions, partial(_text_call, catalogue)))
+    add_writing(routes, "/chat/completions", CHAT, ChatBody, Desk(completions, partial(_chat_call, catalogue)))
     add_embeddings(routes, catalogue, services.model_server, services.abuse_checker)
     return routes
 
 
-def _add_writing(routes: APIRouter, path: str, shapes: Shapes, body_class: type[SamplingBody], desk: Desk) -> None:
+def add_writing(routes: APIRouter, path: str, shapes: Shapes, body_class: type[SamplingBody], desk: Desk) -> None:
     """The routes that write, fetch and cancel, for one of the two APIs."""
     what = "text" if shapes is TEXT else "turn of a chat"
 

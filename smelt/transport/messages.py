@@ -97,7 +97,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     num_samples: int = 1
     best_of: int = 1  # at least num_samples; where it is more, nothing is sent before all are written
     echo: bool = False
-    adapter: str | None = None  # a LoRA adapter of the model
+    adapter: str | None = None  # a LoRA adapter of the model: its folder below the home folder
     key_id: str = ""  # of the API key, where one was needed
     user: str = ""  # whom the key's owner says it is for
 
