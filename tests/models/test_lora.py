@@ -26,6 +26,7 @@ from smelt.models.adapter_folders import (
 from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
 from smelt.models.lora import Lora, LoraMatrix, lay_out
+from smelt.models.quantization import quantize
 from smelt.models.weights import assemble, read_model
 
 ADAPTERS = {
@@ -107,6 +108,15 @@ def test_a_cleared_slot_changes_nothing_and_a_filled_one_is_replaced(peft_model:
     torch.testing.assert_close(found, peft_model.logits(TOKENS, "c"), atol=1e-5, rtol=0)
     lora.clear(0)
     torch.testing.assert_close(logits(model, [0] * 6), before, atol=1e-6, rtol=0)
+
+
+def test_adapters_sit_on_int8_weights_too(peft_model: PeftModel) -> None:
+    plain = read_model(peft_model.folder)
+    expected = peft_model.logits(TOKENS, "a")
+    model = quantize(read_model(peft_model.folder), "int8")
+    Lora(model).put(0, read_adapter(peft_model.folder_of("a"), model.config))
+    error = (logits(model, [0] * 6) - expected).norm()
+    assert error < 0.1 * (logits(plain) - expected).norm()
 
 
 def test_many_adapters_grow_the_stacks(peft_model: PeftModel) -> None:
