@@ -149,20 +149,34 @@ class Scheduler:
         self.running.append(sequence)
 
     def _share(self, num_tokens: int, planned: set[Sequence]) -> list[Chunk]:
-        """Parts of prompts, so many tokens in all: each owner's share is the same, the oldest of an owner's first."""
+        """Parts of prompts, so many tokens in all: each owner's share is the same."""
         by_owner: dict[str, list[Sequence]] = {}
         for sequence in self.running:
             if sequence not in planned:
                 by_owner.setdefault(sequence.owner, []).append(sequence)
         chunks = []
         # Those who need least come first, so that what they leave of their share goes to the others.
-        wishes = sorted(by_owner.values(), key=lambda own: sum(s.num_tokens - s.num_computed for s in own))
+        wishes = sorted(by_owner.values(), key=lambda own: sum(map(_num_left, own)))
         for index, own in enumerate(wishes):
             share = num_tokens // (len(wishes) - index)
-            for sequence in own:
+            for sequence in _short_ones_first(own, share // 2):
                 end = min(sequence.num_tokens, sequence.num_computed + share)
                 if end > sequence.num_computed:
                     chunks.append(Chunk(sequence, sequence.num_computed, end))
                     share -= chunks[-1].num_tokens
                     num_tokens -= chunks[-1].num_tokens
         return chunks
+
+
+def _num_left(sequence: Sequence) -> int:
+    return sequence.num_tokens - sequence.num_computed
+
+
+def _short_ones_first(sequences: list[Sequence], num_tokens: int) -> list[Sequence]:
+    """By age, but before the others those that so many tokens complete: a long prompt need not hold up short ones."""
+    short = []
+    for sequence in sequences:
+        if _num_left(sequence) <= num_tokens:
+            num_tokens -= _num_left(sequence)
+            short.append(sequence)
+    return [*short, *(sequence for sequence in sequences if sequence not in short)]

@@ -243,7 +243,7 @@ def test_stats_tell_what_is_going_on(model: Decoder) -> None:
     engine = Engine(model, max_running=2, num_blocks=12, block_size=4, max_step_tokens=10)
     for _ in range(2):
         engine.add(Sequence([1] * 9, SamplingParams(max_tokens=40, seed=0)))
-    engine.add(Sequence([2] * 5, SamplingParams(max_tokens=1, seed=0)))
+    engine.add(Sequence([2] * 5, SamplingParams(max_tokens=2, seed=0)))
     engine.step()
     expected = {"num_running": 2, "num_waiting": 1, "num_blocks": 12, "num_blocks_used": 5, "batch_size": 10}
     assert {name: getattr(engine.stats, name) for name in expected} == expected

@@ -55,6 +55,14 @@ def test_owners_share_a_step_whoever_asks_for_more() -> None:
     assert figures(step(scheduler)) == [(1000, 2), (2000, 9), (0, 9)]
 
 
+def test_short_prompts_pass_a_long_one_which_keeps_half_of_the_step() -> None:
+    scheduler = make()
+    for num_tokens, first in ((100, 1000), (7, 100), (6, 200), (3, 300)):
+        scheduler.add(asked(num_tokens, first))
+    assert figures(step(scheduler)) == [(100, 7), (300, 3), (1000, 10)]
+    assert figures(step(scheduler))[2:] == [(1000, 8)]
+
+
 def test_owners_get_places_in_turns() -> None:
     scheduler = make(max_running=3)
     sequences = [asked(2, 10 * number, "ann") for number in range(5)] + [asked(2, 90, "bob")]
@@ -100,9 +108,10 @@ def test_who_begins_like_another_waits_until_that_is_computed() -> None:
     first, second, other = asked(40), asked(40), asked(5, 500)
     for sequence in (first, second, other):
         scheduler.add(sequence)
-    assert figures(step(scheduler)) == [(0, 20)]
+    assert figures(step(scheduler)) == [(500, 5), (0, 15)]
     assert (second.status, other.status) == (Status.WAITING, Status.RUNNING)
-    assert figures(step(scheduler)) == [(0, 20)]
+    scheduler.remove(other)
+    assert [figures(step(scheduler)) for _ in range(2)] == [[(0, 20)], [(0, 5)]]
     plan = step(scheduler)
     assert second.num_cached_tokens == 39
     assert plan.copies == [(first.block_ids[9], second.block_ids[9])]
