@@ -28,6 +28,7 @@ Examples:
 
 # Columns of `ls` that give way on a narrow terminal, the first one first.
 LESS_IMPORTANT = ("from", "tokenizer", "architecture")
+PIPE_WIDTH = 1000  # characters: a program that reads the list wants a line for each model
 
 ALIAS_EXAMPLES = """\b
 Examples:
@@ -60,7 +61,9 @@ def list_command() -> None:
     headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
     if console.is_terminal:
         headings = fitting(rows, headings, console.width)
-    console.print(table_of(rows, headings), markup=False, soft_wrap=not console.is_terminal)
+    else:
+        console.width = PIPE_WIDTH
+    console.print(table_of(rows, headings), markup=False)
 
 
 def fitting(rows: list[dict[str, str]], headings: list[str], width: int) -> list[str]:
