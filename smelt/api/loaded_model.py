@@ -128,7 +128,7 @@ async def _served(wanted: str, services: Services, imports: Imports) -> Served:
     try:
         return await services.catalogue.find(source.removeprefix("models/"))
     except UnknownModel:
-        if "/" not in source and source not in HUB_NAMES:
+        if not (source in HUB_NAMES or source.startswith(HUB) or "/" in source):
             raise
     job = await imports.create(source, _name_of(source))
     job = await imports.read(job.id, IMPORT_SECONDS)

@@ -105,6 +105,7 @@ async def test_a_model_of_the_hub_is_fetched_or_says_why_not(
     cached = write_source(tmp_path / "cached")
     monkeypatch.setattr(imports, "hub_folder", lambda *_names, progress: cached)
     assert (await load(client, model_type="gpt2"))["model_type"] == "gpt2"
+    assert (await load(client, model_type="hf:distilgpt2"))["model_type"] == "distilgpt2"
     assert (await load(client, model_type="hf:org/name"))["model_type"] == "name"
 
     def offline(*_names: str, progress: object) -> None:
