@@ -88,8 +88,8 @@ def test_an_answer_does_not_depend_on_its_company(model: Decoder) -> None:
         ]
 
     alone = [run(Engine(model, max_running=1), [sequence])[0] for sequence in sequences()]
-    for num_slots in (2, 3, 8):
-        together = run(Engine(model, max_running=num_slots), sequences()[::-1])[::-1]
+    for max_running in (2, 3, 8):
+        together = run(Engine(model, max_running=max_running), sequences()[::-1])[::-1]
         for one, other in zip(alone, together, strict=True):
             assert one.output_ids == other.output_ids
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
