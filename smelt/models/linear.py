@@ -42,7 +42,10 @@ class Int8Linear(nn.Module):
         """(..., in_features) -> (..., out_features). Where no kernel fits, the weights are written out in x's dtype."""
         if (fast := _kernels_for(x)) is not None:
             return fast.linear_int8(x.contiguous(), self.weight, self.scales, self.bias)
-        return F.linear(x, (self.weight * self.scales[:, None]).to(x.dtype), self.bias)
+        if x.dtype == torch.float16:  # unscaled sums would leave its range
+            return F.linear(x, (self.weight * self.scales[:, None]).to(x.dtype), self.bias)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scales
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -58,9 +58,15 @@ def test_logits_in_int8_are_within_four_hundredths(shape: str, num_tokens: int) 
 
 
 @torch.inference_mode()
-def test_without_kernels_only_the_weights_are_rounded() -> None:
-    module, x = Int8Linear(torch.randn(5, 64)), torch.randn(2, 64)
-    torch.testing.assert_close(module(x), x @ (module.weight * module.scales[:, None]).T)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_without_kernels_only_the_weights_are_rounded(has_bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    bias = torch.randn(5).to(dtype) if has_bias else None
+    module, x = Int8Linear(torch.randn(5, 64), bias), torch.randn(2, 64).to(dtype)
+    expected = x.float() @ (module.weight * module.scales[:, None]).T + (0.0 if bias is None else bias.float())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.06
+    torch.testing.assert_close(module(x).float(), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_none_leaves_a_model_as_it_is() -> None:
