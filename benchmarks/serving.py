@@ -12,6 +12,7 @@ the versions, to `results/`.
 import argparse
 import asyncio
 import json
+import select
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ SHAPE: dict[str, Any] = {
 }
 PROMPT_TOKENS = 128
 BATCHES = (1, 8, 16, 32)
+START_SECONDS, TURN_SECONDS = 240.0, 120.0
 SLOW = {"transformers bf16": (1, 16)}  # where waiting for all batches would take most of the time
 ENVIRONMENTS = {"llama.cpp": "llama", "vLLM": "vllm"}  # beside this one's programs, in folders of these names
 
@@ -122,7 +124,7 @@ class Contender:
         self._log = folder.parent / f"{name}.log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        self._read()  # it says when it is ready
+        self._read(START_SECONDS)  # it says when it is ready
         sys.stderr.write(f"{name} is ready\n")
 
     def take_turn(self, batch: int, num_new: int, seed: int, *, counts: bool) -> None:
@@ -133,7 +135,7 @@ class Contender:
         asked = json.dumps({"prompts": random_prompts(batch, seed), "new": num_new})
         self.process.stdin.write(f"{asked}\n".encode())
         self.process.stdin.flush()
-        answer = json.loads(self._read())
+        answer = json.loads(self._read(TURN_SECONDS))
         if counts:
             self.first[batch].append(answer["first"])
             self.rest[batch].append(answer["rest"])
@@ -144,12 +146,31 @@ class Contender:
         self.process.stdin.close()
         self.process.wait(60)
 
-    def _read(self) -> str:
+    def _read(self, limit: float) -> str:
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], limit)[0]:
+            self.process.kill()
         line = self.process.stdout.readline().decode()
         if not line:
-            raise SystemExit(f"{self.name} ended early: {self._log.read_text()[-2000:]}")
+            last = self._log.read_text().strip().splitlines()[-1:]
+            raise Failed(f"{self.name}: {last[0] if last else 'no answer'}")
         return line
+
+
+class Failed(Exception):
+    """A contender that ended, or did not answer in time."""
+
+
+def started(names: list[str], folder: Path, num_threads: int, skipped: list[str]) -> Iterator[Contender]:
+    """Those that could be started; why others could not is added to `skipped`."""
+    for name in names:
+        if not peer_python(name).is_file():
+            skipped.append(f"Skipped, because it is not installed: {name}.")
+            continue
+        try:
+            yield Contender(name, folder, num_threads)
+        except Failed as failure:
+            skipped.append(f"Skipped, because it did not start: {failure}.")
 
 
 def peer_python(contender: str) -> Path:
@@ -168,8 +189,8 @@ def peer_version(peer: str) -> str:
 
 def measure_engines(folder: Path, arguments: argparse.Namespace) -> list[str]:
     """Tables of tokens per second."""
-    here = [name for name in arguments.contenders if peer_python(name).is_file()]
-    contenders = [Contender(name, folder, arguments.threads) for name in here]
+    skipped: list[str] = []
+    contenders = list(started(arguments.contenders, folder, arguments.threads, skipped))
     for batch in BATCHES:  # warm up: memory, compilers, kernels
         for contender in contenders:
             contender.take_turn(batch, 3, seed=batch, counts=False)
@@ -180,7 +201,6 @@ def measure_engines(folder: Path, arguments: argparse.Namespace) -> list[str]:
         sys.stderr.write(f"round {number + 1} of {arguments.rounds}\n")
     for contender in contenders:
         contender.end()
-    skipped = [f"Skipped, because it is not installed: {name}." for name in arguments.contenders if name not in here]
     return [*engine_table(contenders, arguments.new), *skipped, ""]
 
 
