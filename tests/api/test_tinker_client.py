@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import tinker
 import torch
+from starlette.requests import Request
 from tinker import types
 
 from scripted import CONTEXT
 from scripted_training import FILES, LOGPROB, TOKEN, ScriptedWorker, training_server
+from smelt.api import tinker as tinker_routes
 from smelt.api.services import Services
+from smelt.api.tinker import config_for
 from smelt.errors import InvalidInput
 from smelt.storage.futures import Granted
 
@@ -94,6 +97,24 @@ def test_a_step_of_training(training: tinker.TrainingClient, worker: ScriptedWor
     assert worker.steps[-1].beta2 == 0.95
     only_forward = training.forward([datum(2)], "cross_entropy").result()
     assert len(only_forward.loss_fn_outputs) == 1
+
+
+def test_chunks_that_come_out_of_order_are_summed_in_order(
+    server: tuple[str, ScriptedWorker, Services], worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_pieces(request: Request, max_body_bytes: int) -> dict[str, Any]:
+        return config_for(request, max_body_bytes) | {"parallel_fwdbwd_chunks": True, "fwdbwd_max_chunk_len": 2}
+
+    monkeypatch.setattr(tinker_routes, "config_for", in_pieces)
+    with tinker.ServiceClient(base_url=server[0], api_key="tml-test") as client:
+        training = client.create_lora_training_client("tiny", rank=4).result()
+        forward, step = training.forward_backward([datum()] * 7, "cross_entropy"), training.optim_step(ADAM)
+        assert len(forward.result().loss_fn_outputs) == 7
+        assert forward.result().metrics["loss:sum"] == 7 * 1.5
+        assert step.result().metrics
+        kinds = [(seq, "forward_backward") for seq in range(1, 5)]
+        lane = lane_of(worker, training.get_info().model_id)
+        assert lane == [(0, "create_model"), *kinds, (5, "optim_step")]
 
 
 def test_a_loss_of_the_clients_own(training: tinker.TrainingClient) -> None:
