@@ -200,6 +200,13 @@ def test_what_was_idle_for_longest_is_forgotten_first(model: Decoder) -> None:
     assert run(engine, [Sequence(second, one_token)])[0].num_cached_tokens < 47
 
 
+def test_the_end_of_a_prompt_is_forgotten_before_its_beginning(model: Decoder) -> None:
+    engine, one_token = Engine(model, num_blocks=4, block_size=4), SamplingParams(max_tokens=1)
+    for prompt in ([1] * 15, [2] * 3):
+        run(engine, [Sequence(prompt, one_token)])
+    assert run(engine, [Sequence([1] * 15, one_token)])[0].num_cached_tokens == 12
+
+
 @pytest.mark.parametrize("max_step_tokens", [1, 5, 16, 512])
 @pytest.mark.parametrize("num_alternatives", [0, 4])
 def test_logprobs_of_a_prompt_are_those_of_one_forward_pass(
