@@ -127,7 +127,7 @@ async def test_a_poll_waits_for_the_answer(client: httpx.AsyncClient, services: 
     first = await accepted(client, CHAT, HI)
     row, epoch = await granted(services)
     polling = asyncio.create_task(fetched(client, CHAT, first["id"], wait=20))
-    await until(lambda: row.id in services.ledger._finished)
+    await until(lambda: row.id in services.ledger._waiting)
     await services.ledger.finish(row.id, epoch, WRITTEN)
     answer = await polling
     assert answer["choices"][0]["message"]["content"] == "written"
@@ -259,11 +259,11 @@ async def test_whoever_hangs_up_waits_no_longer(client: httpx.AsyncClient, servi
         "raw_path": b"", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
     }  # fmt: skip
     polling = asyncio.create_task(_call(create_app(services), scope, leaves.get, send))
-    await until(lambda: future_id in services.ledger._finished)
+    await until(lambda: future_id in services.ledger._waiting)
     leaves.put_nowait({"type": "http.disconnect"})
     await asyncio.wait_for(polling, 5)
     assert sent[0]["status"] == 200
-    assert future_id not in services.ledger._finished
+    assert future_id not in services.ledger._waiting
 
 
 async def _call(app: Any, scope: Scope, receive: Receive, send: Send) -> None:
