@@ -91,8 +91,8 @@ class Settings(BaseSettings):
 
     @property
     def kernels(self) -> Path:
-        """Folder of what was compiled for this machine's processor."""
-        return self.home / "kernels"
+        """Folder of what was compiled for this machine's processor: the account's, whatever the home folder is."""
+        return cache_folder() / "kernels"
 
     @property
     def kv_cache_bytes(self) -> int | None:
@@ -153,6 +153,11 @@ def runtime_folder() -> Path | None:
     """The user's folder for sockets, $XDG_RUNTIME_DIR; None where there is none."""
     folder = os.environ.get("XDG_RUNTIME_DIR")
     return Path(folder) if folder else None
+
+
+def cache_folder() -> Path:
+    """The account's folder for what can be made again: `smelt` in $XDG_CACHE_HOME or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smelt"
 
 
 def tiktoken_cache() -> Path | None:

@@ -10,6 +10,7 @@ from families import random_state
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import ConfigError, NotFound, TokenizerError
+from smelt.models.linear import Int8Linear
 from smelt.models.weights import write_model
 
 CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
@@ -42,6 +43,17 @@ def test_a_name_and_a_folder_load_in_the_dtype_asked_for(home: Path) -> None:
     folder = make_model(home / "models" / "small")
     assert smelt.load("small", device="cpu", dtype="float32").config == CONFIG
     assert smelt.load(folder, device="cpu", dtype="bfloat16").model.embedding.weight.dtype == torch.bfloat16
+
+
+def test_weights_are_rounded_where_somebody_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(home / "models" / "small")
+    assert not isinstance(smelt.load(folder, device="cpu").model.head, Int8Linear)
+    assert isinstance(smelt.load(folder, device="cpu", quantize="int8").model.head, Int8Linear)
+    monkeypatch.setenv("SMELT_QUANTIZE", "int8")
+    assert isinstance(smelt.load(folder, device="cpu").model.head, Int8Linear)
+    assert smelt.load(folder, device="cpu").generate("a", max_tokens=3, temperature=0.0) is not None
+    with pytest.raises(ConfigError, match="quantize"):
+        smelt.load(folder, quantize="int4")
 
 
 def test_settings_decide_where_nothing_is_given(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

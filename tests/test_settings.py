@@ -143,3 +143,10 @@ def test_an_environment_carries_the_settings_with_their_flags(tmp_path: Path, mo
     for name, value in environment_of(settings).items():
         monkeypatch.setenv(name, value)
     assert load_settings() == settings
+
+
+def test_what_can_be_made_again_lies_with_the_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_settings(home="elsewhere").kernels == tmp_path / "smelt" / "kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert load_settings().kernels == Path.home() / ".cache" / "smelt" / "kernels"
