@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from smelt.api.openai_parsing import object_of
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, Presence, json_body, whole_body
 from smelt.api.tinker_answers import PROTOBUF, add_direct, encoded, is_near, not_yet, owner_of, promise, result
@@ -99,9 +100,8 @@ class TrainingRoutes:
     async def load_weights(self, request: Request) -> Response:
         """Go on from saved weights, in a model that is there or in a new one."""
         raw = await json_body(request, MAX_JSON_BYTES)
-        body = understand(LoadBody, raw)
-        if body.session_id is not None:
-            return await self._open_from(owner_of(request), body, body.session_id)
+        if "session_id" in object_of(raw):
+            return await self._open_from(owner_of(request), understand(LoadBody, raw))
 
         async def take(place: Place, body: LoadBody) -> str:
             return await self._models.load(place, body.path, with_optimizer=body.optimizer)
@@ -174,11 +174,11 @@ class TrainingRoutes:
             promised = await take(Place(model, where.seq_id, body.meant(*volatile)), body)
         return promise(promised, model_id=model.id)
 
-    async def _open_from(self, owner: str, body: LoadBody, session_id: str) -> Response:
+    async def _open_from(self, owner: str, body: LoadBody) -> Response:
         check_optimizer(body.optimizer_config)
-        if body.model_seq_id is None:
-            raise InvalidInput("model_seq_id is missing", "model_seq_id")
-        slot = Slot(owner, session_id, body.model_seq_id, body.meant(), body.user_metadata)
+        if body.session_id is None or body.model_seq_id is None:
+            raise InvalidInput("a new model needs a session_id and a model_seq_id", "model_seq_id")
+        slot = Slot(owner, body.session_id, body.model_seq_id, body.meant(), body.user_metadata)
         model_id, promised = await self._models.create_from(
             slot, body.path, with_optimizer=body.optimizer, base_model=body.base_model
         )

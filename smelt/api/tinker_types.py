@@ -20,6 +20,10 @@ NO_TOKEN = -1
 MAX_TARGETS = 1024  # tokens to score at each place of a prompt
 
 
+# A user's own words, which we keep and give back.
+Metadata = Annotated[dict[str, Any], Field(max_length=256)]
+
+
 class TinkerBody(BaseModel):
     """Strict JSON, unknown fields aside."""
 
@@ -33,10 +37,10 @@ class TinkerBody(BaseModel):
 class SessionBody(TinkerBody):
     """Begin a session."""
 
-    tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
-    display_name: str | None = None
-    project_id: str | None = None
+    tags: Annotated[list[str], Field(max_length=256)] = []
+    user_metadata: Metadata | None = None
+    display_name: Annotated[str | None, Field(max_length=1024)] = None
+    project_id: Annotated[str | None, Field(max_length=1024)] = None
 
 
 class HeartbeatBody(TinkerBody):
@@ -61,7 +65,7 @@ class FinishBody(TinkerBody):
 class ProjectBody(TinkerBody):
     """Whose work a session is."""
 
-    project_id: str
+    project_id: str = Field(max_length=1024)
 
 
 class StatusQueryBody(TinkerBody):
@@ -112,7 +116,7 @@ class CreateModelBody(TinkerBody):
     session_id: str
     model_seq_id: int = Field(ge=0, le=MAX_INT)
     base_model: str
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     lora_config: LoraBody | None = None
     optimizer_config: OptimizerBody = OptimizerBody()
 
@@ -153,7 +157,7 @@ class SaveBody(OperationBody):
     path: str | None = None
     ttl_seconds: int | None = None
     overwrite: bool = False
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     sampling_session_seq_id: int | None = Field(None, ge=0, le=MAX_INT)
     age_encryption_recipients: list[str] | None = None
 
@@ -166,7 +170,7 @@ class LoadBody(TinkerBody):
     session_id: str | None = None
     model_seq_id: int | None = Field(None, ge=0, le=MAX_INT)
     base_model: str | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     path: str
     optimizer: bool = False
     optimizer_config: OptimizerBody | None = None

@@ -171,7 +171,7 @@ class TrainingModels:
 
     async def forward_backward(self, place: Place, body: bytes, error: SmeltError | None = None) -> str:
         """Promise a loss, and its gradient; `error` is why it will fail."""
-        return await self._submit(place, "forward_backward", body, error)
+        return await self._submit(place, "forward_backward", b"" if error else body, error)
 
     async def optim_step(self, place: Place, step: OptimStep | SmeltError) -> str:
         """Promise a step of the optimizer; it fails where the step is an error."""

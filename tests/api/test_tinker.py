@@ -181,6 +181,7 @@ async def test_what_comes_out_of_order_is_done_in_order(client: Client, services
         ("save_weights", {"path": 5}, "path"),
         ("save_weights", {"path": "w", "ttl_seconds": 1}, "ttl_seconds"),
         ("load_weights", {"path": "nowhere"}, "no path of weights"),
+        ("load_weights", {"optimizer": "yes"}, "path is missing"),
         ("load_weights", {"path": "tinker://a/weights/b"}, "no weights"),
         ("save_weights_external", {"path": "w", "age_encryption_recipients": ["age1"]}, "encrypted"),
     ],
@@ -222,6 +223,8 @@ async def test_what_has_no_place_is_refused_at_once_with_a_body(client: Client) 
         await client.get("samplers/x"),
         await client.get("training_runs/x"),
         await client.post("create_model", {"session_id": "x", "model_seq_id": 0, "base_model": "tiny"}),
+        await client.post("load_weights", {"session_id": "x", "path": "tinker://a/weights/b"}),
+        await client.post("create_session", {"tags": [], "user_metadata": {str(n): n for n in range(300)}}),
     ):
         assert answer.status_code in (400, 404, 415, 422), answer.text
         assert answer.json()["detail"]
