@@ -10,10 +10,13 @@ from itertools import islice
 
 import msgspec
 
-from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TransportError, Unavailable
-from smelt.inference.events import End, Piece, Vectors
+from smelt.cluster.samples import encoded, sampling_of
+from smelt.cluster.training_lanes import Answered, Told, TrainingLanes
+from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TooLarge, TransportError, Unavailable
+from smelt.inference.events import End, Piece, Samples, Vectors
 from smelt.inference.server import InferenceServer
 from smelt.transport.failures import failure_of
+from smelt.transport.frames import MAX_FRAME_BYTES
 from smelt.transport.messages import (
     Cancel,
     Completion,
@@ -23,18 +26,22 @@ from smelt.transport.messages import (
     Generate,
     Grant,
     LoadModel,
+    LogPart,
     Message,
     Ping,
     Pong,
     Result,
+    SnapshotKept,
     TextChunk,
     UnloadModel,
     WorkerStatus,
 )
+from smelt.transport.operations import SAMPLE, TRAINING_KINDS, Sample
 from smelt.transport.streams import Connection
 from smelt.types import TokenLogprob
 
 STALLED_SECONDS = 15.0  # a server that reads nothing for so long is gone, and answers must not pile up for it
+FRAME_MARGIN = 4096  # bytes that a result has beside its body
 MAX_BURST = 64  # messages that are sent together: what one step of the engine gives, usually
 
 
@@ -56,6 +63,7 @@ class Work:
     num_ended: int = 0
     drafts: dict[int, Draft] = field(default_factory=dict)
     completions: dict[int, Completion] = field(default_factory=dict)
+    samples: bytes | None = None  # of a sampler, instead of completions
 
     def take(self, piece: Piece) -> None:
         """Keep a piece."""
@@ -80,9 +88,12 @@ class Work:
 class Uplink:
     """`serve` it until the connection ends, and let it `take` what the inference server gives meanwhile."""
 
-    def __init__(self, connection: Connection, server: InferenceServer, status: WorkerStatus) -> None:
+    def __init__(
+        self, connection: Connection, server: InferenceServer, status: WorkerStatus, lanes: TrainingLanes | None = None
+    ) -> None:
         self._connection = connection
         self._server = server
+        self._lanes = lanes
         self._status = status
         self._work: dict[str, Work] = {}  # by the key that the inference server knows it by
         self._unsent: deque[Message] = deque([status])
@@ -99,6 +110,8 @@ class Uplink:
         finally:
             for key in self._work:
                 self._server.cancel(key)
+            if self._lanes is not None:
+                self._lanes.hang_up()
             self._work.clear()
             self._unsent.clear()
             self._is_idle.set()
@@ -111,18 +124,27 @@ class Uplink:
             self._is_idle.clear()
             await self._is_idle.wait()
 
-    def take(self, event: Piece | End | Vectors) -> None:
+    def take(self, event: Piece | End | Vectors | Samples) -> None:
         """Pass on what came of this connection's requests; what is of an earlier one finds nobody."""
         work = self._work.get(event.key)
         if work is None:
             return
         if isinstance(event, End):
             self._take_end(work, event)
+        elif isinstance(event, Samples):
+            work.samples = encoded(event)
         elif work.grant is None:
             self._tell(_piece(work, event))
         else:
             assert isinstance(event, Piece), "the ledger has no requests for vectors"
             work.take(event)
+
+    def take_told(self, told: Told) -> None:
+        """Pass on what a session's lane has to say."""
+        if not isinstance(told, Answered):
+            self._tell(told)
+        elif (work := self._work.pop(told.key, None)) and work.grant is not None:
+            self._tell(_failed(work.grant, told.error) if told.error else _done(work.grant, told.body))
 
     def take_status(self, status: WorkerStatus) -> None:
         """Tell what the worker is doing now."""
@@ -151,7 +173,11 @@ class Uplink:
                 case Grant():
                     self._begin_granted(message)
                 case Cancel():
-                    self._server.cancel(self._key(message.request_id))
+                    self._cancel(self._key(message.request_id))
+                case LogPart() if self._lanes is not None:
+                    self._lanes.take_log(message)
+                case SnapshotKept() if self._lanes is not None:
+                    self._lanes.take_kept(message)
                 case Ping():
                     self._tell(Pong(message.sent_at))
                 case _:
@@ -175,17 +201,32 @@ class Uplink:
             case UnloadModel():
                 self._server.unload(key, request.model)
 
+    def _cancel(self, key: str) -> None:
+        self._server.cancel(key)
+        if self._lanes is not None:
+            self._lanes.cancel(key)
+
     def _begin_granted(self, grant: Grant) -> None:
+        if self._status.leaving:
+            return  # it goes back by itself when we hang up
         try:
-            if grant.kind != "generate":
+            if grant.kind == "generate":
+                self._write(grant, msgspec.msgpack.decode(grant.body, type=Generate))
+            elif grant.kind in TRAINING_KINDS and self._lanes is not None:
+                self._lanes.begin(self._remember(Work(grant.future_id, grant)), grant)
+            elif grant.kind == SAMPLE and self._lanes is not None:
+                self._sample(grant, msgspec.msgpack.decode(grant.body, type=Sample), self._lanes)
+            else:
                 raise InvalidInput(f"a worker does not do work of the kind {grant.kind!r}")
-            request = msgspec.msgpack.decode(grant.body, type=Generate)
         except (InvalidInput, msgspec.DecodeError) as error:
             self._tell(_failed(grant, error))
-            return
-        if not self._status.leaving:  # else it goes back by itself when we hang up
-            work = Work(grant.future_id, grant, request.num_samples)
-            self._server.submit(self._remember(work), request, is_promised=True)
+
+    def _write(self, grant: Grant, request: Generate) -> None:
+        self._server.submit(self._remember(Work(grant.future_id, grant, request.num_samples)), request)
+
+    def _sample(self, grant: Grant, request: Sample, lanes: TrainingLanes) -> None:
+        key = self._remember(Work(grant.future_id, grant))
+        self._server.sample(key, request.sampler.base_model, sampling_of(key, grant.owner, request, lanes.home))
 
     def _remember(self, work: Work) -> str:
         key = self._key(work.request_id)
@@ -240,6 +281,14 @@ def _failed(grant: Grant, error: Exception) -> Result:
     return Result(grant.future_id, grant.epoch, failure=failure_of(error))
 
 
+def _done(grant: Grant, body: bytes) -> Result:
+    if len(body) > MAX_FRAME_BYTES - FRAME_MARGIN:
+        return _failed(grant, TooLarge(f"the result has {len(body):,} bytes, and {MAX_FRAME_BYTES:,} can be sent"))
+    return Result(grant.future_id, grant.epoch, body)
+
+
 def _written(work: Work, grant: Grant) -> Result:
+    if work.samples is not None:
+        return _done(grant, work.samples)
     completions = [work.completions[index] for index in sorted(work.completions)]
     return Result(grant.future_id, grant.epoch, msgspec.msgpack.encode(completions))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from smelt.cluster.dialling import serve_for_ever
+from smelt.cluster.training_lanes import Told, TrainingLanes
 from smelt.cluster.uplink import Uplink
 from smelt.control.catalogue import served_name
 from smelt.errors import NotFound
@@ -59,10 +60,15 @@ class Worker:
         self._grace_s = grace_s
         self._loop = asyncio.get_running_loop()
         self._server = InferenceServer(load_model, self._deliver, upkeep)
+        self._lanes: TrainingLanes | None = None
         self._status = WorkerStatus(device)
         self._uplink: Uplink | None = None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+
+    def keep_sessions(self, home: Path) -> None:
+        """Train by request too. What sessions save lies below the home folder."""
+        self._lanes = TrainingLanes(self._server, home, self._deliver_told)
 
     def preload(self, model: str) -> None:
         """Have a model ready before anybody asks."""
@@ -93,7 +99,12 @@ class Worker:
             for end in ends[:2]:
                 end.cancel()
             await asyncio.wait(ends[:2])
-            await asyncio.to_thread(self._server.close)
+            await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._server.close()
+        if self._lanes is not None:
+            self._lanes.close()
 
     async def _leave(self) -> None:
         if self._uplink is None:
@@ -107,7 +118,7 @@ class Worker:
         hurry.cancel()
 
     async def _serve(self, connection: Connection) -> None:
-        self._uplink = Uplink(connection, self._server, self._status)
+        self._uplink = Uplink(connection, self._server, self._status, self._lanes)
         try:
             await self._uplink.serve()
         finally:
@@ -117,6 +128,16 @@ class Worker:
         """Called on the server's thread; the loop may be closed already when the process ends."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._take, events)
+
+    def _deliver_told(self, told: list[Told]) -> None:
+        """The same, of sessions."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._take_told, told)
+
+    def _take_told(self, told: list[Told]) -> None:
+        for each in told:
+            if self._uplink is not None:
+                self._uplink.take_told(each)
 
     def _take(self, events: list[Event]) -> None:
         for event in events:
@@ -185,7 +206,9 @@ async def run_worker(
     if device.type == "cpu":
         start_build(settings.kernels)  # seconds, the first time on a machine: not those of the first answer
     shelf = Shelf(settings, preload)
-    worker = Worker(address, shelf.load, str(device), upkeep=upkeep_of(settings, shelf, device), key=key, tls=tls)
+    upkeep = upkeep_of(settings, shelf, device)
+    worker = Worker(address, shelf.load, str(device), upkeep=upkeep, key=key, tls=tls)
+    worker.keep_sessions(settings.home)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     if preload is not None:

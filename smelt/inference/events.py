@@ -37,6 +37,23 @@ class Request(Protocol):
     def adapter(self) -> str | None: ...
 
 
+class SampleRequest(Protocol):
+    """Raw tokens that are to be drawn; its fields are explained where operations of sessions are."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def target_ids(self) -> tuple[int, ...]: ...
+    @property
+    def num_targets(self) -> int: ...
+    @property
+    def num_alternatives(self) -> int: ...
+
+
 class EmbedRequest(Protocol):
     """Texts, or token ids, that are to become vectors."""
 
@@ -110,6 +127,7 @@ class Samples:
     """What was drawn after a prompt, and what was asked about that. An End follows."""
 
     key: str
+    request: SampleRequest
     samples: tuple[SampledTokens, ...]
     prompt_logprobs: tuple[float | None, ...]
     prompt_top: "tuple[Alternatives, ...]"

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from smelt.inference.events import EmbedRequest, End, Event, Piece, Request, Vec
 from smelt.inference.prompts import LONG_TEXT
 from smelt.inference.sample_jobs import Holding, Sampling
 from smelt.inference.service import TextModel
+from smelt.models.adapter_folders import Adapter, adapter_stamp, read_adapter
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +31,11 @@ class Writing:
 
     key: str
     request: Request
+    home: Path | None = None
     answers: list[Answer] = field(default_factory=list)
     num_ended: int = 0
     has_begun: bool = False
+    _adapter: tuple[str, Adapter] | None = None
 
     @property
     def is_long(self) -> bool:
@@ -55,7 +59,24 @@ class Writing:
             answers_to = partial(model.answers_to_chat, request.messages, tools=tools, must_call=must_call)
         else:
             answers_to = partial(model.answers_to, request.prompt, echo=request.echo)
-        self.answers = answers_to(request.params, num_answers, owner=request.owner, adapter=request.adapter)
+        adapter = self._read_adapter(model)
+        self.answers = answers_to(request.params, num_answers, owner=request.owner, adapter=adapter)
+
+    def bring_adapter(self, model: TextModel) -> None:
+        """To be called on the engine's thread, before its answers are begun."""
+        if self._adapter is not None:
+            model.keep_adapter(*self._adapter)
+            self._adapter = None
+
+    def _read_adapter(self, model: TextModel) -> str | None:
+        """The name by which the engine knows, or will know, the adapter of a folder as it is now."""
+        name = self.request.adapter
+        if name is None or self.home is None or name in model.engine.adapters.names:
+            return name
+        stamped = f"{name}@{adapter_stamp(self.home / name)}"
+        if stamped not in model.engine.adapters.names:
+            self._adapter = stamped, read_adapter(self.home / name, model.config)
+        return stamped
 
     def events_of(self, answer: Answer) -> list[Event]:
         """What to tell after a step that went on with this answer."""

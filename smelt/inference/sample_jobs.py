@@ -7,35 +7,16 @@ likely the prompt was.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smelt.errors import InvalidInput
 from smelt.inference.answer import Answer
-from smelt.inference.events import End, Event, SampledTokens, Samples
+from smelt.inference.events import End, Event, SampledTokens, SampleRequest, Samples
 from smelt.inference.sequence import PromptWishes
 from smelt.inference.service import TextModel
 from smelt.models.adapter_folders import Adapter, read_adapter
-from smelt.types import SamplingParams
-
-
-class SampleRequest(Protocol):
-    """What is to be drawn; the fields are explained where operations of sessions are."""
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]: ...
-    @property
-    def params(self) -> SamplingParams: ...
-    @property
-    def num_samples(self) -> int: ...
-    @property
-    def target_ids(self) -> tuple[int, ...]: ...
-    @property
-    def num_targets(self) -> int: ...
-    @property
-    def num_alternatives(self) -> int: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -74,7 +55,7 @@ class Sampling:
             wishes=self._wishes,
         )
 
-    def begin(self, model: TextModel) -> None:
+    def bring_adapter(self, model: TextModel) -> None:
         """To be called on the engine's thread, before its answers are begun."""
         if self.adapter is not None and self._weights is not None:
             model.keep_adapter(self.adapter, self._weights)
@@ -90,7 +71,13 @@ class Sampling:
         num_cached = first.num_cached_tokens
         drawn = tuple(map(_drawn, self.answers))
         samples = Samples(
-            self.key, drawn, tuple(first.prompt_logprobs), tuple(first.prompt_top_logprobs), num_cached, self._wishes
+            self.key,
+            self.request,
+            drawn,
+            tuple(first.prompt_logprobs),
+            tuple(first.prompt_top_logprobs),
+            num_cached,
+            self._wishes,
         )
         num_tokens = sum(len(each.token_ids) for each in drawn)
         return [samples, End(self.key, "stop", len(first.prompt_ids), num_tokens, num_cached_tokens=num_cached)]

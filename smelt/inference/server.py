@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -59,6 +60,7 @@ class InferenceServer:
         max_waiting: int = MAX_WAITING,
     ) -> None:
         self._deliver = deliver
+        self._home: Path | None = None
         self._max_waiting = max_waiting
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._jobs: dict[str, tuple[Job, Resident]] = {}
@@ -80,7 +82,7 @@ class InferenceServer:
 
         One that `is_promised` may wait however many do.
         """
-        self._commands.put(partial(self._accept, Writing(key, request), request.model, is_promised))
+        self._commands.put(partial(self._accept, Writing(key, request, self._home), request.model, is_promised))
 
     def embed(self, key: str, request: EmbedRequest) -> None:
         """Have texts turned into vectors: Vectors, then one End."""
@@ -96,19 +98,19 @@ class InferenceServer:
 
     def sample(self, key: str, model: str, sampling: Sampling) -> None:
         """Have raw tokens drawn: Samples, then one End."""
-        self._commands.put(partial(self._accept, sampling, model))
+        self._commands.put(partial(self._accept, sampling, model, is_promised=True))
 
     def do(self, call: Callable[[], None]) -> None:
         """Have something done on the server's thread."""
         self._commands.put(call)
 
-    def accompany(self, companion: Companion) -> None:
-        """Let a companion work beside the answers, from now on."""
-        self._companion = companion
+    def accompany(self, companion: Companion, home: Path) -> None:
+        """Let a companion work beside the answers, from now on. Adapters of requests are folders below `home`."""
+        self._companion, self._home = companion, home
 
     def hold(self, model: str, holding: Holding) -> None:
         """Have a model come and stay, on the server's thread."""
-        self._accept(holding, model)
+        self._give(holding, self._residents.find(model))
 
     def release(self, holding: Holding) -> None:
         """Let a model leave that was held, on the server's thread."""
@@ -291,8 +293,7 @@ class InferenceServer:
     def _begin_writing(self, job: Writing | Sampling, resident: Resident) -> Exception | None:
         assert resident.model is not None, "a model does not leave while it has jobs"
         try:
-            if isinstance(job, Sampling):
-                job.begin(resident.model)
+            job.bring_adapter(resident.model)
             for answer in job.answers:
                 resident.model.begin(answer)
                 resident.writing[answer] = job

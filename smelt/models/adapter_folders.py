@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smelt.configs import DecoderConfig
-from smelt.errors import NotFound, UnsafeFile, UnsupportedModel
+from smelt.errors import NotFound, UnknownAdapter, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import Stored, layout_of
 from smelt.models.folders import read_json
 from smelt.models.tensor_file import write_tensors
@@ -97,6 +97,14 @@ def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
     if not adapter:
         raise UnsupportedModel(f"{folder}: {WEIGHTS_FILE} holds no LoRA factors")
     return adapter
+
+
+def adapter_stamp(folder: Path) -> int:
+    """What changes when the adapter in a folder does. UnknownAdapter where there is none."""
+    try:
+        return (folder / WEIGHTS_FILE).stat().st_mtime_ns
+    except OSError:
+        raise UnknownAdapter(f"there is no adapter {folder.name!r}") from None
 
 
 def write_adapter(adapter: Adapter, config: DecoderConfig, folder: Path) -> None:

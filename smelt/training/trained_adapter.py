@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from smelt.configs import DecoderConfig
 from smelt.errors import CheckpointError, InvalidInput, NotFound, TrainingError
-from smelt.models.adapter_folders import Factors, Matrix, read_adapter, write_adapter
+from smelt.models.adapter_folders import Adapter, Factors, Matrix, read_adapter, write_adapter
 from smelt.models.tensor_file import write_tensors
 
 ALPHA = 32.0  # what is added is scaled by ALPHA / rank, as Tinker's clients take for granted
@@ -112,7 +112,7 @@ class TrainedAdapter:
 
     def save_weights(self, folder: Path) -> None:
         """The factors alone, as `peft` reads them, in a folder that is made."""
-        write_adapter(self._as_adapter(), self.config, folder)
+        write_adapter(self.as_adapter(), self.config, folder)
 
     def save(self, folder: Path) -> None:
         """Factors and optimizer; a gradient that waits for its step is not part of a checkpoint."""
@@ -185,7 +185,8 @@ class TrainedAdapter:
                 a.copy_(factors.a)
                 b.copy_(factors.b * (factors.scale / self.scale))
 
-    def _as_adapter(self) -> dict[str, tuple[Factors | None, ...]]:
+    def as_adapter(self) -> Adapter:
+        """The factors as an engine takes them, which copies them."""
         return {name: tuple(Factors(a, b, self.scale) for a, b in pairs) for name, pairs in self.factors.items()}
 
     @torch.no_grad()

@@ -1,0 +1,61 @@
+"""Models that sessions stand on: they come when the first session does, and stay as long as there is one; computes
+nothing itself."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+from smelt.cluster.lanes import Base
+from smelt.inference.sample_jobs import Holding
+from smelt.inference.server import InferenceServer
+from smelt.inference.service import TextModel
+from smelt.training.session import SessionTrainer
+
+Come = Callable[[Base], None]
+Refused = Callable[[Exception], None]
+
+
+class HeldModels:
+    """Everything here happens on the server's thread. `leave` ends what is done with a model that others want gone."""
+
+    def __init__(self, server: InferenceServer, leave: Callable[[Base], None]) -> None:
+        self._server = server
+        self._leave = leave
+        self._held: dict[str, Base] = {}
+        self._holdings: dict[str, Holding] = {}
+        self._visitors: dict[str, list[tuple[Come, Refused]]] = {}
+        self._numbers = itertools.count()
+
+    def need(self, name: str, come: Come, refused: Refused) -> None:
+        """Call one of the two, at once where the model is there."""
+        if name in self._held:
+            come(self._held[name])
+            return
+        self._visitors.setdefault(name, []).append((come, refused))
+        if name not in self._holdings:
+            key = f"sessions/{next(self._numbers)}"
+            holding = Holding(key, partial(self._take, name), partial(self._refuse, name), partial(self._go, name))
+            self._holdings[name] = holding
+            self._server.hold(name, holding)
+
+    def release(self, name: str) -> None:
+        """No session stands on it any more."""
+        self._held.pop(name, None)
+        if holding := self._holdings.pop(name, None):
+            self._server.release(holding)
+
+    def _take(self, name: str, model: TextModel) -> None:
+        base = self._held[name] = Base(name, model, SessionTrainer(model.model))
+        for come, _ in self._visitors.pop(name, []):
+            come(base)
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        self._holdings.pop(name, None)
+        for _, refused in self._visitors.pop(name, []):
+            refused(error)
+
+    def _go(self, name: str) -> None:
+        base = self._held.get(name)
+        self.release(name)
+        if base is not None:
+            self._leave(base)

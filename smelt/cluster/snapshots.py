@@ -1,0 +1,122 @@
+"""Snapshots of sessions on the disk: written whole or not at all, found, read, removed; knows no requests and no log.
+
+sessions/LANE/snapshots/SEQ     all that the operation behind SEQ depends on
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from smelt.disk import sync
+from smelt.errors import CheckpointError, NotFound
+from smelt.models.adapter_folders import CONFIG_FILE
+from smelt.models.folders import read_json
+from smelt.training.trained_adapter import TrainedAdapter, facts_of
+
+FACTS_FILE = "lane.json"
+
+log = logging.getLogger(__name__)
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """What a session's adapter is made with."""
+
+    base_model: str
+    rank: int
+    seed: int
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+def shape_of(folder: Path, base_model: str) -> Shape:
+    """Of the adapter that a folder holds: a checkpoint of ours, or any of PEFT's. NotFound, CheckpointError."""
+    try:
+        facts = facts_of(folder)
+    except NotFound:
+        settings = read_json(folder / CONFIG_FILE)
+        return Shape(base_model, int(settings["r"]), seed=0)
+    parts = {name.split(".")[2] for name in facts["matrices"]}
+    return Shape(base_model, int(facts["rank"]), int(facts["seed"]), "attention" in parts, "mlp" in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One that is there."""
+
+    seq: int
+    folder: Path
+
+    def shape(self) -> Shape:
+        """Of the adapter to `read` it into. CheckpointError where it is damaged."""
+        try:
+            return msgspec.json.decode((self.folder / FACTS_FILE).read_bytes(), type=Shape)
+        except (OSError, msgspec.DecodeError) as error:
+            raise CheckpointError(f"{self.folder} is damaged: {error}") from None
+
+    def read(self, adapter: TrainedAdapter) -> None:
+        """Set an adapter to this state. CheckpointError where it is damaged."""
+        try:
+            adapter.read_state(self.folder)
+        except (NotFound, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.folder} is damaged: {error}") from None
+
+
+class Snapshots:
+    """Of all lanes, below the home folder."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def newest_first(self, lane: str, before: int) -> list[Snapshot]:
+        """A lane's snapshots of seqs below `before`."""
+        folder = self._folder(lane)
+        seqs = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+        return [Snapshot(seq, folder / str(seq)) for seq in sorted(seqs, reverse=True) if seq < before]
+
+    def write(self, lane: str, seq: int, shape: Shape, adapter: TrainedAdapter) -> int:
+        """Write one; the seq of the one before, or -1."""
+
+        def fill(folder: Path) -> None:
+            adapter.write_state(folder)
+            (folder / FACTS_FILE).write_bytes(msgspec.json.encode(shape))
+
+        earlier = self.newest_first(lane, seq)
+        write_folder(self._folder(lane) / str(seq), fill)
+        return earlier[0].seq if earlier else -1
+
+    def keep_two(self, lane: str, seq: int) -> None:
+        """Remove what is older than the snapshot before that seq."""
+        for old in self.newest_first(lane, seq)[1:]:
+            shutil.rmtree(old.folder, ignore_errors=True)
+
+    def remove_all(self, lane: str) -> None:
+        """Of a session that is over."""
+        shutil.rmtree(self._folder(lane), ignore_errors=True)
+
+    def _folder(self, lane: str) -> Path:
+        return self._home / "sessions" / lane.replace(":", "_") / "snapshots"
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """A folder that is there whole or not at all, even if the power goes; what was there under its name is gone."""
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(folder)
+    sync(folder.parent)
