@@ -33,7 +33,7 @@ def render() -> str:
     for name in rows_of_import_contract():
         package = ROOT / "smelt" / name
         if not package.is_dir():
-            lines.append(f"  {name + '.py':<20}{first_line(package.with_suffix('.py'))}")
+            lines.append(f"  {name + '.py':<19} {first_line(package.with_suffix('.py'))}")
             continue
         modules = sorted(path for path in package.glob("*.py") if path.name != "__init__.py")
         if modules:
