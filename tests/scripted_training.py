@@ -154,11 +154,13 @@ def with_worker(app: ASGIApp, worker: ScriptedWorker) -> ASGIApp:
 
 
 @contextmanager
-def training_server(home: Path) -> Iterator[tuple[str, ScriptedWorker, Services]]:
-    """(address, worker, services) of a server with the model `tiny`."""
+def training_server(
+    home: Path, around: Callable[[ASGIApp], ASGIApp] = lambda app: app
+) -> Iterator[tuple[str, ScriptedWorker, Services]]:
+    """(address, worker, services) of a server with the model `tiny`; `around` may wrap the application."""
     with scripted(home) as (services, _):
         worker = ScriptedWorker(services.ledger, home)
-        with live.serving(with_worker(create_app(services), worker)) as url:
+        with live.serving(with_worker(around(create_app(services)), worker)) as url:
             yield url, worker, services
     # Tinker's client leaves connections to the garbage collector, which would tell of them in somebody else's test.
     with warnings.catch_warnings():
