@@ -2,8 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 
+from session_worker import load_tiny
 from smelt.cluster import lanes as lanes_module
 from smelt.cluster.worker import Worker
-from smelt.configs import DecoderConfig
 from smelt.control.workers import Workers
-from smelt.data.characters import ByteTokenizer
-from smelt.errors import NotFound
-from smelt.inference.service import TextModel
-from smelt.models.decoder import Decoder
 from smelt.storage.futures import Future, Ledger
 from smelt.storage.transitions import Submission
 from smelt.transport import tinker_pb2 as pb
+from smelt.transport.messages import Generate
 from smelt.transport.operations import (
     SAMPLE,
     CreateModel,
@@ -38,18 +37,9 @@ from spine import letting_in, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
-CONFIG = DecoderConfig(vocab_size=128, block_size=64, n_layer=2, n_head=2, n_embd=16)
 LANE = "s:train:0"
 FOLDER = "sessions/s_train_0"
 PROMPT = tuple(range(40, 50))
-
-
-def load_tiny(name: str) -> TextModel:
-    if name != "tiny":
-        raise NotFound(f"no model {name!r}")
-    decoder = Decoder(CONFIG)
-    decoder.initialize(0)
-    return TextModel(decoder, ByteTokenizer())
 
 
 def loss_body(lane: str, seed: int, num_data: int = 2, loss: str = "cross_entropy", tokens: int = 12) -> bytes:
@@ -287,3 +277,108 @@ async def test_a_session_on_no_model_fails_and_so_does_what_follows(
         opened = await client.submit("create_model", CreateModel("gone", 4, 0))
         loss, step = await client.loss(0), await client.step()
         assert [(await outcome(ledger, each)).category for each in (opened, loss, step)] == ["user"] * 3
+
+
+async def test_results_that_were_lost_on_their_way_come_again(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    expected = await undisturbed(ledger, socket_file, tmp_path / "other", 6)
+    client = Client(ledger)
+    futures = [await client.open()]
+    for number in range(6):
+        futures += await client.round(number)
+    async with working(socket_file, tmp_path):
+        for last in (3, 9, len(futures) - 1):
+            reopened = Ledger(ledger._engine, ledger._writer, ledger._files)  # as after a restart of the server
+            async with letting_in(Workers(reopened), reopened, socket_file):
+                await outcome(reopened, futures[last])
+    client.ledger = reopened
+    assert (await client.results(futures))[1:] == expected[1:]
+
+
+async def test_what_is_sampled_is_as_likely_as_the_trainer_finds_it(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    client = Client(ledger)
+    kept = SaveForSampler(f"{FOLDER}/sampler_weights/a", "s:sample:0", "tinker://a")
+    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+        futures = [await client.open(), *await client.round(0)]
+        futures += [await client.submit("save_weights_for_sampler", kept), await client.loss(7, num_data=1)]
+        results = await client.results(futures)
+        assert json.loads(results[-2] or b"")["path"] == "tinker://a"
+        ids = tuple(np.random.default_rng(7).integers(0, 128, 13).tolist())
+        targets = tuple(number for token in ids[1:] for number in (token, -1))
+        request = Sample(
+            Sampler("s:sample:9", "tiny", kept.folder), ids, SamplingParams(max_tokens=1, num_prompt_logprobs=0),
+            last_prompt_logprobs=4, target_ids=targets, num_targets=2, num_alternatives=3,
+        )  # fmt: skip
+        body = msgspec.msgpack.encode(request)
+        future = await outcome(ledger, await ledger.accept(Submission("ann", SAMPLE, "f", body, None, None)))
+    found = pb.SampleResponse()
+    found.ParseFromString(future.result or b"")
+    answer = pb.ForwardBackwardOutput()
+    answer.ParseFromString(results[-1] or b"")
+    trained = np.frombuffer(answer.loss_fn_outputs[0].fields["logprobs"].data, "<f4")
+    prompt = np.frombuffer(found.prompt_logprobs, "<f4")
+    assert np.isnan(prompt[:9]).all()
+    np.testing.assert_allclose(prompt[9:], trained[8:], atol=1e-5)
+    scored = np.frombuffer(found.target_prompt_logprobs.dense, "<f4").reshape(12, 2)
+    np.testing.assert_allclose(scored[:, 0], trained, atol=1e-5)
+    assert (scored[:, 1] == 0).all()
+    assert list(found.prompt_alt_tokens.tokens.shape) == [12, 3]
+    assert len(np.frombuffer(found.sequences[0].tokens, "<i4")) == 1
+
+
+async def test_answers_are_written_while_it_trains(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    client = Client(ledger)
+    params = SamplingParams(max_tokens=400, temperature=1.0, seed=3, ignore_eos=True)
+    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+        await client.results([await client.open()])
+        large = await client.loss(5, num_data=600)
+        alone = asyncio.create_task(client.results([large]))
+        num_pieces = 0
+        async for _ in workers.generate(Generate("g", "ann", "tiny", PROMPT, params=params)):
+            num_pieces += not alone.done()
+        cut = (await alone)[0]
+    assert num_pieces > 3
+    other = Client(ledger, "o:train:0")
+    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+        whole = (await other.results([await other.open(), await other.loss(5, num_data=600)]))[1]
+    assert cut == whole
+
+
+@contextmanager
+def process(address: Path, home: Path, max_replay_steps: int) -> Iterator[None]:
+    """A worker that is killed at the block's end, if not before."""
+    script = Path(__file__).parents[1] / "session_worker.py"
+    worker = subprocess.Popen([sys.executable, str(script), str(address), str(home), str(max_replay_steps)])
+    try:
+        yield
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+@pytest.mark.slow
+async def test_killed_at_any_moment_it_comes_to_the_same_results(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    num_rounds, num_lanes = 8, 3
+    expected = await undisturbed(ledger, socket_file, tmp_path / "other", num_rounds)
+    clients = [Client(ledger, f"k{number}:train:0") for number in range(num_lanes)]
+    futures = [[await client.open()] for client in clients]
+    for number in range(num_rounds):
+        for client, own in zip(clients, futures, strict=True):
+            own += await client.round(number)
+    async with letting_in(workers, ledger, socket_file):
+        for lane, seq in ((0, 2), (1, 7), (2, 13), (0, 20)):
+            with process(socket_file, tmp_path, 1 if seq % 2 else 3):
+                await outcome(ledger, futures[lane][seq])
+            await until(lambda: not workers.workers)
+        with process(socket_file, tmp_path, 2):
+            for client, own in zip(clients, futures, strict=True):
+                assert (await client.results(own))[1:] == expected[1:]
+    found = [await ledger.read("ann", future) for own in futures for future in own]
+    assert any(future.attempts for future in found)
