@@ -135,7 +135,8 @@ def environment_of(settings: Settings) -> dict[str, str]:
     values = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     # Worker and runs share the cores: threads that wait must sleep, unless somebody wants it otherwise.
-    shared = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # But not before a few microseconds: a step of one token wakes them a hundred times (docs/experiments.md).
+    shared = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
     return {**shared, **os.environ, **{f"SMELT_{name.upper()}": text for name, text in texts.items()}}
 
 
