@@ -510,3 +510,81 @@ async def test_each_answer_is_strict_json_without_statuses_that_hang_a_client(cl
         answer = await client.post(path, body)
         assert answer.status_code in (200, 422)
         json.loads(answer.text, parse_constant=lambda name: pytest.fail(name))
+
+
+async def test_weights_fit_only_what_they_were_made_for(client: Client, services: Services) -> None:
+    model_id = await client.model()
+    session = model_id.partition(":")[0]
+    whole = {"session_id": session, "model_seq_id": 1, "base_model": "tiny"}
+    full = (await client.post("create_model", whole)).json()["model_id"]
+    assert (await client.post("get_info", {"model_id": full})).json()["is_lora"] is False
+    async with working(services):
+        saved = await client.result(await client.post("save_weights", {"model_id": model_id, "seq_id": 1}))
+        path = saved.json()["path"]
+        assert path.endswith("/weights/000001")
+        other = {"model_id": full, "seq_id": 1, "path": path, "optimizer": True}
+        assert "has rank 4" in error_of(await client.result(await client.post("load_weights", other)))
+        frozen = {"model_id": model_id, "seq_id": 2, "path": "s"}
+        sampler = (await client.result(await client.post("save_weights_for_sampler", frozen))).json()["path"]
+        load = {"model_id": model_id, "seq_id": 3, "path": sampler, "optimizer": True}
+        assert "no optimizer" in error_of(await client.result(await client.post("load_weights", load)))
+        load |= {"seq_id": 4, "optimizer": False}
+        assert (await client.result(await client.post("load_weights", load))).json()["path"] == sampler
+
+
+async def test_weights_of_the_same_model_may_be_loaded_before_they_are_saved(
+    client: Client, services: Services
+) -> None:
+    model_id = await client.model()
+    save = await client.post("save_weights", {"model_id": model_id, "seq_id": 1, "path": "w"})
+    path = f"tinker://{model_id}/weights/w"
+    load = await client.post("load_weights", {"model_id": model_id, "seq_id": 2, "path": path, "optimizer": True})
+    new = {"session_id": model_id.partition(":")[0], "model_seq_id": 1, "path": path, "optimizer": True}
+    early = await client.post("load_weights", new)
+    assert (early.status_code, "not saved yet" in early.json()["detail"]) == (404, True)
+    async with working(services):
+        assert (await client.result(load)).json()["path"] == (await client.result(save)).json()["path"] == path
+
+
+async def test_copies_belong_to_a_session_or_a_project(client: Client, services: Services) -> None:
+    model_id = await client.model()
+    async with working(services):
+        await client.result(await client.post("save_weights", {"model_id": model_id, "seq_id": 1, "path": "w"}))
+    path = f"tinker://{model_id}/weights/w"
+    session = await client.session()
+    into = {"source_path": path, "session_id": session, "model_seq_id": 4, "ttl_seconds": 7200}
+    copied = [(await client.post("copy_weights", into)).json()["tinker_path"] for _ in range(2)]
+    assert copied == [f"tinker://{session}:train:4/weights/w"] * 2
+    same = {"x-idempotency-key": "k"}
+    archive = {"source_path": path, "destination_project_id": "p"}
+    archived = [(await client.post("copy_weights", archive, **same)).json()["tinker_path"] for _ in range(2)]
+    assert len(set(archived)) == 1
+    assert (await client.post("copy_weights", archive)).json()["tinker_path"] != archived[0]
+    assert (await client.post("copy_weights", {"source_path": path})).status_code == 400
+    trained = await client.optim_step(f"{session}:train:4", 1)
+    assert "given up" in error_of(await client.result(trained))
+
+
+async def test_a_promise_that_kills_its_workers_has_failed_by_our_fault(client: Client, services: Services) -> None:
+    promised = await client.optim_step(await client.model(), 1)
+    for _ in range(6):
+        epoch = await services.ledger.open_epoch()
+        kinds = ("create_model", "optim_step")
+        try:
+            await asyncio.wait_for(services.ledger.next_grants(epoch, 9, kinds), 0.2)
+        except TimeoutError:
+            break
+        await services.ledger.release(epoch)
+    answer = (await client.result(promised)).json()
+    assert (answer["category"], "workers died" in answer["error"]) == ("server", True)
+
+
+async def test_what_was_promised_elsewhere_is_not_told_here(client: Client, services: Services) -> None:
+    body = {"model": "tiny", "prompt": "a", "background": True}
+    other = (await client.http.post("/v1/completions", json=body)).json()["id"].removeprefix("cmpl-")
+    assert (await client.post("retrieve_future", {"request_id": other})).status_code == 404
+    step = await client.optim_step(await client.model(), 1)
+    await services.ledger.cancel("local", step.json()["request_id"])
+    assert "cancelled" in error_of(await client.result(step))
+    nothing = {"session_id": await client.session(), "sampling_session_seq_id": 0}
+    assert (await client.post("create_sampling_session", nothing)).status_code == 400
