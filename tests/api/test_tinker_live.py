@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinker
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TEXTS = ["To be, or not to be", "All the world's a stage", "If music be the food of love"]
 ADAM = types.AdamParams(learning_rate=3e-2)
 
@@ -123,7 +125,7 @@ def test_a_step_on_rewards_makes_what_was_good_more_likely(training: tinker.Trai
 
 
 def test_the_sampler_is_the_trainer(training: tinker.TrainingClient, service: tinker.ServiceClient) -> None:
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     named = training.save_weights_for_sampler("kept").result(timeout=60).path
     base = service.create_sampling_client(base_model="tiny")
     for text in TEXTS:
@@ -135,7 +137,7 @@ def test_the_sampler_is_the_trainer(training: tinker.TrainingClient, service: ti
 
 
 def test_what_is_drawn_has_the_trainers_logprobs(training: tinker.TrainingClient) -> None:
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     prompt = types.ModelInput.from_ints(list(b"To be"))
     params = types.SamplingParams(max_tokens=8, temperature=1.0, seed=3)
     drawn = sampler.sample(prompt, num_samples=4, sampling_params=params).result(timeout=60).sequences
@@ -154,7 +156,7 @@ def test_what_is_drawn_has_the_trainers_logprobs(training: tinker.TrainingClient
 
 
 def test_a_sampler_stays_as_it_was(training: tinker.TrainingClient) -> None:
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     before = samplers_logprobs(sampler, TEXTS[1])
     learn(training, num_steps=2)
     assert torch.equal(samplers_logprobs(sampler, TEXTS[1]), before)
@@ -189,3 +191,17 @@ def test_a_session_survives_its_worker(server: Server, service: tinker.ServiceCl
     assert learn(training, num_steps=2) == losses[:2]
     os.kill(server.pid_of("worker"), signal.SIGKILL)
     assert learn(training, num_steps=2) == losses[2:]
+
+
+@pytest.mark.parametrize("name", ["tinker_supervised", "tinker_rl"])
+def test_the_examples_run(
+    name: str, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [name, server.url])
+    example: dict[str, Any] = {"__name__": name}
+    exec((EXAMPLES / f"{name}.py").read_text(), example)
+    example["NUM_STEPS"] = 2
+    example["main"]()
+    written = capsys.readouterr().out
+    assert "step 1: " in written
+    assert "tinker://" in written
