@@ -38,8 +38,12 @@ class HeldModels:
             self._holdings[name] = holding
             self._server.hold(name, holding)
 
-    def release(self, name: str) -> None:
-        """No session stands on it any more."""
+    def release_all_but(self, names: set[str]) -> None:
+        """On no others does a session stand any more."""
+        for name in self._held.keys() - names:
+            self._release(name)
+
+    def _release(self, name: str) -> None:
         self._held.pop(name, None)
         if holding := self._holdings.pop(name, None):
             self._server.release(holding)
@@ -56,6 +60,6 @@ class HeldModels:
 
     def _go(self, name: str) -> None:
         base = self._held.get(name)
-        self.release(name)
+        self._release(name)
         if base is not None:
             self._leave(base)

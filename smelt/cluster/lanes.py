@@ -90,6 +90,7 @@ class Lane:
     is_recalled: bool = False  # its state is being read
     is_blocked: bool = False  # something is being written or loaded that its next operation waits for
     is_snapshotted: bool = False  # one is being written
+    answered_at: float = float("-inf")  # on the monotonic clock
     toll: Toll = field(default_factory=Toll)
 
     @property

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from smelt.cluster.lanes import Lane, Loss, Operation
+from smelt.cluster.lanes import Lane, Loss
 from smelt.training.session import Outcome, SessionTrainer, Work
 from smelt.training.trained_adapter import TrainedAdapter
 from smelt.transport.tinker_wire import decode_forward_backward, encode_outputs
@@ -25,10 +25,19 @@ class Turn:
     """A datum whose turn it is."""
 
     lane: Lane
-    operation: Operation
     loss: Loss
-    datum: Datum
+    number: int
     adapter: TrainedAdapter
+
+    @property
+    def datum(self) -> Datum:
+        """The request's datum of that number."""
+        return self.loss.data[self.number]
+
+    def work(self) -> Work:
+        """What the trainer has to do."""
+        loss = self.loss
+        return Work(self.adapter, [self.datum], loss.loss_name, loss.loss_settings, loss.forward_only, self.number)
 
 
 class Pace:
@@ -73,11 +82,7 @@ def choose(waiting: Sequence[tuple[Lane, Iterator[Turn]]], budget: int) -> list[
 def compute(trainer: SessionTrainer, turns: Sequence[Turn], pace: Pace) -> None:
     """Do what was chosen, and note in each loss what came of it."""
     began = time.perf_counter()
-    # In the order of lanes and of their data.
-    works = [
-        Work(turn.adapter, [turn.datum], turn.loss.loss_name, turn.loss.loss_settings, turn.loss.forward_only)
-        for turn in turns
-    ]
+    works = [turn.work() for turn in turns]
     outcomes: Sequence[Outcome | Exception]
     try:
         outcomes = trainer.forward_backward(works)

@@ -7,6 +7,7 @@ of lanes is computed in one pass.
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,14 +22,23 @@ from smelt.cluster import losses
 from smelt.cluster.held_models import HeldModels
 from smelt.cluster.lanes import Base, Lane, Operation, Toll
 from smelt.cluster.losses import Pace, Turn
-from smelt.cluster.snapshots import Shape, Snapshot, Snapshots, shape_of, write_folder
-from smelt.errors import CheckpointError, InvalidInput, SmeltError, TrainingError
+from smelt.cluster.samples import sampling_of
+from smelt.cluster.session_operations import SessionOperations, adapter_of, made
+from smelt.cluster.snapshots import Shape, Snapshot, Snapshots
+from smelt.errors import CheckpointError, SmeltError, TrainingError
 from smelt.inference.jobs import explained
 from smelt.inference.server import InferenceServer
-from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
+from smelt.training.trained_adapter import OptimSettings
 from smelt.transport.failures import error_of
 from smelt.transport.messages import Grant, LogPart, LogWanted, SnapshotKept, SnapshotTaken
-from smelt.transport.operations import CreateModel, LoadWeights, OptimStep, SaveForSampler, SaveWeights
+from smelt.transport.operations import (
+    Sample,
+    Sampler,
+    SaveForSampler,
+)
+
+GATHER_SECONDS = 0.001  # that a pass waits for losses of others
+LIVELY_SECONDS = 0.05  # after which a lane that was answered is not expected any more
 
 T = TypeVar("T")
 
@@ -44,7 +54,15 @@ class Answered:
     error: Exception | None = None
 
 
-Told = Answered | LogWanted | SnapshotTaken
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something to be said over the connection of that epoch, and no other."""
+
+    epoch: int
+    message: LogWanted | SnapshotTaken
+
+
+Told = Answered | Note
 
 
 class TrainingLanes:
@@ -56,16 +74,27 @@ class TrainingLanes:
         self._tell = tell
         self._snapshots = Snapshots(home)
         self._models = HeldModels(server, self._leave)
+        self._operations = SessionOperations(self, home, self._models)
         self._lanes: dict[str, Lane] = {}
         self._told: list[Told] = []
+        self._restored: dict[str, list[Callable[[Exception | None], None]]] = {}  # by the key of an operation of ours
         self._pace = Pace()
-        self._num_connections = 0
+        self._may_release = False  # models, where a session has ended or failed
+        self._losses_since: float | None = None  # since when some wait for a pass
+        self._epoch = 0  # of the connection over which it was granted something last
         self._writer = ThreadPoolExecutor(1, "session-writer")
         server.accompany(self, home)
 
     def begin(self, key: str, grant: Grant) -> None:
         """Have an operation done: an Answered with this key will tell of it."""
         self._server.do(partial(self._begin, key, grant))
+
+    def sample(self, key: str, grant: Grant, request: Sample) -> None:
+        """Have the server draw samples; a sampler whose files were lost is made again first.
+
+        The server tells what comes of it, or an Answered that the sampler could not be made.
+        """
+        self._server.do(partial(self._sample, key, grant, request))
 
     def cancel(self, key: str) -> None:
         """An operation that nobody wants any more has failed, unless it is done."""
@@ -90,8 +119,17 @@ class TrainingLanes:
     # --- The server's thread ---------------------------------------------------------------------------------
 
     def next_turn(self) -> float | None:
-        """At once where something can be done or told."""
-        return 0.0 if self._told or any(lane.ready() for lane in self._lanes.values()) else None
+        """At once where something can be done or told; losses wait a moment for those that may be on their way."""
+        heads = [ready[0] for lane in self._lanes.values() if (ready := lane.ready())]
+        if self._told or self._may_release or not all(map(_is_loss, heads)):
+            return 0.0
+        if not heads:
+            self._losses_since = None
+            return None
+        now = time.monotonic()
+        self._losses_since = self._losses_since or now
+        are_more = any(not lane.waiting and now - lane.answered_at < LIVELY_SECONDS for lane in self._lanes.values())
+        return self._losses_since + (GATHER_SECONDS if are_more else 0)
 
     def step(self, *, is_shared: bool) -> None:
         """All that is quick, and then one pass of losses."""
@@ -99,14 +137,18 @@ class TrainingLanes:
             while (ready := lane.ready()) and not _is_loss(ready[0]):
                 self._apply(lane, ready[0])
         self._do_losses(is_shared=is_shared)
+        if self._may_release:
+            self._may_release = False
+            self._models.release_all_but({lane.base.name for lane in self._lanes.values() if lane.base is not None})
         self._flush()
 
     def _begin(self, key: str, grant: Grant) -> None:
         assert grant.lane is not None, "a session is a lane"
         assert grant.seq is not None, "and has an order"
+        self._epoch = grant.epoch
         lane = self._lanes.get(grant.lane) or self._lanes.setdefault(grant.lane, Lane(grant.lane))
         if lane.is_beyond(grant.seq):
-            lane = self._renew(lane)
+            lane = self.renew(lane)
         lane.waiting[grant.seq] = Operation(grant.seq, grant.kind, grant.body, key)
         self._look_after(lane)
 
@@ -116,9 +158,39 @@ class TrainingLanes:
                 del lane.waiting[operation.seq]
                 self._told.append(Answered(key, error=SmeltError("it was cancelled")))
 
+    def _sample(self, key: str, grant: Grant, request: Sample) -> None:
+        def go_on(error: Exception | None) -> None:
+            if error is None:
+                self._server.sample(key, sampler.base_model, sampling)
+            else:
+                self._told.append(Answered(key, error=error))
+
+        self._epoch = grant.epoch
+        sampler, sampling = request.sampler, sampling_of(key, grant.owner, request, self.home)
+        if sampling.folder is None or sampler.lane is None or sampling.folder.is_dir():
+            go_on(None)
+        else:
+            self._restore_sampler(sampler, go_on)
+
+    def _restore_sampler(self, sampler: Sampler, then: Callable[[Exception | None], None]) -> None:
+        """Have its lane come to that place again, and save it there; then the lane comes back to where it was."""
+        assert sampler.lane is not None, "a named one is as durable as anything"
+        assert sampler.seq is not None, "it was made in that lane"
+        key = f"sessions/{sampler.sampler_id}"
+        self._restored.setdefault(key, []).append(then)
+        if len(self._restored[key]) > 1:
+            return
+        log.warning("the files of the sampler %s are gone: it is made again", sampler.sampler_id)
+        lane = self._lanes.get(sampler.lane) or self._lanes.setdefault(sampler.lane, Lane(sampler.lane))
+        if lane.is_beyond(sampler.seq):
+            lane = self.renew(lane)
+        body = msgspec.msgpack.encode(SaveForSampler(sampler.folder or "", sampler.sampler_id))
+        lane.waiting[sampler.seq] = Operation(sampler.seq, "save_weights_for_sampler", body, key)
+        self._look_after(lane)
+
     def _hang_up(self) -> None:
-        self._num_connections += 1
         self._told.clear()
+        self._restored.clear()
         for lane in list(self._lanes.values()):
             is_at_rest = lane.is_at_rest
             lane.waiting.clear()
@@ -135,14 +207,14 @@ class TrainingLanes:
     def _look_after(self, lane: Lane) -> None:
         """See to it that what waits can be done."""
         first = lane.next_seq
-        if first is None or not self._is_held(lane):
+        if first is None or not self.is_held(lane):
             return
         if lane.applied is None and not lane.is_recalled:
             self._recall(lane, first)
         if lane.has_gap:
             assert lane.applied is not None, "else there is no gap yet"
             lane.asked_before = first
-            self._told.append(LogWanted(lane.id, lane.applied, first))
+            self._told.append(Note(self._epoch, LogWanted(lane.id, lane.applied, first)))
 
     def _recall(self, lane: Lane, first: int) -> None:
         """Begin with the newest snapshot before an operation, or with nothing."""
@@ -167,9 +239,9 @@ class TrainingLanes:
         self._look_after(lane)
 
     def _read_snapshot(self, lane: Lane, snapshots: list[Snapshot], shape: Shape, base: Base) -> None:
-        if not self._is_held(lane):
+        if not self.is_held(lane):
             return
-        adapter = _made(base, shape)
+        adapter = made(base, shape)
         try:
             snapshots[0].read(adapter)
         except CheckpointError as damage:
@@ -191,17 +263,20 @@ class TrainingLanes:
 
     def _lose(self, lane: Lane, error: Exception) -> None:
         """A lane cannot be brought back: what waits there fails."""
-        if not self._is_held(lane):
+        if not self.is_held(lane):
             return
-        for operation in lane.waiting.values():
-            assert operation.key is not None, "it was granted"
-            self._told.append(Answered(operation.key, error=explained(error, operation.key)))
-        self._forget(lane)
+        ours = [operation for operation in lane.waiting.values() if operation.key in self._restored]
+        lost = ours or list(lane.waiting.values())  # a sampler that cannot be made again is no reason for others
+        for operation in lost:
+            del lane.waiting[operation.seq]
+            self._say(operation, error=explained(error, lane.id))
+        self._look_after(self.renew(lane))
 
-    def _is_held(self, lane: Lane) -> bool:
+    def is_held(self, lane: Lane) -> bool:
+        """Whether it is still this one that stands for its session."""
         return self._lanes.get(lane.id) is lane
 
-    def _renew(self, lane: Lane) -> Lane:
+    def renew(self, lane: Lane) -> Lane:
         """Begin anew with a lane, whose state is of no use."""
         self._forget(lane)
         again = self._lanes[lane.id] = Lane(lane.id, waiting=lane.waiting)
@@ -209,17 +284,22 @@ class TrainingLanes:
             operation.loss = None
         return again
 
+    def unload(self, lane: Lane) -> None:
+        """A session is over, and with it its snapshots."""
+        self.beside(partial(self._snapshots.remove_all, lane.id), lambda _: None)
+        if self.is_held(lane):
+            self._forget(lane)
+
     def _forget(self, lane: Lane) -> None:
         """Whatever comes of it now finds nobody."""
         del self._lanes[lane.id]
-        base, lane.base, lane.applied = lane.base, None, None
-        if base is not None and not any(other.base is base for other in self._lanes.values()):
-            self._models.release(base.name)
+        lane.base = lane.applied = None
+        self._may_release = True
 
     def _leave(self, base: Base) -> None:
         """Others want a model to be gone. Sessions come back when they are asked for."""
         for lane in [lane for lane in self._lanes.values() if lane.base is base]:
-            self._look_after(self._renew(lane))
+            self._look_after(self.renew(lane))
 
     # --- Operations ------------------------------------------------------------------------------------------
 
@@ -227,133 +307,44 @@ class TrainingLanes:
         """Do one that is no loss, or begin to."""
         if operation.has_failed:
             _void(lane, operation)
-            self._advance(lane, operation)
+            self.advance(lane, operation)
             return
         try:
-            self._do(lane, operation)
+            self._operations.do(lane, operation)
         except Exception as error:  # noqa: BLE001 - whatever it was, it is this operation's
-            self._fail(lane, operation, error)
+            self.fail(lane, operation, error)
 
-    def _do(self, lane: Lane, operation: Operation) -> None:
-        match operation.kind:
-            case "create_model":
-                self._create(lane, operation, msgspec.msgpack.decode(operation.body, type=CreateModel))
-            case "load_weights":
-                self._load(lane, operation, msgspec.msgpack.decode(operation.body, type=LoadWeights))
-            case "optim_step":
-                step = msgspec.msgpack.decode(operation.body, type=OptimStep)
-                settings = OptimSettings(**msgspec.structs.asdict(step))
-                self._answer(lane, operation, metrics=_adapter(lane).step(settings))
-            case "save_weights":
-                saving = msgspec.msgpack.decode(operation.body, type=SaveWeights)
-                self._save(lane, operation, saving.folder, TrainedAdapter.save, {"path": saving.path})
-            case "save_weights_for_sampler" | "save_weights_external":
-                self._save_sampler(lane, operation, msgspec.msgpack.decode(operation.body, type=SaveForSampler))
-            case "unload_model":
-                self._unload(lane, operation)
-            case _:
-                raise InvalidInput(f"a session does nothing of the kind {operation.kind!r}")
-
-    def _create(self, lane: Lane, operation: Operation, body: CreateModel) -> None:
-        def come(base: Base) -> None:
-            if self._is_held(lane):
-                lane.is_blocked = False
-                try:
-                    lane.adapter = _made(base, shape)
-                except InvalidInput as error:
-                    self._fail(lane, operation, error)
-                    return
-                lane.base, lane.shape = base, shape
-                self._answer(lane, operation, model_id=lane.id)
-
-        shape = Shape(body.base_model, body.rank, body.seed, body.train_attn, body.train_mlp, body.train_unembed)
-        lane.is_blocked = True
-        self._models.need(shape.base_model, come, partial(self._refuse, lane, operation))
-
-    def _refuse(self, lane: Lane, operation: Operation, error: Exception) -> None:
-        if self._is_held(lane):
-            lane.is_blocked = False
-            self._fail(lane, operation, error)
-
-    def _load(self, lane: Lane, operation: Operation, body: LoadWeights) -> None:
-        def come(base: Base) -> None:
-            if not self._is_held(lane):
-                return
-            lane.is_blocked = False
-            try:
-                shape = lane.shape or shape_of(self.home / body.folder, body.base_model)
-                adapter = _made(base, shape)
-                adapter.load(self.home / body.folder, with_optimizer=body.with_optimizer)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with the folder
-                self._fail(lane, operation, error)
-                return
-            lane.base, lane.shape, lane.adapter = base, shape, adapter
-            if operation.key is None:
-                self._advance(lane, operation)
-                return
-            lane.is_blocked = True
-            answer = partial(self._answer, lane, operation, path=body.path, model_id=lane.id)
-            self._snapshot(lane, operation.seq, before=answer)
-
-        lane.is_blocked = True
-        self._models.need(body.base_model, come, partial(self._refuse, lane, operation))
-
-    def _save_sampler(self, lane: Lane, operation: Operation, body: SaveForSampler) -> None:
-        adapter = _adapter(lane)
-        if operation.key is not None and body.path is None and lane.base is not None:
-            lane.base.text_model.keep_adapter(body.sampler_id, adapter.as_adapter())
-        answer = {"path": body.path} if body.path else {"sampling_session_id": body.sampler_id}
-        self._save(lane, operation, body.folder, TrainedAdapter.save_weights, answer)
-
-    def _save(
-        self,
-        lane: Lane,
-        operation: Operation,
-        folder: str,
-        save: Callable[[TrainedAdapter, Path], None],
-        answer: dict[str, Any],
-    ) -> None:
-        """Write a folder, and then answer. What the log has was written before."""
-        adapter = _adapter(lane)
-        if operation.key is None:
-            self._advance(lane, operation)
-            return
-
-        def saved(writing: "Future[None]") -> None:
-            if self._is_held(lane):
-                lane.is_blocked = False
-                if error := writing.exception():
-                    self._fail(lane, operation, error)
-                else:
-                    self._answer(lane, operation, **answer)
-
-        lane.is_blocked = True
-        self._beside(partial(write_folder, self.home / folder, partial(save, adapter)), saved)
-
-    def _unload(self, lane: Lane, operation: Operation) -> None:
-        self._beside(partial(self._snapshots.remove_all, lane.id), lambda _: None)
-        self._answer(lane, operation, model_id=lane.id)
-        if self._is_held(lane):
-            self._forget(lane)
-
-    def _answer(self, lane: Lane, operation: Operation, **answer: Any) -> None:
+    def answer(self, lane: Lane, operation: Operation, **answer: Any) -> None:
+        """An operation is done, with JSON."""
         if operation.key is not None:
-            body = msgspec.json.encode({"type": operation.kind, **answer})
-            self._told.append(Answered(operation.key, body))
-        self._advance(lane, operation)
+            self._say(operation, msgspec.json.encode({"type": operation.kind, **answer}))
+        self.advance(lane, operation)
 
-    def _fail(self, lane: Lane, operation: Operation, error: BaseException) -> None:
+    def fail(self, lane: Lane, operation: Operation, error: BaseException) -> None:
+        """An operation has failed; where it had not before, its lane cannot be brought back."""
         if operation.key is None:
             self._lose(lane, TrainingError(f"{lane.id} cannot be computed again: seq {operation.seq}: {error}"))
             return
         _void(lane, operation)
-        self._told.append(Answered(operation.key, error=explained(error, operation.key)))
-        self._advance(lane, operation)
+        self._say(operation, error=explained(error, operation.key))
+        self._may_release = True
+        self.advance(lane, operation)
 
-    def _advance(self, lane: Lane, operation: Operation) -> None:
+    def _say(self, operation: Operation, body: bytes = b"", error: Exception | None = None) -> None:
+        """Tell what came of an operation, whoever asked for it."""
+        assert operation.key is not None, "else nobody did"
+        if operation.key in self._restored:
+            for then in self._restored.pop(operation.key):
+                then(error)
+        else:
+            self._told.append(Answered(operation.key, body, error))
+
+    def advance(self, lane: Lane, operation: Operation) -> None:
+        """An operation is done, whether anybody is told or not."""
         lane.advance(operation)
+        lane.answered_at = time.monotonic()
         if lane.toll.is_high and lane.adapter is not None and not lane.is_snapshotted and not lane.is_blocked:
-            self._snapshot(lane, operation.seq)
+            self.snapshot(lane, operation.seq)
         self._look_after(lane)
 
     # --- Losses ----------------------------------------------------------------------------------------------
@@ -369,25 +360,26 @@ class TrainingLanes:
         assert base is not None, "they have one"
         lines = [(lane, self._turns(lane)) for lane in waiting if lane.base is base]
         turns = losses.choose(lines, self._pace.budget(is_shared=is_shared))
+        self._losses_since = None
         if turns:
             losses.compute(base.trainer, turns, self._pace)
         for lane, _ in lines:
             self._end_losses(lane)
-            if self._is_held(lane):  # others are first next time
+            if self.is_held(lane):  # others are first next time
                 self._lanes[lane.id] = self._lanes.pop(lane.id)
 
     def _begin_loss(self, lane: Lane) -> None:
         """Read the first loss of a lane, if it can be."""
         while (ready := lane.ready()) and _is_loss(ready[0]) and ready[0].loss is None:
             try:
-                _adapter(lane)
+                adapter_of(lane)
                 ready[0].loss = losses.begun(ready[0].body)
             except Exception as error:  # noqa: BLE001 - what is wrong with the request
-                self._fail(lane, ready[0], error)
+                self.fail(lane, ready[0], error)
 
     def _turns(self, lane: Lane) -> Iterator[Turn]:
         """The data of a lane whose turn it is, up to what is no loss."""
-        adapter = _adapter(lane)
+        adapter = adapter_of(lane)
         for operation in lane.ready():
             if not _is_loss(operation):
                 return
@@ -397,46 +389,46 @@ class TrainingLanes:
                 return
             while loss.num_begun < len(loss.data):
                 loss.num_begun += 1
-                yield Turn(lane, operation, loss, loss.data[loss.num_begun - 1], adapter)
+                yield Turn(lane, loss, loss.num_begun - 1, adapter)
 
     def _end_losses(self, lane: Lane) -> None:
         for operation in lane.ready():
             loss = operation.loss
-            if loss is None or not loss.is_over or not self._is_held(lane):
+            if loss is None or not loss.is_over or not self.is_held(lane):
                 return
             if loss.error is not None:
-                self._fail(lane, operation, loss.error)
+                self.fail(lane, operation, loss.error)
                 continue
             if operation.key is not None:
-                self._told.append(Answered(operation.key, losses.result_of(loss)))
-            self._advance(lane, operation)
+                self._say(operation, losses.result_of(loss))
+            self.advance(lane, operation)
 
     # --- Files -----------------------------------------------------------------------------------------------
 
-    def _snapshot(self, lane: Lane, seq: int, before: Callable[[], None] | None = None) -> None:
-        """Write the state after a seq beside what goes on; `before` is what waits for it."""
+    def snapshot(self, lane: Lane, seq: int, then: Callable[[BaseException | None], None] | None = None) -> None:
+        """Write the state after a seq beside what goes on; `then` is what its lane waits with."""
         assert lane.shape is not None, "it is open"
         assert lane.adapter is not None, "it is open"
-        connection = self._num_connections
+        epoch = self._epoch
         lane.is_snapshotted, lane.toll = True, Toll()
 
         def written(writing: "Future[int]") -> None:
-            if not self._is_held(lane):
+            if not self.is_held(lane):
                 return
             lane.is_snapshotted = False
             error = writing.exception()
             if error is not None:
                 log.error("cannot write a snapshot of %s: %s", lane.id, error)
-            if before is not None:
+            if then is not None:
                 lane.is_blocked = False
-                before()
-            if error is None and connection == self._num_connections:
-                self._told.append(SnapshotTaken(lane.id, seq, writing.result()))
+                then(error)
+            if error is None:
+                self._told.append(Note(epoch, SnapshotTaken(lane.id, seq, writing.result())))
 
         state = copy.deepcopy(lane.adapter)
-        self._beside(partial(self._snapshots.write, lane.id, seq, lane.shape, state), written)
+        self.beside(partial(self._snapshots.write, lane.id, seq, lane.shape, state), written)
 
-    def _beside(self, work: Callable[[], T], take: "Callable[[Future[T]], None]") -> None:
+    def beside(self, work: Callable[[], T], take: "Callable[[Future[T]], None]") -> None:
         """Do something on the writer's thread, and take what comes of it on the server's."""
         done = self._writer.submit(work)
         done.add_done_callback(lambda done: self._server.do(partial(take, done)))
@@ -444,22 +436,6 @@ class TrainingLanes:
 
 def _is_loss(operation: Operation) -> bool:
     return operation.kind == "forward_backward" and not operation.has_failed
-
-
-def _adapter(lane: Lane) -> TrainedAdapter:
-    if lane.adapter is None:
-        raise InvalidInput(f"{lane.id} was not opened: see what became of opening it")
-    return lane.adapter
-
-
-def _made(base: Base, shape: Shape) -> TrainedAdapter:
-    return base.trainer.create(
-        rank=shape.rank,
-        seed=shape.seed,
-        train_attn=shape.train_attn,
-        train_mlp=shape.train_mlp,
-        train_unembed=shape.train_unembed,
-    )
 
 
 def _void(lane: Lane, operation: Operation) -> None:

@@ -10,8 +10,8 @@ from itertools import islice
 
 import msgspec
 
-from smelt.cluster.samples import encoded, sampling_of
-from smelt.cluster.training_lanes import Answered, Told, TrainingLanes
+from smelt.cluster.samples import encoded
+from smelt.cluster.training_lanes import Note, Told, TrainingLanes
 from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TooLarge, TransportError, Unavailable
 from smelt.inference.events import End, Piece, Samples, Vectors
 from smelt.inference.server import InferenceServer
@@ -141,8 +141,9 @@ class Uplink:
 
     def take_told(self, told: Told) -> None:
         """Pass on what a session's lane has to say."""
-        if not isinstance(told, Answered):
-            self._tell(told)
+        if isinstance(told, Note):
+            if told.epoch == self._connection.epoch:
+                self._tell(told.message)
         elif (work := self._work.pop(told.key, None)) and work.grant is not None:
             self._tell(_failed(work.grant, told.error) if told.error else _done(work.grant, told.body))
 
@@ -215,7 +216,8 @@ class Uplink:
             elif grant.kind in TRAINING_KINDS and self._lanes is not None:
                 self._lanes.begin(self._remember(Work(grant.future_id, grant)), grant)
             elif grant.kind == SAMPLE and self._lanes is not None:
-                self._sample(grant, msgspec.msgpack.decode(grant.body, type=Sample), self._lanes)
+                sample = msgspec.msgpack.decode(grant.body, type=Sample)
+                self._lanes.sample(self._remember(Work(grant.future_id, grant)), grant, sample)
             else:
                 raise InvalidInput(f"a worker does not do work of the kind {grant.kind!r}")
         except (InvalidInput, msgspec.DecodeError) as error:
@@ -223,10 +225,6 @@ class Uplink:
 
     def _write(self, grant: Grant, request: Generate) -> None:
         self._server.submit(self._remember(Work(grant.future_id, grant, request.num_samples)), request)
-
-    def _sample(self, grant: Grant, request: Sample, lanes: TrainingLanes) -> None:
-        key = self._remember(Work(grant.future_id, grant))
-        self._server.sample(key, request.sampler.base_model, sampling_of(key, grant.owner, request, lanes.home))
 
     def _remember(self, work: Work) -> str:
         key = self._key(work.request_id)

@@ -51,6 +51,7 @@ class Work:
     loss_name: str
     loss_settings: Mapping[str, float | str] = field(default_factory=dict)
     forward_only: bool = False
+    first_number: int = 0  # of its data, where these are a part of a request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +175,8 @@ class SessionTrainer:
 
     def _load(self, work: Work) -> list[_Loaded] | Exception:
         try:
-            return [self._loaded(work, datum, f"datum {number}") for number, datum in enumerate(work.data)]
+            numbered = enumerate(work.data, work.first_number)
+            return [self._loaded(work, datum, f"datum {number}") for number, datum in numbered]
         except InvalidInput as error:
             return error
 

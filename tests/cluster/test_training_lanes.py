@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -164,6 +165,7 @@ async def test_a_window_with_a_failure_never_steps(
         again = await client.round(3)
         assert (await outcome(ledger, good)).state == "done"
         assert (await outcome(ledger, bad)).category == "user"
+        assert b"no_such" in ((await outcome(ledger, bad)).result or b"")
         assert (await outcome(ledger, step)).category == "server"
         results = await client.results(again)
     other = Client(ledger, "o:train:0")
@@ -254,7 +256,27 @@ async def test_samples_come_of_the_weights_as_they_were_saved(
     assert np.abs(logprobs[1:] - plainly[1:]).max() > 1e-3
     async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
         later = await sample(ledger, sampler, num_prompt_logprobs=2, num_logprobs=3)
-    assert later.sequences == first.sequences
+        assert later.sequences == first.sequences
+    await client.submit("optim_step", OptimStep())
+    shutil.rmtree(tmp_path / kept.folder)  # as if the power had taken it
+    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+        made_again = await sample(ledger, sampler, num_prompt_logprobs=2, num_logprobs=3)
+        await client.results(await client.round(2))
+    assert made_again.sequences == first.sequences
+    assert (tmp_path / kept.folder / "adapter_config.json").is_file()
+
+
+async def test_a_sampler_that_cannot_be_made_again_is_no_reason_for_others(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    client = Client(ledger)
+    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+        await client.results([await client.open(), *await client.round(0)])
+        await ledger.forget_log(LANE, 2)
+        lost = Sampler("s:sample:0", "tiny", "sessions/none", LANE, 3)
+        body = msgspec.msgpack.encode(Sample(lost, PROMPT, SamplingParams()))
+        future = await outcome(ledger, await ledger.accept(Submission("ann", SAMPLE, "f", body, None, None)))
+        assert future.category == "server"
 
 
 async def test_the_model_may_be_unloaded_between_operations(
