@@ -154,6 +154,7 @@ async def _run(model: TrainingModel, training: PostTraining) -> dict[str, Any]:
         "base_model": model.base_model,
         "model_owner": model.owner,
         "is_lora": model.rank > 0,
+        "corrupted": not await training.models.was_opened(model),
         "lora_rank": model.rank or None,
         "last_request_time": iso_time(await training.models.last_request(model)),
         "last_checkpoint": checkpoint and await _checkpoint(checkpoint, training),

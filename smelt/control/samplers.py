@@ -194,7 +194,7 @@ def _check(request: Sample, served: Served | None) -> None:
     config = None if served is None else served.config
     if config is None:
         return
-    if not all(0 <= token < config.vocab_size for token in request.prompt_ids):
+    if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= config.vocab_size:
         raise InvalidInput(
             f"the prompt has tokens that the model does not; it has 0 to {config.vocab_size - 1}", "prompt"
         )

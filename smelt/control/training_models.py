@@ -24,7 +24,7 @@ from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, Unkn
 from smelt.storage import records, session_rows
 from smelt.storage.futures import Ledger
 from smelt.storage.records import SamplerRecord, SavedWeights, TrainingModel
-from smelt.storage.transitions import Alongside, Submission
+from smelt.storage.transitions import Alongside, Submission, future_id
 from smelt.transport.failures import failure_of
 from smelt.transport.operations import (
     CreateModel,
@@ -168,6 +168,11 @@ class TrainingModels:
     async def last_request(self, model: TrainingModel) -> float:
         """When something was asked of a model last, in seconds since 1970."""
         return await self._ask(partial(session_rows.last_request, lane=model.id)) or model.created
+
+    async def was_opened(self, model: TrainingModel) -> bool:
+        """Whether a model is there, or may still come: False where opening it has failed."""
+        opening = future_id(model.id, 0)
+        return await self._ask(partial(session_rows.state_of, future_id=opening)) not in ("failed", "cancelled")
 
     async def forward_backward(self, place: Place, body: bytes, error: SmeltError | None = None) -> str:
         """Promise a loss, and its gradient; `error` is why it will fail."""

@@ -577,6 +577,8 @@ async def test_a_promise_that_kills_its_workers_has_failed_by_our_fault(client: 
         await services.ledger.release(epoch)
     answer = (await client.result(promised)).json()
     assert (answer["category"], "workers died" in answer["error"]) == ("server", True)
+    [run] = (await client.get("training_runs")).json()["training_runs"]
+    assert run["corrupted"] is True
 
 
 async def test_what_was_promised_elsewhere_is_not_told_here(client: Client, services: Services) -> None:
