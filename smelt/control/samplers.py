@@ -15,6 +15,7 @@ from functools import partial
 import msgspec
 from sqlalchemy import Connection, Engine
 
+from smelt.configs import DecoderConfig
 from smelt.control.catalogue import Catalogue, Served
 from smelt.control.saved_weights import WeightsStore
 from smelt.control.sessions import Sessions, ask
@@ -188,16 +189,27 @@ def _check(request: Sample, served: Served | None) -> None:
     """InvalidInput for what no model could draw."""
     if not 1 <= request.num_samples <= MAX_SAMPLES:
         raise InvalidInput(f"num_samples must be from 1 to {MAX_SAMPLES}, not {request.num_samples}", "num_samples")
-    num_prompt, num_more = len(request.prompt_ids), request.params.max_tokens
+    num_prompt = len(request.prompt_ids)
     if num_prompt == 0:
         raise InvalidInput("the prompt has no tokens", "prompt")
-    config = None if served is None else served.config
-    if config is None:
-        return
-    if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= config.vocab_size:
+    if (request.last_prompt_logprobs or 0) >= num_prompt:
         raise InvalidInput(
-            f"the prompt has tokens that the model does not; it has 0 to {config.vocab_size - 1}", "prompt"
+            f"prompt_logprobs_last_n must be below the prompt's {num_prompt} tokens: nothing comes before the first",
+            "prompt_logprobs_last_n",
         )
+    if served is not None and served.config is not None:
+        _check_shape(request, served.config)
+
+
+def _check_shape(request: Sample, config: DecoderConfig) -> None:
+    """InvalidInput for what a model of that shape could not draw."""
+    highest, params = config.vocab_size - 1, request.params
+    for what, tokens, lowest in (("prompt", request.prompt_ids, 0), ("target_prompt_logprobs", request.target_ids, -1)):
+        if tokens and (min(tokens) < lowest or max(tokens) > highest):
+            raise InvalidInput(f"{what} has tokens that the model does not; it has 0 to {highest}", what)
+    if max(params.num_logprobs or 0, params.num_prompt_logprobs or 0) > config.vocab_size:
+        raise InvalidInput(f"there are no more than {config.vocab_size} tokens to tell log-probabilities of")
+    num_prompt, num_more = len(request.prompt_ids), params.max_tokens
     if num_prompt + num_more > config.block_size:
         raise InvalidInput(
             f"Prompt length plus max_tokens exceeds the model's context window: {num_prompt} + {num_more} > "

@@ -344,7 +344,10 @@ async def test_a_crowd_of_samples_is_asked_to_wait_and_leaves_no_trace(
         ({"sampling_params": {"stop": [1, "a"]}}, "stop"),
         ({"target_prompt_logprobs": {"data": [1], "shape": [5, 1]}}, "target_prompt_logprobs"),
         ({"target_prompt_logprobs": {"data": [1], "shape": [1, 10**9]}}, "target_prompt_logprobs"),
-        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs"),
+        ({"target_prompt_logprobs": {"data": [9999], "shape": [1, 1]}}, "tokens that the model does not"),
+        ({"topk_sample_logprobs": 999}, "no more than 257 tokens"),
+        ({"prompt_logprobs_last_n": 1}, "needs prompt_logprobs"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 2}, "below the prompt's 2 tokens"),
     ],
 )
 async def test_a_sample_that_cannot_be_drawn_is_refused_at_once(
