@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import tinker
 import torch
@@ -184,13 +185,26 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(training: tinker.Training
     learn(training, num_steps=1)
 
 
-def test_a_session_survives_its_worker(server: Server, service: tinker.ServiceClient) -> None:
+@pytest.mark.parametrize("role", ["worker", "api"])
+def test_a_session_survives_the_death_of_a_process(role: str, server: Server, service: tinker.ServiceClient) -> None:
     alone = service.create_lora_training_client("tiny", rank=4, seed=5).result(timeout=60)
     losses = learn(alone, num_steps=4)
     training = service.create_lora_training_client("tiny", rank=4, seed=5).result(timeout=60)
     assert learn(training, num_steps=2) == losses[:2]
-    os.kill(server.pid_of("worker"), signal.SIGKILL)
+    os.kill(server.pid_of(role), signal.SIGKILL)
     assert learn(training, num_steps=2) == losses[2:]
+
+
+def test_openais_client_finds_what_was_saved(
+    server: Server, training: tinker.TrainingClient, service: tinker.ServiceClient
+) -> None:
+    path = training.save_weights_for_sampler("for-others").result(timeout=60).path
+    greedy = types.SamplingParams(max_tokens=8, temperature=0.0)
+    prompt = types.ModelInput.from_ints(list(b"To be"))
+    drawn = service.create_sampling_client(model_path=path).sample(prompt, 1, greedy).result(timeout=60).sequences[0]
+    with openai.OpenAI(base_url=f"{server.url}/oai/api/v1", api_key="none", max_retries=2) as client:
+        answer = client.completions.create(model=path, prompt="To be", max_tokens=8, temperature=0)
+    assert answer.choices[0].text == bytes(drawn.tokens).decode(errors="replace")
 
 
 @pytest.mark.parametrize("name", ["tinker_supervised", "tinker_rl"])
