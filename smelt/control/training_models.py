@@ -35,7 +35,7 @@ from smelt.transport.operations import (
     UnloadSession,
 )
 
-MAX_RANK = 1024
+MAX_RANK = 512  # of what a worker takes
 MAX_KNOWN = 4096
 
 Saving = Literal["weights", "sampler_weights", "external_weights"]
