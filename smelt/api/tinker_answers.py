@@ -17,6 +17,8 @@ from smelt.api.openai_desk import DirectRoute, json_response
 from smelt.api.openai_parsing import schema_of
 from smelt.api.streaming import ClientLeft, NoAnswer
 from smelt.api.tinker_types import TinkerBody
+from smelt.control.abuse_checker import AbuseChecker
+from smelt.control.bans import NO_KEY, Subject
 from smelt.control.promises import Outcome
 from smelt.transport.addresses import is_loopback
 
@@ -70,10 +72,14 @@ def is_near(request: Request) -> bool:
     return request.client is not None and is_loopback(request.client.host)
 
 
-def add_direct(routes: APIRouter, path: str, handler: Handler, body_class: type[TinkerBody] | None) -> None:
-    """A POST whose handler reads the request itself: JSON of a class, or protobuf."""
+def add_direct(
+    routes: APIRouter, checker: AbuseChecker, path: str, handler: Handler, body_class: type[TinkerBody] | None
+) -> None:
+    """A POST whose handler reads the request itself: JSON of a class, or protobuf. Banned keys get no answer."""
 
     async def answer(request: Request) -> Response:
+        caller = request.state.caller
+        await checker.check_subject(Subject(caller.owner, caller.key_id or NO_KEY, ""))
         try:
             return await handler(request)
         except ClientLeft:

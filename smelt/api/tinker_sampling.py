@@ -28,7 +28,7 @@ def add_routes(routes: APIRouter, services: Services) -> None:
         promised = await samplers.sample(sampler, body.seq_id, wanted, body.meant(), to_the_end=to_the_end)
         return promise(promised, sample_sequence_ids=[f"{promised}-{index}" for index in range(body.num_samples)])
 
-    add_direct(routes, "/asample", asample, SampleBody)
+    add_direct(routes, services.abuse_checker, "/asample", asample, SampleBody)
 
     @routes.post("/create_sampling_session")
     async def create_sampling_session(request: Request, body: SamplingSessionBody) -> dict[str, Any]:

@@ -6,6 +6,7 @@ of training waits for these routes and no others.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 from fastapi import APIRouter
@@ -188,16 +189,17 @@ class TrainingRoutes:
 def add_routes(routes: APIRouter, services: Services) -> None:
     """What is asked most comes first: routes are tried one after the other."""
     training = TrainingRoutes(services)
-    add_direct(routes, "/retrieve_future", training.retrieve_future, RetrieveBody)
-    add_direct(routes, "/forward_backward", training.forward_backward, None)
-    add_direct(routes, "/optim_step", training.optim_step, OptimStepBody)
-    add_direct(routes, "/save_weights_for_sampler", training.save_weights_for_sampler, SaveBody)
-    add_direct(routes, "/save_weights", training.save_weights, SaveBody)
-    add_direct(routes, "/save_weights_external", training.save_weights_external, SaveBody)
-    add_direct(routes, "/load_weights", training.load_weights, LoadBody)
-    add_direct(routes, "/create_model", training.create_model, CreateModelBody)
-    add_direct(routes, "/unload_model", training.unload_model, ModelBody)
-    add_direct(routes, "/get_info", training.get_info, ModelBody)
+    add = partial(add_direct, routes, services.abuse_checker)
+    add("/retrieve_future", training.retrieve_future, RetrieveBody)
+    add("/forward_backward", training.forward_backward, None)
+    add("/optim_step", training.optim_step, OptimStepBody)
+    add("/save_weights_for_sampler", training.save_weights_for_sampler, SaveBody)
+    add("/save_weights", training.save_weights, SaveBody)
+    add("/save_weights_external", training.save_weights_external, SaveBody)
+    add("/load_weights", training.load_weights, LoadBody)
+    add("/create_model", training.create_model, CreateModelBody)
+    add("/unload_model", training.unload_model, ModelBody)
+    add("/get_info", training.get_info, ModelBody)
 
 
 def _lora(body: CreateModelBody) -> Lora:

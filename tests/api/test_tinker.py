@@ -20,7 +20,9 @@ from smelt.api import tinker_training
 from smelt.api.app import create_app
 from smelt.api.draining import Draining
 from smelt.api.services import Services
-from smelt.control import samplers
+from smelt.control import abuse_checker, samplers
+from smelt.storage import records
+from smelt.storage.records import Ban, Key
 from smelt.transport import tinker_pb2 as pb
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -485,6 +487,24 @@ async def test_a_key_of_the_wrong_kind_opens_nothing(services: Services) -> None
         shown = (await client.get("auth/apikey/me")).json()
         assert shown["name"] == "laptop"
         assert (await http.delete("/api/v1/auth/apikey/me")).status_code == 204
+
+
+async def test_a_banned_key_is_told_so_at_once(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abuse_checker, "MAX_AGE_S", 0.0)
+    key = make_key(services)
+    async with client_of(create_app(services), **{"x-api-key": key}) as http:
+        client = Client(http)
+        model_id = await client.model()
+        [known] = await asyncio.to_thread(all_keys_of, services)
+        ban = Ban(owner="local", key_id=known.id, user="", reason="spam")
+        await asyncio.wrap_future(services.writer.write(lambda connection: records.add(connection, ban)))
+        answer = await client.optim_step(model_id, 1)
+        assert (answer.status_code, "spam" in answer.json()["detail"]) == (403, True)
+
+
+def all_keys_of(services: Services) -> list[Key]:
+    with services.database.connect() as connection:
+        return records.all_keys(connection)
 
 
 async def test_clients_are_told_how_to_behave(client: Client) -> None:
