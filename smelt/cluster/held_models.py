@@ -1,5 +1,4 @@
-"""Models that sessions stand on: they come when the first session does, and stay as long as there is one; computes
-nothing itself."""
+"""Models that sessions stand on: they come with the first session and leave with the last; computes nothing itself."""
 
 import itertools
 from collections.abc import Callable
