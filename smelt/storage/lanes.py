@@ -22,6 +22,7 @@ MAX_ATTEMPTS = 3
 _settled = futures.alias("settled")
 _successor = futures.alias("successor")
 _held = futures.alias("held")
+_before = futures.alias("before")
 _names = lanes.c.lane.in_(bindparam("names", expanding=True))
 
 ORDERED = select(lanes.c.lane).where(_names, lanes.c.next_seq.is_not(None))
@@ -85,6 +86,13 @@ READY = (
             lanes.c.next_seq.is_(None),
             ~exists().where(
                 _held.c.lane == futures.c.lane, _held.c.state == "granted", _held.c.epoch != bindparam("of_epoch")
+            )
+            & ~exists().where(
+                _before.c.lane == futures.c.lane,
+                _before.c.seq == futures.c.seq - 1,
+                _before.c.epoch != bindparam("of_epoch"),
+                _before.c.epoch == epochs.c.epoch,
+                ~epochs.c.closed,
             ),
         ),
     )
@@ -114,7 +122,8 @@ def grant(
 ) -> list[AnyRow]:
     """Give up to `limit` ready futures of these kinds to a worker: one of each lane, then their successors.
 
-    A lane belongs to one worker while it holds any of its futures. A future whose worker died is granted alone, so
+    A lane belongs to one worker while it holds any of its futures, and stays with the one that did the last of them
+    for as long as that is connected: it has in memory what they made. A future whose worker died is granted alone, so
     that it cannot take others with it again: before all others of `all_kinds`. StaleEpoch where the connection is over.
     """
     holder = HOLDER(connection, of_epoch=epoch).one_or_none()

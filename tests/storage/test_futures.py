@@ -154,6 +154,9 @@ def test_a_lane_has_one_holder_at_a_time(ledger: Ledger, loop: asyncio.Runner) -
         await asyncio.sleep(0.02)
         assert not waiting.done()
         await ledger.finish(first, ann, b"")
+        await asyncio.sleep(0.02)
+        assert not waiting.done()  # ann has in memory what the first has made
+        await ledger.release(ann, died=False)
         assert seqs(await waiting) == [2]
 
     loop.run(scenario())

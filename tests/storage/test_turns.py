@@ -47,6 +47,9 @@ class Turns(RuleBasedStateMachine):
     def is_turn(self, place: tuple[str, int], epoch: int) -> bool:
         """Whether a queued future may go to that epoch: all before it are there or given up, none waits or is away."""
         lane, seq = place
+        last = self.expected.get((lane, seq - 1))
+        if last and last.state != "queued" and last.epoch in self.epochs and last.epoch != epoch:
+            return False  # the lane stays with whoever is connected and did the last of it
         before = [(lane, lower) for lower in range(1, seq)]
         return all(
             lower in self.abandoned or (lower in self.expected and self.expected[lower].state != "queued")
@@ -128,6 +131,7 @@ class Turns(RuleBasedStateMachine):
             if future.state == "granted" and future.epoch == epoch:
                 future.attempts += died
                 future.state = "failed" if future.attempts == 3 else "queued"
+                future.epoch = None
                 expected += [future_id(lane, seq)] if future.state == "failed" else []
         assert sorted(failed) == sorted(expected)
         with pytest.raises(StaleEpoch):
