@@ -3,10 +3,11 @@
 A result goes out as it is kept, so that it is the same bytes however often it is asked for.
 """
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter
@@ -24,6 +25,9 @@ from smelt.transport.addresses import is_loopback
 
 PROTOBUF = "application/x-protobuf"
 
+LARGE_BODY = 2**18  # bytes
+
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -98,3 +102,10 @@ def add_direct(
         openapi_extra={"requestBody": {"required": True, "content": content}},
         route_class_override=DirectRoute,
     )
+
+
+async def aside(body: bytes, understand: Callable[..., T], *arguments: object) -> T:
+    """Understand a body here where it is small, on a thread where that would hold others up."""
+    if len(body) <= LARGE_BODY:
+        return understand(*arguments)
+    return await asyncio.to_thread(understand, *arguments)

@@ -8,11 +8,11 @@ from starlette.responses import Response
 
 from smelt.api.services import Services
 from smelt.api.streaming import json_body
-from smelt.api.tinker_answers import add_direct, owner_of, promise
+from smelt.api.tinker_answers import add_direct, aside, owner_of, promise
 from smelt.api.tinker_types import SampleBody, SamplingSessionBody, sample, understand
 from smelt.control.samplers import weights_of
 
-MAX_PROMPT_BYTES = 2**25
+MAX_PROMPT_BYTES = 2**24
 
 
 def add_routes(routes: APIRouter, services: Services) -> None:
@@ -21,9 +21,10 @@ def add_routes(routes: APIRouter, services: Services) -> None:
 
     async def asample(request: Request) -> Response:
         """Samples from a prompt; a seed that is not given is drawn now."""
-        body = understand(SampleBody, await json_body(request, MAX_PROMPT_BYTES))
+        raw = await json_body(request, MAX_PROMPT_BYTES)
+        body = await aside(raw, understand, SampleBody, raw)
         sampler = await samplers.find(owner_of(request), body.sampling_session_id)
-        wanted = sample(body, weights_of(sampler))
+        wanted = await aside(raw, sample, body, weights_of(sampler))
         to_the_end = body.sampling_params.max_tokens is None
         promised = await samplers.sample(sampler, body.seq_id, wanted, body.meant(), to_the_end=to_the_end)
         return promise(promised, sample_sequence_ids=[f"{promised}-{index}" for index in range(body.num_samples)])

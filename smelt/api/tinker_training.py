@@ -4,7 +4,6 @@ Each of them answers with a promise as soon as it is on the disk. The handlers r
 of training waits for these routes and no others.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
@@ -16,7 +15,7 @@ from starlette.responses import Response
 from smelt.api.openai_parsing import object_of
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, Presence, json_body, whole_body
-from smelt.api.tinker_answers import PROTOBUF, add_direct, encoded, is_near, not_yet, owner_of, promise, result
+from smelt.api.tinker_answers import PROTOBUF, add_direct, aside, encoded, is_near, not_yet, owner_of, promise, result
 from smelt.api.tinker_types import (
     CreateModelBody,
     LoadBody,
@@ -38,8 +37,6 @@ from smelt.errors import InvalidInput, UnsupportedEncoding
 MAX_JSON_BYTES = 2**20
 # A client gives up after 45, and asks again at once when it has an answer.
 POLL_S = 30.0
-# Bytes: to understand a larger body would hold others up.
-LARGE_BODY = 2**18
 
 B = TypeVar("B", bound=TinkerBody)
 # Promises what a body asks for, at its place.
@@ -71,10 +68,10 @@ class TrainingRoutes:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF:
             raise UnsupportedEncoding(f"send a ForwardBackwardRequest with the header `Content-Type: {PROTOBUF}`")
         body = await whole_body(request.receive, self._max_body_bytes)
-        where = await _aside(body, place_of, body)
+        where = await aside(body, place_of, body)
         model = await self._models.find(owner_of(request), where.model_id)
         served = await self._models.served(model)
-        fault = await _aside(body, fault_of, body, None if served is None else served.config)
+        fault = await aside(body, fault_of, body, None if served is None else served.config)
         place = Place(model, where.seq, where.meant)
         return promise(await self._models.forward_backward(place, body, fault), model_id=model.id)
 
@@ -209,13 +206,3 @@ def _lora(body: CreateModelBody) -> Lora:
     if lora.rank < 1:
         raise InvalidInput(f"lora_config.rank must be at least 1, not {lora.rank}", "lora_config")
     return Lora(lora.rank, lora.seed, lora.train_attn, lora.train_mlp, lora.train_unembed)
-
-
-T = TypeVar("T")
-
-
-async def _aside(body: bytes, understand_it: Callable[..., T], *arguments: object) -> T:
-    """Do it here where the body is small, on a thread where it would hold others up."""
-    if len(body) <= LARGE_BODY:
-        return understand_it(*arguments)
-    return await asyncio.to_thread(understand_it, *arguments)

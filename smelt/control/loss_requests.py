@@ -4,6 +4,7 @@ Data that no model could take is told here, before a worker holds it. What a los
 worker's to check, which has the losses.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ UNSUPPORTED_LOSSES = {
 
 @dataclass(frozen=True, slots=True)
 class LossPlace:
-    """Where a request for a loss belongs, and what it means in a form that is the same whenever it is sent."""
+    """Where a request for a loss belongs, and a digest of what it means, the same whenever it is sent."""
 
     model_id: str
     seq: int | None
@@ -37,7 +38,7 @@ def place_of(body: bytes) -> LossPlace:
     model_id, seq, meant = decode_place(body)
     if seq < 0:
         raise InvalidInput(f"seq_id must not be negative, and it is {seq}", "seq_id")
-    return LossPlace(model_id, seq or None, meant)
+    return LossPlace(model_id, seq or None, hashlib.sha256(meant).digest())
 
 
 def fault_of(body: bytes, config: DecoderConfig | None) -> SmeltError | None:
