@@ -99,11 +99,12 @@ def test_a_step_of_training(training: tinker.TrainingClient, worker: ScriptedWor
     assert len(only_forward.loss_fn_outputs) == 1
 
 
-def test_chunks_that_come_out_of_order_are_summed_in_order(
+def test_packed_chunks_that_come_out_of_order_are_done_in_order(
     server: tuple[str, ScriptedWorker, Services], worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_pieces(request: Request, max_body_bytes: int) -> dict[str, Any]:
-        return config_for(request, max_body_bytes) | {"parallel_fwdbwd_chunks": True, "fwdbwd_max_chunk_len": 2}
+        small = {"parallel_fwdbwd_chunks": True, "fwdbwd_max_chunk_len": 2, "proto_compress_fwdbwd": True}
+        return config_for(request, max_body_bytes) | small
 
     monkeypatch.setattr(tinker_routes, "config_for", in_pieces)
     with tinker.ServiceClient(base_url=server[0], api_key="tml-test") as client:
