@@ -35,7 +35,7 @@ class Writing:
     answers: list[Answer] = field(default_factory=list)
     num_ended: int = 0
     has_begun: bool = False
-    _adapter: tuple[str, Adapter] | None = None
+    _adapter: tuple[str, Path, Adapter | None] | None = None  # its name in the engine, its folder, and what is there
 
     @property
     def is_long(self) -> bool:
@@ -64,18 +64,22 @@ class Writing:
 
     def bring_adapter(self, model: TextModel) -> None:
         """To be called on the engine's thread, before its answers are begun."""
-        if self._adapter is not None:
-            model.keep_adapter(*self._adapter)
-            self._adapter = None
+        if self._adapter is None:
+            return
+        name, folder, adapter = self._adapter
+        if name not in model.engine.adapters.names:  # it may have had to make way since it was looked for
+            model.keep_adapter(name, adapter or read_adapter(folder, model.config))
+        self._adapter = None
 
     def _read_adapter(self, model: TextModel) -> str | None:
         """The name by which the engine knows, or will know, the adapter of a folder as it is now."""
         name = self.request.adapter
         if name is None or self.home is None or name in model.engine.adapters.names:
             return name
-        stamped = f"{name}@{adapter_stamp(self.home / name)}"
-        if stamped not in model.engine.adapters.names:
-            self._adapter = stamped, read_adapter(self.home / name, model.config)
+        folder = self.home / name
+        stamped = f"{name}@{adapter_stamp(folder)}"
+        is_there = stamped in model.engine.adapters.names
+        self._adapter = stamped, folder, None if is_there else read_adapter(folder, model.config)
         return stamped
 
     def events_of(self, answer: Answer) -> list[Event]:

@@ -57,9 +57,10 @@ class Sampling:
 
     def bring_adapter(self, model: TextModel) -> None:
         """To be called on the engine's thread, before its answers are begun."""
-        if self.adapter is not None and self._weights is not None:
-            model.keep_adapter(self.adapter, self._weights)
-            self._weights = None
+        if self.adapter is not None and self.folder is not None and self.adapter not in model.engine.adapters.names:
+            # It may have had to make way since.
+            model.keep_adapter(self.adapter, self._weights or read_adapter(self.folder, model.config))
+        self._weights = None
 
     def events_of(self, answer: Answer) -> list[Event]:
         """All that was drawn, once it is."""

@@ -18,10 +18,11 @@ from session_worker import load_tiny
 from smelt.cluster import lanes as lanes_module
 from smelt.cluster.worker import Worker
 from smelt.control.workers import Workers
+from smelt.storage import lanes as turns
 from smelt.storage.futures import Future, Ledger
 from smelt.storage.transitions import Submission
 from smelt.transport import tinker_pb2 as pb
-from smelt.transport.messages import Generate
+from smelt.transport.messages import Generate, TextChunk
 from smelt.transport.operations import (
     SAMPLE,
     CreateModel,
@@ -111,6 +112,14 @@ def workers(ledger: Ledger) -> Workers:
 
 
 @asynccontextmanager
+async def serving(workers: Workers, ledger: Ledger, address: Path) -> AsyncIterator[None]:
+    """Workers may dial in while the block runs; the next one begins as the server's next start would."""
+    async with letting_in(workers, ledger, address):
+        yield
+    await asyncio.wrap_future(ledger._writer.write(turns.recover))
+
+
+@asynccontextmanager
 async def working(address: Path, home: Path) -> AsyncIterator[Worker]:
     worker = Worker(address, load_tiny, "cpu", grace_s=0.1)
     worker.keep_sessions(home)
@@ -126,7 +135,7 @@ async def working(address: Path, home: Path) -> AsyncIterator[Worker]:
 async def undisturbed(ledger: Ledger, socket_file: Path, home: Path, num_rounds: int) -> list[bytes | None]:
     workers = Workers(ledger, patience_s=60)
     client = Client(ledger, "u:train:0")
-    async with letting_in(workers, ledger, socket_file), working(socket_file, home):
+    async with serving(workers, ledger, socket_file), working(socket_file, home):
         futures = [await client.open()]
         for number in range(num_rounds):
             futures += await client.round(number)
@@ -137,7 +146,7 @@ async def test_a_session_from_its_opening_to_its_end(
     workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
 ) -> None:
     client = Client(ledger)
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         futures = [await client.open(), *await client.round(0), await client.save("a")]
         futures += [await client.submit("load_weights", LoadWeights(f"{FOLDER}/weights/a", "p", True, "tiny"))]
         futures += [await client.submit("unload_model", UnloadSession())]
@@ -159,7 +168,7 @@ async def test_a_window_with_a_failure_never_steps(
     workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
 ) -> None:
     client = Client(ledger)
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         await client.open()
         good, bad, step = await client.loss(1), await client.loss(2, loss="no_such"), await client.step()
         again = await client.round(3)
@@ -169,7 +178,7 @@ async def test_a_window_with_a_failure_never_steps(
         assert (await outcome(ledger, step)).category == "server"
         results = await client.results(again)
     other = Client(ledger, "o:train:0")
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         assert await other.results([await other.open(), *await other.round(3)]) == [
             json.dumps({"type": "create_model", "model_id": "o:train:0"}, separators=(",", ":")).encode(),
             *results,
@@ -184,10 +193,10 @@ async def test_a_lane_comes_back_from_its_log_bit_for_bit(
     results: list[bytes | None] = []
     opened = [await client.open()]
     for number in range(4):  # each time by another worker, and once within a window
-        async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+        async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
             results += await client.results([*opened, *([await client.loss(number)])])
             opened = []
-        async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+        async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
             results += await client.results([await client.loss(number + 100), await client.step()])
     assert results[1:] == expected[1:]
 
@@ -203,7 +212,7 @@ async def test_it_comes_back_from_snapshots_and_the_log_behind_them_is_forgotten
     assert sorted(int(path.name) for path in snapshots.iterdir()) == [6, 12]
     logged = [entry.seq async for entry in ledger.log(LANE, 6, 99)]
     assert logged == list(range(7, 16))
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         results += await client.results(await client.round(5))
     assert results[1:] == expected[1:]
 
@@ -212,7 +221,7 @@ async def one_round_after_the_other(
     client: Client, workers: Workers, socket_file: Path, home: Path, rounds: range
 ) -> list[bytes | None]:
     results: list[bytes | None] = []
-    async with letting_in(workers, client.ledger, socket_file), working(socket_file, home):
+    async with serving(workers, client.ledger, socket_file), working(socket_file, home):
         results += await client.results([await client.open()])
         for number in rounds:
             results += await client.results(await client.round(number))
@@ -226,7 +235,7 @@ async def test_many_lanes_share_passes_and_none_of_them_notices(
 ) -> None:
     expected = await undisturbed(ledger, socket_file, tmp_path / "other", 2)
     clients = [Client(ledger, f"m{number}:train:0") for number in range(8)]
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         futures = [[await client.open(), *await client.round(0), *await client.round(1)] for client in clients]
         for client, own in zip(clients, futures, strict=True):
             assert (await client.results(own))[1:] == expected[1:]
@@ -239,7 +248,7 @@ async def test_samples_come_of_the_weights_as_they_were_saved(
     kept = SaveForSampler(f"{FOLDER}/ephemeral/s_sample_0", "s:sample:0")
     sampler = Sampler("s:sample:0", "tiny", kept.folder, LANE, 4)
     base = Sampler("s:sample:1", "tiny")
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         await client.results([await client.open(), *await client.round(0)])
         [saved] = await client.results([await client.submit("save_weights_for_sampler", kept)])
         assert json.loads(saved or b"")["sampling_session_id"] == "s:sample:0"
@@ -254,12 +263,12 @@ async def test_samples_come_of_the_weights_as_they_were_saved(
     assert np.isnan(logprobs[0])
     assert len(logprobs) == len(PROMPT)
     assert np.abs(logprobs[1:] - plainly[1:]).max() > 1e-3
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         later = await sample(ledger, sampler, num_prompt_logprobs=2, num_logprobs=3)
         assert later.sequences == first.sequences
     await client.submit("optim_step", OptimStep())
     shutil.rmtree(tmp_path / kept.folder)  # as if the power had taken it
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         made_again = await sample(ledger, sampler, num_prompt_logprobs=2, num_logprobs=3)
         await client.results(await client.round(2))
     assert made_again.sequences == first.sequences
@@ -270,7 +279,7 @@ async def test_a_sampler_that_cannot_be_made_again_is_no_reason_for_others(
     workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
 ) -> None:
     client = Client(ledger)
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         await client.results([await client.open(), *await client.round(0)])
         await ledger.forget_log(LANE, 2)
         lost = Sampler("s:sample:0", "tiny", "sessions/none", LANE, 3)
@@ -284,7 +293,7 @@ async def test_the_model_may_be_unloaded_between_operations(
 ) -> None:
     expected = await undisturbed(ledger, socket_file, tmp_path / "other", 2)
     client = Client(ledger)
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         results = await client.results([await client.open(), *await client.round(0)])
         assert await workers.unload_model("tiny") == 1
         results += await client.results(await client.round(1))
@@ -295,7 +304,7 @@ async def test_a_session_on_no_model_fails_and_so_does_what_follows(
     workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
 ) -> None:
     client = Client(ledger)
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         opened = await client.submit("create_model", CreateModel("gone", 4, 0))
         loss, step = await client.loss(0), await client.step()
         assert [(await outcome(ledger, each)).category for each in (opened, loss, step)] == ["user"] * 3
@@ -312,7 +321,7 @@ async def test_results_that_were_lost_on_their_way_come_again(
     async with working(socket_file, tmp_path):
         for last in (3, 9, len(futures) - 1):
             reopened = Ledger(ledger._engine, ledger._writer, ledger._files)  # as after a restart of the server
-            async with letting_in(Workers(reopened), reopened, socket_file):
+            async with serving(Workers(reopened), reopened, socket_file):
                 await outcome(reopened, futures[last])
     client.ledger = reopened
     assert (await client.results(futures))[1:] == expected[1:]
@@ -323,7 +332,7 @@ async def test_what_is_sampled_is_as_likely_as_the_trainer_finds_it(
 ) -> None:
     client = Client(ledger)
     kept = SaveForSampler(f"{FOLDER}/sampler_weights/a", "s:sample:0", "tinker://a")
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         futures = [await client.open(), *await client.round(0)]
         futures += [await client.submit("save_weights_for_sampler", kept), await client.loss(7, num_data=1)]
         results = await client.results(futures)
@@ -351,12 +360,36 @@ async def test_what_is_sampled_is_as_likely_as_the_trainer_finds_it(
     assert len(np.frombuffer(found.sequences[0].tokens, "<i4")) == 1
 
 
+async def test_answers_are_written_with_what_a_session_has_saved(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    client = Client(ledger)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    folder = f"{FOLDER}/sampler_weights/a"
+
+    async def tokens(name: str, adapter: str | None) -> list[int]:
+        request = Generate(name, "ann", "tiny", PROMPT, params=params, adapter=adapter)
+        pieces = [piece async for piece in workers.generate(request)]
+        return [token for piece in pieces if isinstance(piece, TextChunk) for token in piece.token_ids]
+
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
+        futures = [await client.open()]
+        for number in range(4):
+            futures += await client.round(number)
+        futures += [await client.submit("save_weights_for_sampler", SaveForSampler(folder, "s", "tinker://a"))]
+        await client.results(futures)
+        assert await tokens("with", folder) != await tokens("without", None)
+        assert await tokens("again", folder) == await tokens("and again", folder)
+        drawn = await sample(ledger, Sampler("s:sample:7", "tiny", folder), max_tokens=12, temperature=0.0, seed=1)
+        assert np.frombuffer(drawn.sequences[0].tokens, "<i4").tolist() == await tokens("more", folder)
+
+
 async def test_answers_are_written_while_it_trains(
     workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
 ) -> None:
     client = Client(ledger)
     params = SamplingParams(max_tokens=400, temperature=1.0, seed=3, ignore_eos=True)
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         await client.results([await client.open()])
         large = await client.loss(5, num_data=600)
         alone = asyncio.create_task(client.results([large]))
@@ -366,7 +399,7 @@ async def test_answers_are_written_while_it_trains(
         cut = (await alone)[0]
     assert num_pieces > 3
     other = Client(ledger, "o:train:0")
-    async with letting_in(workers, ledger, socket_file), working(socket_file, tmp_path):
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         whole = (await other.results([await other.open(), await other.loss(5, num_data=600)]))[1]
     assert cut == whole
 
@@ -394,7 +427,7 @@ async def test_killed_at_any_moment_it_comes_to_the_same_results(
     for number in range(num_rounds):
         for client, own in zip(clients, futures, strict=True):
             own += await client.round(number)
-    async with letting_in(workers, ledger, socket_file):
+    async with serving(workers, ledger, socket_file):
         for lane, seq in ((0, 2), (1, 7), (2, 13), (0, 20)):
             with process(socket_file, tmp_path, 1 if seq % 2 else 3):
                 await outcome(ledger, futures[lane][seq])

@@ -8,6 +8,7 @@ from smelt.errors import AlreadyExists, InvalidInput, UnknownAdapter
 from smelt.inference.adapters import AdapterPool
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence
+from smelt.models.adapter_folders import read_adapter
 from smelt.models.weights import read_model
 from smelt.types import SamplingParams
 
@@ -112,3 +113,18 @@ def test_there_is_a_limit(peft_model: PeftModel, tmp_path: Path) -> None:
     pool.add("a", peft_model.folder_of("a"))
     with pytest.raises(InvalidInput, match="1 adapters are loaded, which is the limit"):
         pool.add("b", peft_model.folder_of("b"))
+
+
+def test_those_that_come_and_go_make_way_for_each_other_unless_they_are_in_use(peft_model: PeftModel) -> None:
+    model = read_model(peft_model.folder)
+    pool = AdapterPool(model, max_adapters=2)
+    adapter = read_adapter(peft_model.folder_of("a"), model.config)
+    for name in ("a", "b"):
+        pool.keep(name, adapter, in_use=())
+    version = pool.version("a")
+    pool.keep("a", adapter, in_use=())
+    assert pool.version("a") == version
+    pool.keep("c", adapter, in_use=())
+    assert pool.names == ["a", "c"]
+    pool.keep("d", adapter, in_use=("a", "c"))
+    assert pool.names == ["a", "c", "d"]
