@@ -104,6 +104,11 @@ class Lane:
         assert self.applied is not None, "it has a state"
         return self.replay[-1].seq if self.replay else self.applied
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights, their gradient and two moments, in fp32."""
+        return 0 if self.adapter is None else 16 * self.adapter.num_values
+
     def is_beyond(self, seq: int) -> bool:
         """Whether its state has that seq already, or is about to: where that is granted again, nobody heard of it."""
         return self.applied is not None and (seq <= self.last_known or seq < (self.asked_before or 0))

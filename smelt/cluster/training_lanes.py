@@ -38,6 +38,7 @@ from smelt.transport.operations import (
 )
 
 GATHER_SECONDS = 0.001  # that a pass waits for losses of others
+MAX_HELD_BYTES = 4 * 2**30  # of sessions in memory; beyond, those that nobody asked for longest leave
 LIVELY_SECONDS = 0.05  # after which a lane that was answered is not expected any more
 
 T = TypeVar("T")
@@ -137,6 +138,7 @@ class TrainingLanes:
             while (ready := lane.ready()) and not _is_loss(ready[0]):
                 self._apply(lane, ready[0])
         self._do_losses(is_shared=is_shared)
+        self._make_room()
         if self._may_release:
             self._may_release = False
             self._models.release_all_but({lane.base.name for lane in self._lanes.values() if lane.base is not None})
@@ -283,6 +285,23 @@ class TrainingLanes:
         for operation in again.waiting.values():
             operation.loss = None
         return again
+
+    def _make_room(self) -> None:
+        """Let idle sessions leave for the disk while all together are too large."""
+        held = [lane for lane in self._lanes.values() if lane.adapter is not None]
+        num_bytes = sum(lane.num_bytes for lane in held)
+        idle = [lane for lane in held if lane.is_at_rest and not lane.waiting and not lane.is_snapshotted]
+        for lane in sorted(idle, key=lambda lane: lane.answered_at):
+            if num_bytes <= MAX_HELD_BYTES:
+                return
+            num_bytes -= lane.num_bytes
+            assert lane.applied is not None, "it is at rest"
+            lane.is_blocked = True
+            self.snapshot(lane, lane.applied, then=partial(self._put_away, lane))
+
+    def _put_away(self, lane: Lane, error: BaseException | None) -> None:
+        if error is None and not lane.waiting:
+            self._forget(lane)
 
     def unload(self, lane: Lane) -> None:
         """A session is over, and with it its snapshots."""

@@ -16,6 +16,7 @@ import pytest
 
 from session_worker import load_tiny
 from smelt.cluster import lanes as lanes_module
+from smelt.cluster import training_lanes
 from smelt.cluster.worker import Worker
 from smelt.control.workers import Workers
 from smelt.storage import lanes as turns
@@ -296,6 +297,20 @@ async def test_the_model_may_be_unloaded_between_operations(
     async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
         results = await client.results([await client.open(), *await client.round(0)])
         assert await workers.unload_model("tiny") == 1
+        results += await client.results(await client.round(1))
+    assert results[1:] == expected[1:]
+
+
+async def test_idle_sessions_leave_for_the_disk_where_memory_is_short(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await undisturbed(ledger, socket_file, tmp_path / "other", 2)
+    monkeypatch.setattr(training_lanes, "MAX_HELD_BYTES", 1)
+    client = Client(ledger)
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path) as worker:
+        results = await client.results([await client.open(), *await client.round(0)])
+        assert worker._lanes is not None
+        await until(lambda: worker._lanes._lanes == {})
         results += await client.results(await client.round(1))
     assert results[1:] == expected[1:]
 
