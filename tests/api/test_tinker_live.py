@@ -188,11 +188,15 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(training: tinker.Training
 @pytest.mark.parametrize("role", ["worker", "api"])
 def test_a_session_survives_the_death_of_a_process(role: str, server: Server, service: tinker.ServiceClient) -> None:
     alone = service.create_lora_training_client("tiny", rank=4, seed=5).result(timeout=60)
-    losses = learn(alone, num_steps=4)
+    losses = learn(alone, num_steps=10)
     training = service.create_lora_training_client("tiny", rank=4, seed=5).result(timeout=60)
     assert learn(training, num_steps=2) == losses[:2]
+    data = [supervised(text) for text in TEXTS]
+    under_way = [(training.forward_backward(data, "cross_entropy"), training.optim_step(ADAM)) for _ in range(6)]
+    assert under_way[0][0].result(timeout=60).metrics["loss:sum"] == losses[2]
     os.kill(server.pid_of(role), signal.SIGKILL)
-    assert learn(training, num_steps=2) == losses[2:]
+    assert [forward.result(timeout=60).metrics["loss:sum"] for forward, _ in under_way] == losses[2:8]
+    assert learn(training, num_steps=2) == losses[8:]
 
 
 def test_openais_client_finds_what_was_saved(
