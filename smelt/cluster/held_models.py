@@ -48,7 +48,14 @@ class HeldModels:
             self._server.release(holding)
 
     def _take(self, name: str, model: TextModel) -> None:
-        base = self._held[name] = Base(name, model, SessionTrainer(model.model))
+        try:
+            base = Base(name, model, SessionTrainer(model.model))
+        except Exception as error:  # noqa: BLE001 - what cannot be trained must not end the thread
+            holding = self._holdings[name]
+            self._refuse(name, error)
+            self._server.release(holding)
+            return
+        self._held[name] = base
         for come, _ in self._visitors.pop(name, []):
             come(base)
 

@@ -5,6 +5,7 @@ Some wait for a model to come or for files to be written: their lane is blocked 
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import msgspec
 from smelt.cluster.held_models import HeldModels
 from smelt.cluster.lanes import Base, Lane, Operation
 from smelt.cluster.snapshots import Shape, shape_of, write_folder
-from smelt.errors import InvalidInput
+from smelt.errors import InvalidInput, Unavailable
 from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
 from smelt.transport.operations import CreateModel, LoadWeights, OptimStep, SaveForSampler, SaveWeights
 
@@ -67,7 +68,7 @@ class SessionOperations:
                 lane.is_blocked = False
                 try:
                     lane.adapter = made(base, shape)
-                except InvalidInput as error:
+                except Exception as error:  # noqa: BLE001 - a shape that cannot be, or no memory for it
                     self._host.fail(lane, operation, error)
                     return
                 lane.base, lane.shape = base, shape
@@ -114,7 +115,8 @@ class SessionOperations:
     def _save_sampler(self, lane: Lane, operation: Operation, body: SaveForSampler) -> None:
         adapter = adapter_of(lane)
         if operation.key is not None and body.path is None and lane.base is not None:
-            lane.base.text_model.keep_adapter(body.sampler_id, adapter.as_adapter())
+            with suppress(Unavailable):  # then it is read when it has its turn
+                lane.base.text_model.keep_adapter(body.sampler_id, adapter.as_adapter())
         answer = {"path": body.path} if body.path else {"sampling_session_id": body.sampler_id}
         self._save(lane, operation, body.folder, TrainedAdapter.save_weights, answer)
 

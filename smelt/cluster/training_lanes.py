@@ -243,12 +243,15 @@ class TrainingLanes:
     def _read_snapshot(self, lane: Lane, snapshots: list[Snapshot], shape: Shape, base: Base) -> None:
         if not self.is_held(lane):
             return
-        adapter = made(base, shape)
         try:
+            adapter = made(base, shape)
             snapshots[0].read(adapter)
         except CheckpointError as damage:
             log.warning("%s", damage)
             self._restore(lane, snapshots[1:])
+            return
+        except Exception as error:  # noqa: BLE001 - no memory for it, most likely
+            self._lose(lane, error)
             return
         lane.base, lane.shape, lane.adapter = base, shape, adapter
         lane.applied, lane.is_recalled = snapshots[0].seq, False
