@@ -75,6 +75,7 @@ def join(ranks: Ranks, device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world_size)
     try:
         yield
+        dist.barrier()  # who leaves while another still talks to it is aborted on its way out
     finally:
         dist.destroy_process_group()
 

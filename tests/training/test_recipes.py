@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from ranks import train_on_two_ranks
 from smelt.configs import TrainConfig
 from smelt.errors import AlreadyExists, CheckpointError, ConfigError, NonFiniteLoss, NotEnoughData, NotFound
 from smelt.training.metrics import EvalMetrics, Event, Note, RunSummary, StepMetrics
@@ -256,15 +257,7 @@ def test_two_ranks_train_as_one_process_does(lab: Lab, accumulation: int) -> Non
     config = lab.config("two", **changes)
     lab.train(lab.config("one", **changes))
     lab.folder.joinpath("run.json").write_text(config.model_dump_json())
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "smelt", "train", "--config", str(lab.folder / "run.json")),
-        ],
-        env={**os.environ, "SMELT_HOME": str(lab.folder), "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    train_on_two_ranks(["--config", str(lab.folder / "run.json")], lab.folder, OMP_NUM_THREADS="1")
     one, two = lab.losses("one"), lab.losses("two")
     assert [step for step, _ in two] == list(range(1, 11)), "rank 0 alone writes"
     for (_, alone), (_, shared) in zip(one, two, strict=True):

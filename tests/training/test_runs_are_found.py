@@ -1,9 +1,6 @@
 """Runs leave word for others: they are registered when they begin, keep a log, and say how they ended."""
 
 import fcntl
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import pytest
 
 import smelt
+from ranks import train_on_two_ranks
 from smelt.configs import RUN_LOCK, RUN_LOG, TrainConfig
 from smelt.control.runs import Runs, RunStatus
 from smelt.errors import AlreadyExists, NotEnoughData
@@ -122,7 +120,5 @@ def test_somebody_who_looks_at_the_lock_does_not_keep_a_run_from_starting(tmp_pa
 @pytest.mark.slow
 def test_two_ranks_are_one_run(home: Path, text: str) -> None:
     flags = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*ranks, "-m", "smelt", "train", "--data-path", text, *flags]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "SMELT_HOME": str(home)}, timeout=300)
+    train_on_two_ranks(["--data-path", text, *flags], home)
     assert [(status.state, status.step) for status in runs_of(home)] == [("finished", 4)]

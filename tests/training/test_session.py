@@ -180,7 +180,7 @@ def test_forward_alone_gives_the_same_and_no_gradient(trainer: SessionTrainer) -
     forward = done(trainer.forward_backward([Work(adapter, data, "cross_entropy", forward_only=True)])[0])
     assert not adapter.gradients.any()
     both = done(trainer.forward_backward([Work(adapter, data, "cross_entropy")])[0])
-    assert forward.logprobs[0] == pytest.approx(both.logprobs[0], abs=1e-6)
+    assert forward.logprobs[0] == pytest.approx(both.logprobs[0], abs=1e-5)
 
 
 def test_several_targets_at_each_place(trainer: SessionTrainer) -> None:
