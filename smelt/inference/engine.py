@@ -24,7 +24,7 @@ from smelt.models.decoder import Decoder
 
 BLOCK_SIZE = 16  # tokens
 MAX_RUNNING = 64
-MAX_STEP_TOKENS = 512
+MAX_STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
