@@ -20,7 +20,7 @@ from torch import Tensor
 from smelt.configs import DecoderConfig
 from smelt.errors import NotFound, UnknownAdapter, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import Stored, layout_of
-from smelt.models.folders import read_json
+from smelt.models.folders import read_json_object
 from smelt.models.tensor_file import write_tensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -157,9 +157,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise NotFound(f"{folder} has no {CONFIG_FILE}, so it is not an adapter's folder")
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise UnsupportedModel(f"{path} must hold an object, not {type(settings).__name__}")
+    settings = read_json_object(path)
     for name, plain in PLAIN.items():
         if settings.get(name, plain) not in (plain, None, [], {}):
             raise UnsupportedModel(f"{path}: {name} {settings[name]!r} is not supported, only plain LoRA")

@@ -49,10 +49,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise NotFound(f"{folder} has no {CONFIG_FILE}, so it is not a model folder")
-    hf = read_json(path)
-    if not isinstance(hf, dict):
-        raise UnsupportedModel(f"{path} must hold an object, not {type(hf).__name__}")
-    return hf
+    return read_json_object(path)
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -69,6 +66,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnsupportedModel(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """As `read_json`. UnsupportedModel where it is no object either."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UnsupportedModel(f"{path} must hold an object, not {type(value).__name__}")
+    return value
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
