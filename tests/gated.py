@@ -50,3 +50,15 @@ def client_of(app: ASGIApp, key: str | None = None, **headers: str) -> httpx.Asy
     bearer = {"authorization": f"Bearer {key}"} if key else {}
     transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=("127.0.0.1", 1234))
     return httpx.AsyncClient(transport=transport, base_url=ADDRESS, headers=bearer | headers)
+
+
+async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
+    answer = await client.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def refused(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
+    error = (await ask(client, path, body, status))["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error

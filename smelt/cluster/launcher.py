@@ -138,8 +138,11 @@ class Launcher:
                     return result
                 num_deaths = num_deaths + 1 if trainer.newest_checkpoint(out_dir) == before else 1
                 await asyncio.sleep(REST_SECONDS)
-            reason = f"the run's process died {num_deaths} times without getting further" if num_deaths else "cancelled"
-            raise TrainingError(f"{reason}; {out_dir / RUN_LOG} may say why")
+            if grant.future_id in self._cancelled:
+                raise TrainingError("cancelled")
+            raise TrainingError(
+                f"the run's process died {num_deaths} times without getting further; {out_dir / RUN_LOG} may say why"
+            )
         except (SmeltError, msgspec.DecodeError, LookupError) as error:
             return Result(grant.future_id, grant.epoch, failure=failure_of(error))
 

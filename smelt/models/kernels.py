@@ -58,36 +58,11 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out): x W^T + b, all of one dtype, summed in fp32."""
-        num_out, width = weight.shape
-        y = x.new_empty((*x.shape[:-1], num_out))
-        self._linear[x.dtype](
-            x.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.numel() // width,
-            num_out,
-            width,
-            torch.get_num_threads(),
-        )
-        return y
+        return _product(self._linear[x.dtype], x, weight, (weight.data_ptr(),), bias)
 
     def linear_int8(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """The same with int8 weights and an fp32 scale for each output. x may be rounded to int8 too."""
-        num_out, width = weight.shape
-        y = x.new_empty((*x.shape[:-1], num_out))
-        self._linear_int8[x.dtype](
-            x.data_ptr(),
-            weight.data_ptr(),
-            scales.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.numel() // width,
-            num_out,
-            width,
-            torch.get_num_threads(),
-        )
-        return y
+        return _product(self._linear_int8[x.dtype], x, weight, (weight.data_ptr(), scales.data_ptr()), bias)
 
     def attend(
         self, q_BHD: Tensor, keys: Tensor, values: Tensor, tables_BN: Tensor, lengths_B: Tensor, window: int | None
@@ -190,6 +165,24 @@ class Kernels:
             num_heads,
             width * size,
         )
+
+
+def _product(
+    function: Callable[..., None], x: Tensor, weight: Tensor, weight_addresses: tuple[int, ...], bias: Tensor | None
+) -> Tensor:
+    num_out, width = weight.shape
+    y = x.new_empty((*x.shape[:-1], num_out))
+    function(
+        x.data_ptr(),
+        *weight_addresses,
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // width,
+        num_out,
+        width,
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[type]) -> dict[torch.dtype, Callable[..., None]]:

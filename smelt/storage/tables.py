@@ -22,6 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.schema import SchemaItem
 
 AnyRow: TypeAlias = Row[*tuple[Any, ...]]
 
@@ -91,35 +92,36 @@ futures = Table(
     sqlite_autoincrement=True,
 )
 
-models = Table(
+
+def _records(name: str, *rest: SchemaItem) -> Table:
+    """A table of records, with the columns that each of them has."""
+    return Table(
+        name,
+        metadata,
+        Column("id", Text, primary_key=True),
+        Column("owner", Text, nullable=False),
+        Column("created", Double, nullable=False),
+        *rest,
+    )
+
+
+models = _records(
     "models",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("name", Text, nullable=False),
     Column("path", Text, nullable=False),
     UniqueConstraint("owner", "name"),
 )
 
-adapters = Table(
+adapters = _records(
     "adapters",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("name", Text, nullable=False),
     Column("path", Text, nullable=False),
     Column("model_id", Text, ForeignKey("models.id"), nullable=False),
     UniqueConstraint("owner", "name"),
 )
 
-runs = Table(
+runs = _records(
     "runs",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("recipe", Text, nullable=False),
     Column("config", JSON, nullable=False),
     Column("path", Text, nullable=False),
@@ -127,36 +129,24 @@ runs = Table(
     Column("reason", Text, nullable=False),
 )
 
-checkpoints = Table(
+checkpoints = _records(
     "checkpoints",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("run_id", Text, ForeignKey("runs.id"), nullable=False),
     Column("step", BigInteger, nullable=False),
     Column("path", Text, nullable=False),
     UniqueConstraint("run_id", "step"),
 )
 
-datasets = Table(
+datasets = _records(
     "datasets",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("name", Text, nullable=False),
     Column("path", Text, nullable=False),
     UniqueConstraint("owner", "name"),
 )
 
 # A rule that was broken, by a key or ("local") by whoever needs none, and by the user that the key named ("": none).
-strikes = Table(
+strikes = _records(
     "strikes",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("key_id", Text, nullable=False),
     Column("user", Text, nullable=False),
     Column("rule", Text, nullable=False),
@@ -164,24 +154,16 @@ strikes = Table(
 )
 
 # A key, or one of its users, that may ask for nothing any more.
-bans = Table(
+bans = _records(
     "bans",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("key_id", Text, nullable=False),
     Column("user", Text, nullable=False),
     Column("reason", Text, nullable=False),
     UniqueConstraint("key_id", "user"),
 )
 
-keys = Table(
+keys = _records(
     "keys",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("name", Text, nullable=False),
     Column("digest", Text, nullable=False, unique=True),  # the key itself is shown once and never kept
     Column("scopes", JSON, nullable=False),
@@ -192,12 +174,8 @@ keys = Table(
 )
 
 # A client's stay at the Tinker API, from its start until it says that it is done.
-sessions = Table(
+sessions = _records(
     "sessions",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("display_name", Text),
     Column("project_id", Text),
     Column("tags", JSON, nullable=False),
@@ -208,12 +186,8 @@ sessions = Table(
 )
 
 # A model in training by request. Its id is that of its lane.
-training_models = Table(
+training_models = _records(
     "training_models",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("session_id", Text, ForeignKey("sessions.id"), nullable=False),
     Column("number", BigInteger, nullable=False),
     Column("base_model", Text, nullable=False),
@@ -229,12 +203,8 @@ training_models = Table(
 )
 
 # Weights that were saved, and by which future: they are there once it is done.
-saved_weights = Table(
+saved_weights = _records(
     "saved_weights",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("model_id", Text, ForeignKey("training_models.id"), nullable=False),
     Column("type", Text, nullable=False),
     Column("name", Text, nullable=False),
@@ -250,12 +220,8 @@ saved_weights = Table(
 
 # Weights to sample from. Its id is that of the lane of its samples; `lane` and `seq` say where one was made that has
 # no other name.
-samplers = Table(
+samplers = _records(
     "samplers",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("created", Double, nullable=False),
     Column("session_id", Text, ForeignKey("sessions.id"), nullable=False),
     Column("base_model", Text, nullable=False),
     Column("served_model", Text, nullable=False),

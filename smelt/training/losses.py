@@ -86,6 +86,10 @@ LOSSES: dict[str, TokenLoss] = {
     "dro": dro,
     "gspo": gspo,
 }
+# What a loss needs of each token, besides its target; one that is not here needs nothing.
+NEEDED = dict.fromkeys(("importance_sampling", "ppo", "cispo", "dro", "gspo"), ("logprobs", "advantages"))
+OPTIONAL = ("weights", "sequence_ratio_mask", "clip_low_threshold", "clip_high_threshold")  # of each token too
+SETTINGS = ("clip_low_threshold", "clip_high_threshold", "beta")  # plain numbers
 
 
 def on_tokens(name: str) -> Loss:

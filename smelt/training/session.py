@@ -22,24 +22,13 @@ from smelt.models.decoder import Decoder
 from smelt.models.fixed_tiles import fixed_tiles
 from smelt.models.linear import Linear
 from smelt.training.adapter_pass import AdapterPass, Member
-from smelt.training.losses import LOSSES
+from smelt.training.losses import LOSSES, NEEDED, OPTIONAL, SETTINGS
 from smelt.training.packed_data import Place, pack
 from smelt.training.target_logprobs import target_logprobs
 from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
 from smelt.types import Datum
 
 MAX_PASS_TOKENS = 4096
-# What each loss needs at every token, besides its targets. Others are passed over.
-NEEDED: dict[str, tuple[str, ...]] = {
-    "cross_entropy": (),
-    "importance_sampling": ("logprobs", "advantages"),
-    "ppo": ("logprobs", "advantages"),
-    "cispo": ("logprobs", "advantages"),
-    "dro": ("logprobs", "advantages"),
-    "gspo": ("logprobs", "advantages"),
-}
-OPTIONAL = ("weights", "sequence_ratio_mask", "clip_low_threshold", "clip_high_threshold")
-SETTINGS = ("clip_low_threshold", "clip_high_threshold", "beta")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,7 +178,8 @@ class SessionTrainer:
                 f"{place} has {len(datum.tokens)} tokens, and the model's context is {config.block_size}"
             )
         _check_ids(datum.tokens, config.vocab_size, f"{place}: the model input")
-        for name in ("target_tokens", *NEEDED[work.loss_name]):
+        needed = NEEDED.get(work.loss_name, ())
+        for name in ("target_tokens", *needed):
             if name not in datum.inputs:
                 raise InvalidInput(f"{place}: {work.loss_name} needs {name}", name)
         targets = datum.inputs["target_tokens"]
@@ -199,7 +189,7 @@ class SessionTrainer:
             for name, value in work.loss_settings.items()
             if name in SETTINGS and not isinstance(value, str)
         }
-        for name in (*NEEDED[work.loss_name], *OPTIONAL):
+        for name in (*needed, *OPTIONAL):
             if name in datum.inputs:
                 inputs[name] = self._input(datum, name, place)
         targets_NK = torch.from_numpy(targets.astype(np.int64).reshape(len(datum.tokens), -1)).to(self._device)

@@ -1,7 +1,7 @@
 """The abuse checker by HTTP: all ways to ask are checked in the same place, strikes are kept, and bans hold."""
 
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from gated import client_of, make_key
-from scripted import Scripted, scripted
+from scripted import Scripted
 from smelt.api.app import create_app
 from smelt.api.metering import note_background
 from smelt.api.services import Services
@@ -71,14 +71,8 @@ def rules(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
-    with scripted(tmp_path / "home") as made:
-        yield made
-
-
-@pytest.fixture
-def server(made: tuple[Services, Scripted], rules: Path) -> Server:
-    return Server(*made, ban_rules=rules, ban_strikes=2, ban_key_strikes=5)
+def server(served: tuple[Services, Scripted], rules: Path) -> Server:
+    return Server(*served, ban_rules=rules, ban_strikes=2, ban_key_strikes=5)
 
 
 def says(*words: str) -> Any:
@@ -164,11 +158,11 @@ async def test_a_key_that_spoofs_users_is_banned_itself(server: Server) -> None:
     assert "this API key is banned (5 broken rules of its users" in error["message"]
 
 
-async def test_strikes_outlive_the_server(server: Server, made: tuple[Services, Scripted], rules: Path) -> None:
+async def test_strikes_outlive_the_server(server: Server, served: tuple[Services, Scripted], rules: Path) -> None:
     await server.ask(TEXT, BAD, 400)
-    again = Server(*made, ban_rules=rules, ban_strikes=2)
+    again = Server(*served, ban_rules=rules, ban_strikes=2)
     await again.ask(TEXT, BAD, 400)
-    await Server(*made, ban_rules=rules).ask(TEXT, HELLO, 403)
+    await Server(*served, ban_rules=rules).ask(TEXT, HELLO, 403)
 
 
 @pytest.mark.parametrize("words", [("The pass", "word is"), ("a", " b ", "password", " c")])
@@ -264,14 +258,14 @@ async def test_rules_are_read_again_and_the_last_good_ones_stay(server: Server, 
     assert "line 1: not valid YAML" in log_file.getvalue()
 
 
-def test_broken_rules_end_the_start(made: tuple[Services, Scripted], rules: Path) -> None:
+def test_broken_rules_end_the_start(served: tuple[Services, Scripted], rules: Path) -> None:
     rules.write_text("- {name: x}")
     with pytest.raises(ConfigError, match="line 1: match: Field required"):
-        Server(*made, ban_rules=rules)
+        Server(*served, ban_rules=rules)
 
 
-async def test_without_rules_nothing_is_looked_at(made: tuple[Services, Scripted]) -> None:
-    server = Server(*made)
+async def test_without_rules_nothing_is_looked_at(served: tuple[Services, Scripted]) -> None:
+    server = Server(*served)
     await server.ask(TEXT, BAD)
     await server.ask(TEXT, {"model": "tiny", "prompt": [1, 2, 3]})
     pieces = server.model_server.generate(Generate("r", "ann", "tiny"))
@@ -280,8 +274,8 @@ async def test_without_rules_nothing_is_looked_at(made: tuple[Services, Scripted
     assert server.strikes == []
 
 
-async def test_administrators_ban_and_forgive(made: tuple[Services, Scripted]) -> None:
-    server = Server(*made)
+async def test_administrators_ban_and_forgive(served: tuple[Services, Scripted]) -> None:
+    server = Server(*served)
     admin, user = make_key(server.services, "admin", scopes=["admin"]), make_key(server.services, "user")
     for method, path in (("GET", "/v1/bans"), ("POST", "/v1/bans"), ("DELETE", "/v1/bans/x")):
         async with client_of(server.app, user) as client:

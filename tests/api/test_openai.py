@@ -2,18 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from gated import client_of
-from scripted import CONTEXT, Script, Scripted, scripted
+from gated import ask, refused
+from scripted import CONTEXT, Script, Scripted
 from smelt.api import failures, openai, telemetry
-from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.errors import InvalidInput, Unavailable, WorkerLost
 from smelt.transport.messages import Failure, Finish, Generate, TextChunk
@@ -35,35 +33,6 @@ TOOLS: list[dict[str, Any]] = [
     },
     {"type": "function", "function": {"name": "now"}},
 ]
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
-    with scripted(tmp_path / "home") as served:
-        yield served
-
-
-@pytest.fixture
-def model_server(served: tuple[Services, Scripted]) -> Scripted:
-    return served[1]
-
-
-@pytest.fixture
-async def client(served: tuple[Services, Scripted]) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(served[0])) as client:
-        yield client
-
-
-async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
-    answer = await client.post(path, json=body)
-    assert answer.status_code == status, answer.text
-    return answer.json()
-
-
-async def refused(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
-    error = (await ask(client, path, body, status))["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 async def events_of(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Any]:

@@ -1,8 +1,6 @@
 """Answers in the background: accepted, fetched, waited for, cancelled, asked for twice, and nobody else's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +9,6 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from gated import client_of, make_key
-from scripted import Scripted, scripted
 from smelt.api import telemetry
 from smelt.api.app import create_app
 from smelt.api.metering import note_background
@@ -28,23 +25,6 @@ TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = {"model": "tiny", "prompt": "Hello", "background": True}
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "background": True}
 WRITTEN = msgspec.msgpack.encode([Completion("written", "stop", 3, 4)])
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
-    with scripted(tmp_path / "home") as served:
-        yield served
-
-
-@pytest.fixture
-def services(served: tuple[Services, Scripted]) -> Services:
-    return served[0]
-
-
-@pytest.fixture
-async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(services)) as client:
-        yield client
 
 
 async def accepted(client: httpx.AsyncClient, path: str, body: dict[str, Any], **headers: str) -> dict[str, Any]:

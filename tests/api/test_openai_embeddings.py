@@ -2,16 +2,12 @@
 
 import base64
 import struct
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from gated import client_of
-from scripted import WIDTH, Scripted, scripted
-from smelt.api.app import create_app
+from scripted import WIDTH, Scripted
 from smelt.api.openai_types import MAX_INPUTS, MAX_PROMPT_CHARS
 from smelt.api.services import Services
 from smelt.errors import InvalidInput, Overloaded
@@ -19,18 +15,6 @@ from smelt.errors import InvalidInput, Overloaded
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 
 PATH = "/v1/embeddings"
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
-    with scripted(tmp_path / "home") as served:
-        yield served
-
-
-@pytest.fixture
-async def client(served: tuple[Services, Scripted]) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(served[0])) as client:
-        yield client
 
 
 async def test_vectors_have_openais_shape(client: httpx.AsyncClient, served: tuple[Services, Scripted]) -> None:

@@ -1,20 +1,16 @@
 """Parameters of OpenAI's API by raw HTTP: each reaches the model, or is refused by its name; limits included."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from gated import client_of
-from scripted import Scripted, scripted
-from smelt.api.app import create_app
+from gated import ask, refused
+from scripted import Scripted
 from smelt.api.openai_chat_types import CHAT_TOKENS, MAX_TOOL_BYTES, ChatBody
 from smelt.api.openai_parsing import parse
 from smelt.api.openai_types import MAX_LOGPROBS, MAX_PROMPT_CHARS, MAX_PROMPT_TOKENS, MAX_SCHEMA_BYTES, MAX_TOKENS
-from smelt.api.services import Services
 from smelt.types import Grammar, SamplingParams
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -30,35 +26,6 @@ def defining(value: int) -> dict[str, Any]:
     """A tool whose schema refers to its own root."""
     parameters = {"$defs": {"x": {"const": value}}, "properties": {"a": {"$ref": "#/$defs/x"}}}
     return {"type": "function", "function": {"name": "add", "parameters": parameters}}
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
-    with scripted(tmp_path / "home") as served:
-        yield served
-
-
-@pytest.fixture
-def model_server(served: tuple[Services, Scripted]) -> Scripted:
-    return served[1]
-
-
-@pytest.fixture
-async def client(served: tuple[Services, Scripted]) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(served[0])) as client:
-        yield client
-
-
-async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
-    answer = await client.post(path, json=body)
-    assert answer.status_code == status, answer.text
-    return answer.json()
-
-
-async def refused(client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
-    error = (await ask(client, path, body, status))["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 async def test_parameters_reach_the_model(client: httpx.AsyncClient, model_server: Scripted) -> None:

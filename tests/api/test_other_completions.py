@@ -1,17 +1,13 @@
 """The two other shapes of completions: by query, and as /api/generate; their defaults, their errors, their refusals."""
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
 
-from gated import client_of
-from scripted import Script, Scripted, scripted
-from smelt.api.app import create_app
-from smelt.api.services import Services
+from scripted import Script, Scripted
 from smelt.errors import Overloaded, WorkerLost
 from smelt.transport.messages import Finish, Generate
 from smelt.types import SamplingParams
@@ -19,23 +15,6 @@ from smelt.types import SamplingParams
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 
 QUERY, GENERATE = "/completions", "/api/generate"
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Services, Scripted]]:
-    with scripted(tmp_path / "home") as served:
-        yield served
-
-
-@pytest.fixture
-def model_server(served: tuple[Services, Scripted]) -> Scripted:
-    return served[1]
-
-
-@pytest.fixture
-async def client(served: tuple[Services, Scripted]) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(served[0])) as client:
-        yield client
 
 
 async def test_the_query_alone_is_a_request_with_its_old_defaults(

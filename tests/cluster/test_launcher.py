@@ -219,11 +219,12 @@ async def test_a_killed_trainer_is_replaced_and_continues(folder: Path, start: C
     launcher = start()
     async with dialled_in(folder) as server:
         out_dir = await server.grant("killed", folder, **FOREVER)
-        reached = await first_checkpoint(out_dir)
+        await first_checkpoint(out_dir)
         killed = trainer_of(launcher)
         assert killed is not None
         os.kill(killed, signal.SIGKILL)
-        await first_checkpoint(out_dir, reached)
+        await asyncio.to_thread(eventually, lambda: not is_alive(killed), "the end of the trainer")
+        await first_checkpoint(out_dir, max(path.name for path in out_dir.glob("checkpoints/step-*")))
         await server.connection.send(Cancel("killed"))
         assert (await server.result())["stop_reason"] == "interrupted"
 

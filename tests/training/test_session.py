@@ -115,6 +115,15 @@ def test_losses_and_gradients_are_those_of_autograd(trainer: SessionTrainer, los
     assert all(bool(b.abs().sum() > 0) for pairs in adapter.gradient_factors.values() for _, b in pairs)
 
 
+def test_a_loss_needs_no_more_than_its_line_among_the_losses(
+    trainer: SessionTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOSSES, "twice", lambda logprobs, inputs: (2 * LOSSES["cross_entropy"](logprobs, inputs)[0], {}))
+    works = [Work(adapter_of(trainer), [datum_of(9)], loss) for loss in ("twice", "cross_entropy")]
+    twice, once = (done(outcome).metrics["loss:sum"] for outcome in trainer.forward_backward(works))
+    assert twice == pytest.approx(2 * once, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mistral sliding", "qwen3", "llama 3 rope"])
 def test_every_family_can_be_trained(name: str, tmp_path: Path) -> None:
     assert name in FAMILIES
