@@ -9,7 +9,7 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Table, select
+from sqlalchemy import Connection, RowMapping, Table, literal, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 
 from smelt.errors import AlreadyExists, NotFound
@@ -160,6 +160,55 @@ class SamplerRecord(Record):
     seq: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Upload(Record):
+    """A file that was uploaded, or made for its owner. Its `name` is for people; only `suffix` is safe in a path."""
+
+    name: str
+    purpose: str
+    suffix: str
+    num_bytes: int
+    expires: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchJob(Record):
+    """Many requests in one file. `times` says when it came to each status, `errors` what is wrong with its file."""
+
+    endpoint: str
+    input_file_id: str
+    key_id: str | None  # of whoever asked
+    deadline: float
+    status: str = "validating"
+    times: dict[str, float] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    num_requests: int = 0
+    num_completed: int = 0
+    num_failed: int = 0
+    usage: dict[str, Any] | None = None
+    model: str | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    output_seconds: float | None = None  # that what comes of it is kept
+    user_metadata: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningJob(Record):
+    """Fine-tuning that was asked for. Its run tells how it goes, once there is one; `state` what the run cannot."""
+
+    model: str  # that it begins with
+    request: dict[str, Any]
+    run_id: str | None = None
+    state: str = "validating_files"
+    error: dict[str, Any] | None = None
+    fine_tuned_model: str | None = None
+    result_files: list[str] = field(default_factory=list)
+    trained_tokens: int | None = None
+    finished: float | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
 TABLES: dict[type[Record], Table] = {
     Model: tables.models,
     Adapter: tables.adapters,
@@ -173,6 +222,9 @@ TABLES: dict[type[Record], Table] = {
     TrainingModel: tables.training_models,
     SavedWeights: tables.saved_weights,
     SamplerRecord: tables.samplers,
+    Upload: tables.uploads,
+    BatchJob: tables.batch_jobs,
+    FineTuningJob: tables.fine_tuning_jobs,
 }
 
 R = TypeVar("R", bound=Record)
@@ -202,6 +254,32 @@ def find(connection: Connection, kind: type[R], owner: str, **equal: Any) -> lis
     table = TABLES[kind]
     query = select(table).where(table.c.owner == owner).filter_by(**equal).order_by(table.c.created, table.c.id)
     return [_record(kind, row) for row in connection.execute(query).mappings()]
+
+
+def page(
+    connection: Connection,
+    kind: type[R],
+    owner: str,
+    limit: int,
+    after: str | None = None,
+    *,
+    newest_first: bool = True,
+    **equal: Any,
+) -> list[R]:
+    """The owner's records whose columns have those values, in order of creation, from behind the one of that id.
+
+    NotFound where the owner has none of that id.
+    """
+    table = TABLES[kind]
+    place = (table.c.created, table.c.id)
+    query = select(table).where(table.c.owner == owner).filter_by(**equal)
+    if after is not None:
+        last = get(connection, kind, owner, after)
+        here = tuple_(*place)
+        there = tuple_(literal(last.created), literal(last.id))
+        query = query.where(here < there if newest_first else here > there)
+    ordered = query.order_by(*[column.desc() if newest_first else column for column in place])
+    return [_record(kind, row) for row in connection.execute(ordered.limit(limit)).mappings()]
 
 
 def replace(connection: Connection, record: Record) -> None:

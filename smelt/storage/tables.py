@@ -232,3 +232,52 @@ samplers = _records(
     Index("ix_samplers_session_id", "session_id"),
     Index("ix_samplers_lane", "lane"),
 )
+
+# Files that were uploaded, or made for their owner: the content lies in the home folder, in a folder of that id.
+uploads = _records(
+    "uploads",
+    Column("name", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("suffix", Text, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("expires", Double),
+    Index("ix_uploads_owner_created", "owner", "created"),
+)
+
+# Many requests in one file, to be answered within a time; each of them is a future of the lane of that id.
+batch_jobs = _records(
+    "batch_jobs",
+    Column("endpoint", Text, nullable=False),
+    Column("input_file_id", Text, nullable=False),
+    Column("key_id", Text),
+    Column("deadline", Double, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("times", JSON, nullable=False),
+    Column("errors", JSON, nullable=False),
+    Column("num_requests", BigInteger, nullable=False),
+    Column("num_completed", BigInteger, nullable=False),
+    Column("num_failed", BigInteger, nullable=False),
+    Column("usage", JSON),
+    Column("model", Text),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    Column("output_seconds", Double),
+    Column("user_metadata", JSON),
+    Index("ix_batch_jobs_owner_created", "owner", "created"),
+)
+
+# Fine-tuning that was asked for; its run tells how it goes.
+fine_tuning_jobs = _records(
+    "fine_tuning_jobs",
+    Column("run_id", Text),
+    Column("model", Text, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("error", JSON),
+    Column("fine_tuned_model", Text),
+    Column("result_files", JSON, nullable=False),
+    Column("trained_tokens", BigInteger),
+    Column("finished", Double),
+    Column("user_metadata", JSON),
+    Index("ix_fine_tuning_jobs_owner_created", "owner", "created"),
+)

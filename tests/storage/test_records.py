@@ -1,6 +1,7 @@
 """Records: they come back as they were, names are taken once per owner, and another owner's do not exist."""
 
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 from sqlalchemy import Connection, Engine
@@ -10,8 +11,10 @@ from smelt.storage import records
 from smelt.storage.records import (
     Adapter,
     Ban,
+    BatchJob,
     Checkpoint,
     Dataset,
+    FineTuningJob,
     Key,
     Model,
     Record,
@@ -21,6 +24,7 @@ from smelt.storage.records import (
     Session,
     Strike,
     TrainingModel,
+    Upload,
 )
 from smelt.storage.writer import Writer
 
@@ -39,6 +43,9 @@ EXAMPLES: list[Record] = [
     TrainingModel(owner="ann", id="t", session_id="s", number=0, base_model="org/gpt", served_model="gpt", rank=8),
     SavedWeights(owner="ann", model_id="t", type="weights", name="w", folder="sessions/t/w", future_id="f"),
     SamplerRecord(owner="ann", session_id="s", base_model="org/gpt", served_model="gpt", lane="t", seq=3),
+    Upload(owner="ann", id="f", name="a.jsonl", purpose="batch", suffix=".jsonl", num_bytes=2**40, expires=9.5),
+    BatchJob(owner="ann", endpoint="/v1/completions", input_file_id="f", key_id=None, deadline=2.0, times={"a": 1.5}),
+    FineTuningJob(owner="ann", model="gpt", request={"seed": 1}, error={"code": "x"}, result_files=["f"]),
 ]
 
 
@@ -104,3 +111,19 @@ def test_what_others_point_to_stays(engine: Engine, writer: Writer) -> None:
     writer.write(lambda connection: [records.add(connection, record) for record in EXAMPLES]).result(5)
     with pytest.raises(StorageError, match="(?i)foreign key"):
         writer.write(lambda connection: records.delete(connection, Model, "ann", "m")).result(5)
+
+
+def test_pages_follow_one_another_in_both_directions(connection: Connection) -> None:
+    sizes = [
+        Upload(owner="bob", id=f"f{n}", created=float(n // 2), name="n", purpose="p", suffix="", num_bytes=n)
+        for n in range(5)
+    ]
+    for record in sizes:
+        records.add(connection, record)
+    read = partial(records.page, connection, Upload, "bob")
+    assert read(9) == sizes[::-1]
+    assert read(2, "f3") == [sizes[2], sizes[1]]
+    assert read(9, "f3", newest_first=False) == [sizes[4]]
+    assert read(9, num_bytes=3) == [sizes[3]]
+    with pytest.raises(NotFound):
+        read(9, "f")  # ann's
