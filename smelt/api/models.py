@@ -97,12 +97,12 @@ def _add_models(routes: APIRouter, services: Services) -> None:
         aliases = (await catalogue.aliases()).items()
         return ModelList([*cards, *(_card(alias, served, model_server) for alias, served in sorted(aliases))])
 
-    @routes.get("/models/{model}")
+    @routes.get("/models/{model:path}")
     async def show_model(model: str) -> ModelCard:
         """One of them."""
         return _card(model, await catalogue.find(model), model_server)
 
-    @routes.delete("/models/{model}")
+    @routes.delete("/models/{model:path}")
     async def delete_model(model: str, force: bool = False) -> RemovedModel:
         """Remove a registered model from the disk; `force`: its aliases too, which else forbid it."""
         served = await catalogue.find(model)
@@ -113,14 +113,14 @@ def _add_models(routes: APIRouter, services: Services) -> None:
         await _unloaded(model_server.unload_model(model))
         return RemovedModel(model)
 
-    @routes.post("/models/{model}/load")
+    @routes.post("/models/{model:path}/load")
     async def load_model(model: str) -> ModelCard:
         """Have it ready on a worker, before anybody asks; answers when it is."""
         served = await catalogue.find(model)
         await model_server.load_model(served.name)
         return _card(model, served, model_server)
 
-    @routes.post("/models/{model}/unload")
+    @routes.post("/models/{model:path}/unload")
     async def unload_model(model: str) -> ModelCard:
         """Give its memory back on every worker, once its answers have ended; the next request loads it again."""
         served = await catalogue.find(model)
@@ -136,14 +136,14 @@ def _add_aliases(routes: APIRouter, services: Services) -> None:
         """What models are called too."""
         return AliasList([Alias(alias, served.name) for alias, served in sorted((await catalogue.aliases()).items())])
 
-    @routes.put("/aliases/{alias}")
+    @routes.put("/aliases/{alias:path}")
     async def put_alias(alias: str, target: Text) -> Alias:
         """Let a registered model be asked by another name; an alias that exists is pointed anew."""
         name = await asyncio.to_thread(set_alias, alias, target, folder)
         await catalogue.refresh()
         return Alias(alias, name)
 
-    @routes.delete("/aliases/{alias}", status_code=status.HTTP_204_NO_CONTENT)
+    @routes.delete("/aliases/{alias:path}", status_code=status.HTTP_204_NO_CONTENT)
     async def delete_alias(alias: str) -> None:
         """Forget an alias; the model stays."""
         await asyncio.to_thread(remove_alias, alias, folder)

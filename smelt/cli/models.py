@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import click
 
@@ -18,7 +19,7 @@ EXAMPLES = """\b
 Examples:
   smelt models ls
   smelt models show shakespeare
-  smelt models import hf:Qwen/Qwen3-0.6B qwen
+  smelt models import hf:Qwen/Qwen3-0.6B Qwen/Qwen3-0.6B
   smelt models import nanoGPT/out-shakespeare-char shakespeare
   smelt models alias bard shakespeare
   smelt models load shakespeare
@@ -243,7 +244,7 @@ def change_loaded(model: str, verb: str) -> None:
     with running_server(settings) as server:
         if server is None:
             raise Unavailable(f"no server runs in {settings.home}; start one: smelt serve")
-        card = server.ask(f"/v1/models/{model}/{verb}", "POST")
+        card = server.ask(f"/v1/models/{quote(model)}/{verb}", "POST")
     name = card["alias_of"] or card["id"]
     holders = ", ".join(card["loaded_by"])
     click.echo(f"{name} is loaded by {holders}" if holders else f"{name} is not loaded", err=True)

@@ -77,17 +77,18 @@ def serve(settings: Settings, model: str | None, with_worker: bool) -> int:
         note_address(settings.home, base_url(listener))
         forget_choice(settings.models)
         supervisor = Supervisor(programs(settings, listener, model, with_worker), listener, environment_of(settings))
-        return asyncio.run(supervisor.run(lambda: say_where(listener, model)))
+        return asyncio.run(supervisor.run(lambda: say_where(listener, model, settings)))
 
 
-def say_where(listener: socket.socket, model: str | None) -> None:
+def say_where(listener: socket.socket, model: str | None, settings: Settings) -> None:
     """Tell the addresses that somebody needs now."""
     from smelt.cluster.claims import base_url
+    from smelt.control.catalogue import served_name
 
     url = base_url(listener)
     click.echo(f"page:   {url}/dashboard")
     click.echo(f"OpenAI: {url}/v1")
-    click.echo(f"model:  {Path(model).name if model else 'none given; see smelt models ls'}")
+    click.echo(f"model:  {served_name(model, settings.models) if model else 'none given; see smelt models ls'}")
 
 
 def lasting_name(model: str, settings: Settings) -> str:

@@ -170,7 +170,7 @@ class Shelf:
         return Candidate(stamp_of(path), self._predicted_bytes(path))
 
     def _source(self, name: str) -> str:
-        if self._preload is not None and name == served_name(self._preload):
+        if self._preload is not None and name == served_name(self._preload, self._settings.models):
             return self._preload
         if not is_registered(name, self._settings.models):
             known = ", ".join(registered_names(self._settings.models)) or "none"
@@ -212,5 +212,5 @@ async def run_worker(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     if preload is not None:
-        worker.preload(served_name(preload))
+        worker.preload(served_name(preload, settings.models))
     await worker.run()

@@ -171,7 +171,7 @@ class Catalogue:
     def _read_given(self) -> Served | None:
         if self._given is None:
             return None
-        name = served_name(self._given)
+        name = served_name(self._given, self._models_folder)
         if is_registered(self._given, self._models_folder):
             return self._examined[name].served if name in self._examined else None
         path = Path(self._given).expanduser()
@@ -213,6 +213,8 @@ def forget_choice(models_folder: Path) -> None:
     (models_folder / CHOICE_FILE).unlink(missing_ok=True)
 
 
-def served_name(name_or_folder: str) -> str:
+def served_name(name_or_folder: str, models_folder: Path) -> str:
     """What clients and workers call a model that `smelt serve` was given."""
+    if is_registered(name_or_folder, models_folder):
+        return name_or_folder
     return Path(name_or_folder).expanduser().absolute().name

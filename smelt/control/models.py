@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,15 @@ from smelt.disk import sync
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, UnsafeFile
 from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_aliases
 from smelt.models.folders import check_weights, read_config, read_json, read_tokenizer
-from smelt.models.registry import check_name, is_registered, registered_name, registered_names, resolve
+from smelt.models.registry import (
+    check_name,
+    is_registered,
+    name_at,
+    owner_of,
+    registered_name,
+    registered_names,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from smelt.data.sources import Progress
@@ -55,7 +63,7 @@ def show_model(name_or_folder: str, models_folder: Path) -> ModelInfo:
     path = resolve(name_or_folder, models_folder)
     if path.is_file():
         raise UnsafeFile(f"{path} is a nanoGPT checkpoint; see its shape with: smelt models import {path} NAME")
-    name = path.name if path.parent == models_folder else name_or_folder
+    name = name_at(path, models_folder) or name_or_folder
     return _describe(name, path, read_aliases(models_folder))
 
 
@@ -103,7 +111,7 @@ def new_model(name: str, models_folder: Path, origin: str, job: str | None = Non
     with changing(models_folder):
         _clear_leftovers(models_folder)
         check_free(name, models_folder)
-        temporary = temporary_for(models_folder / name)
+        temporary = temporary_for(models_folder / Path(name).name)
         held = os.open(temporary, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)  # as long as somebody fills it
     try:
@@ -114,17 +122,24 @@ def new_model(name: str, models_folder: Path, origin: str, job: str | None = Non
             sync_all(temporary)
             with changing(models_folder):
                 check_free(name, models_folder)
+                (models_folder / name).parent.mkdir(exist_ok=True)
                 temporary.rename(models_folder / name)
     finally:
         os.close(held)
+    sync((models_folder / name).parent)
     sync(models_folder)
 
 
 def check_free(name: str, models_folder: Path) -> None:
     """AlreadyExists where a model or an alias has that name, InvalidInput where none can have it."""
     check_name(name)
-    if (models_folder / name).exists():
+    owner = owner_of(name)
+    if owner is not None and (is_registered(owner, models_folder) or (models_folder / owner).is_file()):
+        raise AlreadyExists(f"{owner!r} is taken, so nothing can be called {name!r}; choose another name")
+    if is_registered(name, models_folder):
         raise AlreadyExists(f"a model {name!r} exists; choose another name, or remove it: smelt models rm {name}")
+    if (models_folder / name).exists():
+        raise AlreadyExists(f"{name!r} is taken: models are called {name}/...; choose another name")
     if (target := read_aliases(models_folder).get(name)) is not None:
         raise AlreadyExists(f"{name!r} is an alias of {target}; remove it first: smelt models alias --rm {name}")
 
@@ -140,6 +155,8 @@ def job_of(name: str, models_folder: Path) -> str | None:
 
 def _clear_leftovers(models_folder: Path) -> None:
     """Remove what processes left that were killed; what somebody fills now is locked."""
+    for owner in models_folder.glob("[!.]*/"):
+        _drop_empty(owner)
     for leftover in models_folder.glob(f"{TEMPORARY}*"):
         descriptor = os.open(leftover, os.O_RDONLY)
         try:
@@ -149,6 +166,12 @@ def _clear_leftovers(models_folder: Path) -> None:
         finally:
             os.close(descriptor)
         shutil.rmtree(leftover)
+
+
+def _drop_empty(owner: Path) -> None:
+    """An owner of no model any more frees its name."""
+    with suppress(OSError):  # it has models, or is one
+        owner.rmdir()
 
 
 def export_model(source: Path, folder: Path) -> None:
@@ -189,8 +212,10 @@ def remove_model(name: str, models_folder: Path, force: bool = False) -> None:
                     f"smelt models rm --force {name}"
                 )
             write_aliases({alias: target for alias, target in aliases.items() if target != name}, models_folder)
-        doomed = models_folder / f"{TEMPORARY}{name}-{secrets.token_hex(4)}"
+        doomed = models_folder / f"{TEMPORARY}{Path(name).name}-{secrets.token_hex(4)}"
         (models_folder / name).rename(doomed)  # gone at once, even if deleting is interrupted
+        if (owner := owner_of(name)) is not None:
+            _drop_empty(models_folder / owner)
         shutil.rmtree(doomed)
 
 

@@ -17,7 +17,8 @@ from smelt.models.hub import hub_folder
 if TYPE_CHECKING:
     from smelt.data.sources import Progress
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+NAME = re.compile(rf"{PART}(/{PART})?")  # with its owner before it, as on the hub; neither can lead out of a folder
 NANOGPT_FILE = "ckpt.pt"
 RUN_LINKS = ("best", "last")  # what a run's folder points to, in the order of preference
 
@@ -69,21 +70,38 @@ def default_name(aliases: dict[str, str], names: list[str]) -> str | None:
 
 def is_registered(name: str, models_folder: Path) -> bool:
     """Whether a model of that name was imported or saved."""
-    return NAME.fullmatch(name) is not None and (models_folder / name / CONFIG_FILE).is_file()
+    if NAME.fullmatch(name) is None or not (models_folder / name / CONFIG_FILE).is_file():
+        return False
+    owner = owner_of(name)
+    return owner is None or not (models_folder / owner / CONFIG_FILE).is_file()  # else it is a part of that model
+
+
+def owner_of(name: str) -> str | None:
+    """What stands before the slash of a name, if it has one."""
+    owner, slash, _ = name.partition("/")
+    return owner if slash else None
+
+
+def name_at(path: Path, models_folder: Path) -> str | None:
+    """The name of the registered model in a folder; None where the folder is not one."""
+    if not path.is_relative_to(models_folder):
+        return None
+    name = path.relative_to(models_folder).as_posix()
+    return name if is_registered(name, models_folder) else None
 
 
 def registered_names(models_folder: Path) -> list[str]:
     """Names of all registered models, sorted."""
-    return sorted(
-        path.parent.name for path in models_folder.glob(f"*/{CONFIG_FILE}") if NAME.fullmatch(path.parent.name)
-    )
+    configs = [*models_folder.glob(f"*/{CONFIG_FILE}"), *models_folder.glob(f"*/*/{CONFIG_FILE}")]
+    return sorted(name for path in configs if (name := name_at(path.parent, models_folder)) is not None)
 
 
 def check_name(name: str) -> None:
     """InvalidInput where a model cannot be called that."""
     if not NAME.fullmatch(name):
         raise InvalidInput(
-            f"model name {name!r} must begin with a letter or digit and have at most 64 letters, digits, '.', '_', '-'"
+            f"model name {name[:200]!r} must begin with a letter or digit and have at most 64 letters, digits, '.', "
+            "'_', '-', or two such parts with a slash between them: OWNER/NAME"
         )
 
 

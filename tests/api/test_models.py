@@ -14,7 +14,7 @@ from smelt.api.services import Services
 from smelt.api.sessions import Sessions
 from smelt.control import keyring
 from smelt.control.keyring import KeyRing
-from smelt.control.models import set_alias
+from smelt.control.models import import_model, set_alias
 from smelt.models.aliases import read_aliases
 
 pytestmark = pytest.mark.anyio
@@ -163,3 +163,27 @@ async def test_only_an_administrator_changes_something(services: Services, monke
     async with client_of(create_app(services), make_key(services, "root", scopes=["admin"])) as client:
         for method, path, body in changes[1:5]:
             assert (await client.request(method, path, json=body)).status_code < 300, path
+
+
+@pytest.mark.parametrize("quoted", ["Qwen/Qwen3-8B-Base", "Qwen%2FQwen3-8B-Base"])
+async def test_a_name_with_a_slash_is_one_name(
+    quoted: str, tmp_path: Path, services: Services, holding: Holding, client: httpx.AsyncClient
+) -> None:
+    name = "Qwen/Qwen3-8B-Base"
+    import_model(tmp_path / "source", name, services.settings.models, origin="x")
+    assert name in [card["id"] for card in (await client.get("/v1/models")).json()["data"]]
+    assert (await client.get(f"/v1/models/{quoted}")).json()["id"] == name
+    assert (await client.post(f"/v1/models/{quoted}/load")).json()["id"] == name
+    assert holding.held == [name]
+    assert (await client.post(f"/v1/models/{quoted}/unload")).json()["loaded_by"] == []
+    alias = quoted.replace("Qwen3-8B-Base", "also")
+    assert (await client.put(f"/v1/aliases/{alias}", json={"target": name})).json()["alias"] == "Qwen/also"
+    assert (await client.delete(f"/v1/aliases/{alias}")).status_code == 204
+    assert (await client.delete(f"/v1/models/{quoted}")).json()["deleted"]
+    assert (await client.get(f"/v1/models/{quoted}")).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["..%2F..%2Fetc", "one%2F..%2Ftwo", "%2Fetc%2Fpasswd"])
+async def test_a_name_that_would_lead_elsewhere_is_no_model(path: str, client: httpx.AsyncClient) -> None:
+    for method, verb in (("GET", ""), ("DELETE", ""), ("POST", "/load")):
+        assert (await client.request(method, f"/v1/models/{path}{verb}")).status_code == 404

@@ -224,3 +224,16 @@ async def test_a_run_that_has_saved_nothing_is_served_once_it_has(source: Path, 
     assert await names(catalogue) == []
     shutil.copytree(source, run / "best")
     assert (await catalogue.find("run")).context == 16
+
+
+async def test_names_with_an_owner_are_served(source: Path, models: Path) -> None:
+    name = "Qwen/Qwen3-8B-Base"
+    import_model(source, name, models, origin="x")
+    set_alias("meta-llama/Llama-3.2-1B", name, models)
+    for catalogue in (Catalogue(models), Catalogue(models, name)):
+        assert await names(catalogue) == [name]
+        for wanted in (name, "meta-llama/Llama-3.2-1B", "default", str(models / name)):
+            assert (await catalogue.find(wanted)).name == name
+        for wanted in ("Qwen3-8B-Base", "Qwen", "Qwen/../Qwen/Qwen3-8B-Base"):
+            with pytest.raises(UnknownModel):
+                await catalogue.find(wanted)

@@ -286,3 +286,58 @@ def test_a_nanogpt_checkpoint_is_shown_only_after_import(tmp_path: Path, registr
 def test_it_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import smelt.control.models"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+SLASHED = "Qwen/Qwen3-8B-Base"
+
+
+def test_a_name_may_have_its_owner_before_it(source: Path, registry: Path) -> None:
+    import_model(source, SLASHED, registry, origin="x")
+    assert [info.name for info in list_models(registry)] == [SLASHED]
+    assert show_model(SLASHED, registry) == show_model(str(registry / SLASHED), registry)
+    set_alias("meta-llama/Llama-3.2-1B", SLASHED, registry)
+    assert show_model("meta-llama/Llama-3.2-1B", registry).name == SLASHED
+    import_model(source, "Qwen/other", registry, origin="x")
+    remove_model("Qwen/other", registry)
+    remove_model(SLASHED, registry, force=True)
+    assert list_models(registry) == []
+    import_model(source, "Qwen", registry, origin="x")  # nobody's owner any more
+    assert read_aliases(registry) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../out", "a/../b", "a/..", "./a", "/a", "a/", "a//b", "a/.hidden", "a/b/c", "a\\b", "a/b\n", "a/b\0"],
+)
+def test_no_name_leads_out_of_the_folder(name: str, source: Path, registry: Path) -> None:
+    with pytest.raises(InvalidInput, match="two such parts with a slash"):
+        import_model(source, name, registry, origin="x")
+    with pytest.raises(InvalidInput, match="two such parts with a slash"):
+        set_alias(name, "small", registry)
+    with pytest.raises(NotFound):
+        remove_model(name, registry)
+    assert not (registry.parent / "out").exists()
+
+
+def test_a_model_and_an_owner_of_models_cannot_have_one_name(source: Path, registry: Path) -> None:
+    import_model(source, SLASHED, registry, origin="x")
+    with pytest.raises(AlreadyExists, match="models are called Qwen/"):
+        import_model(source, "Qwen", registry, origin="x")
+    import_model(source, "small", registry, origin="x")
+    with pytest.raises(AlreadyExists, match="'small' is taken"):
+        import_model(source, "small/er", registry, origin="x")
+
+
+def test_a_folder_within_a_model_is_no_model(source: Path, registry: Path) -> None:
+    within = import_model(source, "small", registry, origin="x") / "1_Pooling"
+    within.mkdir()
+    (within / "config.json").write_text("{}")
+    assert [info.name for info in list_models(registry)] == ["small"]
+    with pytest.raises(NotFound):
+        remove_model("small/1_Pooling", registry)
+
+
+def test_an_owner_whom_a_death_left_without_models_is_in_nobodys_way(source: Path, registry: Path) -> None:
+    (registry / "Qwen").mkdir(parents=True)
+    import_model(source, "Qwen", registry, origin="x")
+    assert show_model("Qwen", registry).config == CONFIG
