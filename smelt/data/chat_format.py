@@ -6,11 +6,14 @@ plain paragraphs (`chat`), and know no tools.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from smelt.data import chat
 from smelt.data.control_tokens import ControlTokens, Marks
@@ -58,6 +61,19 @@ class ChatTemplate:
     def understands_tools(self) -> bool:
         """Whether it makes anything of tool definitions."""
         return re.search(r"\btools\b", self.tool_text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A conversation as text, up to any turn, and its tokens.
+
+    `text_of` gives the first so many turns and, if asked, the beginning of the assistant's next one. `encode` gives
+    the ids of such a text, and where in it each of them ends. `last_ids` end a conversation, where no template does.
+    """
+
+    text_of: Callable[[int, bool], str]
+    encode: Callable[[str], tuple[list[int], list[int]]]
+    last_ids: tuple[int, ...] = ()
 
 
 class ChatFormat:
@@ -120,16 +136,27 @@ class ChatFormat:
 
         InvalidInput where the template refuses the conversation, or there are tools that it does not know.
         """
+        if self._template is None:
+            _refuse_tools(messages, tools)
+            return [*self._first_ids, *self._tokenizer.encode(chat.render_prompt(messages))]
+        rendering = self.rendering(messages, tools)
+        return rendering.encode(rendering.text_of(len(messages), True))[0]
+
+    def rendering(self, messages: Sequence[ChatMessage], tools: Tools = ()) -> Rendering:
+        """The conversation as text whose turns can be told apart; raises as `prompt_ids` does."""
         if not self.understands_tools:
             _refuse_tools(messages, tools)
-        if self._template is None:
-            return self._tokenizer.encode(chat.render_prompt(messages))
-        try:
+        template = self._template
+        if template is None:
+            return self._plain_rendering(messages)
+        with _not_too_deep():
             marks = self._control.marks_for([_to_dict(message) for message in messages], list(tools))
-            rendered = self._render(self._template, messages, tools, marks)
-        except RecursionError:
-            raise InvalidInput("the tools, or the arguments of a call, are nested too deeply") from None
-        return self._control.encode(rendered, marks)
+
+        def text_of(num_turns: int, begins_reply: bool) -> str:
+            with _not_too_deep():
+                return marks.unescape(self._render(template, messages[:num_turns], tools, marks, begins_reply))
+
+        return Rendering(text_of, lambda text: self._control.encode_with_ends(text, marks))
 
     def parse(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         """What the assistant says in a whole answer, and the functions that it wants called."""
@@ -139,15 +166,35 @@ class ChatFormat:
         """To tell an answer's text from its calls while it is written; only where tools were given."""
         return ToolCallStream(self._dialect)
 
-    def _render(self, template: ChatTemplate, messages: Sequence[ChatMessage], tools: Tools, marks: Marks) -> str:
+    def _render(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[ChatMessage],
+        tools: Tools,
+        marks: Marks,
+        begins_reply: bool,
+    ) -> str:
         variables = {
             **template.special_tokens,
             "messages": [_marked(message, marks) for message in messages],
             "tools": marks.mark(list(tools)) or None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": begins_reply,
         }
         return self._renderer.render(template.tool_text if tools else template.text, variables)
+
+    def _plain_rendering(self, messages: Sequence[ChatMessage]) -> Rendering:
+        def encode(text: str) -> tuple[list[int], list[int]]:
+            ids, ends = _encode_plain(self._tokenizer, text)
+            return [*self._first_ids, *ids], [*(0 for _ in self._first_ids), *ends]
+
+        eot_id = self._tokenizer.eot_id
+        return Rendering(partial(_plain_text, messages), encode, () if eot_id is None else (eot_id,))
+
+    @property
+    def _first_ids(self) -> tuple[int, ...]:
+        """What goes before a text, where no template writes it."""
+        return () if self._tokenizer.bos_id is None else (self._tokenizer.bos_id,)
 
     @cached_property
     def _dialect(self) -> Dialect | None:
@@ -157,6 +204,33 @@ class ChatFormat:
     def _control(self) -> ControlTokens:
         assert self._template is not None
         return ControlTokens(read_backend(self._folder), self._template.text + self._template.tool_text)
+
+
+@contextmanager
+def _not_too_deep() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise InvalidInput("the tools, or the arguments of a call, are nested too deeply") from None
+
+
+def _plain_text(messages: Sequence[ChatMessage], num_turns: int, begins_reply: bool) -> str:
+    return (chat.render_prompt if begins_reply else chat.render_messages)(messages[:num_turns])
+
+
+def _encode_plain(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Ids of a text, and where each ends, by the bytes that tokens stand for.
+
+    Some tokenizers put a space before a text. UnsupportedModel for those whose tokens do not stand for bytes.
+    """
+    ids = tokenizer.encode(text)
+    parts = [tokenizer.decode_bytes([token]) for token in ids]
+    if b"".join(parts).removeprefix(b" ") != text.encode().removeprefix(b" "):
+        raise UnsupportedModel(f"the tokenizer {tokenizer.name} does not say which part of a text a token stands for")
+    char_ends = np.cumsum([0, *(len(char.encode()) for char in text)])
+    token_ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    token_ends -= sum(map(len, parts)) - int(char_ends[-1])
+    return ids, np.searchsorted(char_ends, token_ends).tolist()
 
 
 def _refuse_tools(messages: Sequence[ChatMessage], tools: Tools) -> None:

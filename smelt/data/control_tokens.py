@@ -62,15 +62,22 @@ class ControlTokens:
 
     def encode(self, rendered: str, marks: "Marks") -> list[int]:
         """Ids of what a template made of marked values. InvalidInput where a false control token would remain."""
-        marked = marks.unescape(rendered)
+        return self.encode_with_ends(marks.unescape(rendered), marks)[0]
+
+    def encode_with_ends(self, marked: str, marks: "Marks") -> tuple[list[int], list[int]]:
+        """The same of a text whose escapes are undone, and where in it each token ends."""
         text = marks.unmark(marked)
         cuts = [0, *self._cuts(text, marked), len(text)]
-        pieces = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
-        ids = [token for piece in pieces for token in self._backend.encode(piece, add_special_tokens=False).ids]
+        ids: list[int] = []
+        ends: list[int] = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            piece = self._backend.encode(text[start:end], add_special_tokens=False)
+            ids += piece.ids
+            ends += [start + last for _, last in piece.offsets]
         num_own = sum(1 for start, end in self._found(text) if _is_own(text, marked, start, end))
         if sum(token in self._special_ids for token in ids) > num_own:
             raise InvalidInput("the messages hold text that the model's tokenizer takes for control tokens", "messages")
-        return ids
+        return ids, ends
 
     def _cuts(self, text: str, marked: str) -> list[int]:
         """Where to cut so that no token but the template's own can be found: behind the first characters of others."""

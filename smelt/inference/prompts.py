@@ -41,8 +41,7 @@ class Prompts:
     def of_chat(self, messages: Items[ChatMessage], tools: Items[Mapping[str, Any]] = ()) -> list[int]:
         """A conversation so far, and the beginning of the assistant's next turn."""
         self._check_length(sum(len(message.content) for message in messages))
-        prompt_ids = self._chat_format.prompt_ids(messages, tools)
-        return prompt_ids if self._chat_format.has_template else self._begun(prompt_ids)
+        return self._chat_format.prompt_ids(messages, tools)
 
     @cached_property
     def text_end_ids(self) -> frozenset[int]:
