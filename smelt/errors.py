@@ -18,6 +18,7 @@ SmeltError
 │   ├── UnknownModel      no model of that name is served
 │   └── UnknownAdapter    the model has no adapter of that name
 ├── AlreadyExists         a name that is taken
+├── InUse                 something that others need as it is, so that it cannot be changed or removed now
 ├── Unauthorized          no API key, or one that is unknown or revoked
 ├── Forbidden             a key that may not do this, or an origin that may not ask
 │   ├── Banned            whoever asks has broken such rules too often
@@ -116,6 +117,10 @@ class UnknownAdapter(NotFound):
 
 class AlreadyExists(SmeltError):
     """That name is taken."""
+
+
+class InUse(SmeltError):
+    """Somebody works with it now; the message says who, or what to end first."""
 
 
 class Unauthorized(SmeltError):

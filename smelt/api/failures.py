@@ -25,6 +25,7 @@ STATUSES: dict[type[BaseException], int] = {
     errors.NotFound: 404,
     errors.SlowBody: 408,
     errors.AlreadyExists: 409,
+    errors.InUse: 409,
     errors.TooLarge: 413,
     errors.UnsupportedEncoding: 415,
     errors.WrongHost: 421,

@@ -4,13 +4,15 @@ A dataset is a folder of shards, a tokenizer, and `dataset.json`, which tells wh
 once it is there; `preparation` makes it.
 """
 
+import fcntl
 import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -20,7 +22,8 @@ from smelt.data.documents import Documents, pieces
 from smelt.data.shards import START_DTYPE, Shard, TokenSplit
 from smelt.data.staging import remove_folder
 from smelt.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
-from smelt.errors import DataError, InvalidInput, NotFound
+from smelt.errors import DataError, InUse, InvalidInput, NotFound
+from smelt.types import LOCAL_OWNER
 
 MANIFEST_FILE = "dataset.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -44,6 +47,8 @@ class Manifest(Config):
     num_skipped: int = Field(ge=0, description="bad records left out")
     created: str = Field(description="UTC time, ISO 8601")
     smelt_version: str
+    owner: str = Field(LOCAL_OWNER, description="whose it is; that of this machine's terminals is for all")
+    job: str | None = Field(None, description="the request to a server that made it")
     train: tuple[Shard, ...]
     val: tuple[Shard, ...]
 
@@ -174,9 +179,29 @@ def _is_name(name: str) -> bool:
     return NAME.fullmatch(name) is not None
 
 
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """Nobody, in any process, removes the dataset in this folder while the block runs. NotFound where it is gone."""
+    with _manifest_of(folder) as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_SH)
+        with _manifest_of(folder):  # it may have been removed while we waited
+            pass
+        yield
+
+
 def remove_dataset(datasets_folder: Path, name: str) -> None:
-    """Remove a dataset and its files. NotFound where there is none of that name."""
+    """Remove a dataset and its files. NotFound where there is none of that name, InUse while a run trains on it."""
     folder = dataset_folder(datasets_folder, name)
-    if not (folder / MANIFEST_FILE).is_file():
-        raise NotFound(f"there is no dataset {name!r} in {datasets_folder}; see `smelt data ls`")
-    remove_folder(folder)
+    with _manifest_of(folder) as manifest:
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"dataset {name!r} is in use: a run trains on it now; cancel the run first") from None
+        remove_folder(folder)
+
+
+def _manifest_of(folder: Path) -> IO[bytes]:
+    try:
+        return (folder / MANIFEST_FILE).open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"there is no dataset {folder.name!r} in {folder.parent}; see `smelt data ls`") from None

@@ -31,10 +31,11 @@ from smelt.data.datasets import (
 from smelt.data.documents import Documents, OnError, Piece, Reading, Source
 from smelt.data.packing import mix
 from smelt.data.shards import Shard, SplitWriter, TokenSplit, token_dtype
-from smelt.data.sources import Progress, full_name, identity, open_source
+from smelt.data.sources import Origin, Progress, identity, origin_of
 from smelt.data.staging import staged
 from smelt.data.tokenizers import Tokenizer, fingerprint, is_learned, make_tokenizer
 from smelt.errors import AlreadyExists, DataError, InvalidInput, NotEnoughData
+from smelt.types import LOCAL_OWNER
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARS, BATCH_PIECES = 4 << 20, 8192  # handed to the tokenizer at once
@@ -71,14 +72,26 @@ class PrepareOptions:
 DEFAULTS = PrepareOptions()
 
 
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Who has a dataset made, and by which request to a server, if any."""
+
+    owner: str = LOCAL_OWNER
+    job: str | None = None
+
+
+THIS_MACHINE = Maker()
+
+
 def prepare(
-    source: str,
+    source: str | Origin,
     datasets_folder: Path,
     name: str,
     *,
     tokenizer: str | Tokenizer = "bpe:4096",
     options: PrepareOptions = DEFAULTS,
     progress: Progress = _silent,
+    maker: Maker = THIS_MACHINE,
 ) -> Dataset:
     """Tokenize a source into a new dataset; it appears under its name when it is complete, or not at all.
 
@@ -86,8 +99,9 @@ def prepare(
     NotEnoughData when a split would be shorter than a block, MissingDependency and OutOfSpace.
     """
     folder = dataset_folder(datasets_folder, name)
+    origin = origin_of(source) if isinstance(source, str) else source
     with staged(folder) as staging:
-        opened = open_source(source, staging / "download", progress)
+        opened = origin.open(staging / "download", progress)
         if isinstance(tokenizer, str):
             tokenizer = _make_tokenizer(tokenizer, opened, options, progress)
         reading = Reading(options.errors, options.column)
@@ -95,10 +109,10 @@ def prepare(
             documents = _observed(opened, reading, "tokenizing", progress)
             num_documents = splits.write(documents, _assignments(options.val_fraction))
             if num_documents == 0:
-                raise DataError(f"{source} holds no text{_skipped(reading)}")
-            splits.balance(source)
+                raise DataError(f"{origin.name} holds no text{_skipped(reading)}")
+            splits.balance(origin.name)
             shutil.rmtree(staging / "download", ignore_errors=True)
-            splits.finish(full_name(source), reading)
+            splits.finish(origin.name, reading, maker)
     return open_dataset(folder)
 
 
@@ -198,7 +212,7 @@ class Splits:
         elif self.train.num_tokens < needed:
             _move_tail(self.val, self.train, total - val_target, needed, self.tokenizer)
 
-    def finish(self, source: str, reading: Reading) -> None:
+    def finish(self, source: str, reading: Reading, maker: Maker) -> None:
         """Write the tokenizer and the manifest."""
         self.tokenizer.save(self.folder / TOKENIZER_FOLDER)
         dtype = self.train.dtype
@@ -214,6 +228,8 @@ class Splits:
             num_skipped=reading.num_skipped,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             smelt_version=__version__,
+            owner=maker.owner,
+            job=maker.job,
             train=_hashed(self.train.tokens()),
             val=_hashed(self.val.tokens()),
         )
@@ -330,7 +346,7 @@ def _retokenized(dataset: Dataset, tokenizer: Tokenizer, folder: Path, progress:
                 splits.write(dataset.texts(split), repeat(split == "val"))
                 num_done = num_total if split == "val" else dataset.split(split).num_tokens
                 progress("tokenizing again", num_done, num_total)
-            splits.finish(old.source, reading)
+            splits.finish(old.source, reading, Maker(old.owner))
     return open_dataset(folder)
 
 

@@ -8,6 +8,8 @@ import http.client
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -34,6 +36,19 @@ SUFFIX_OF_TYPE = {
     "application/vnd.apache.parquet": ".parquet",
 }
 HUB_SPLITS = ("train", "validation", "valid", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A source that is opened in a way of its own, and what everybody calls it."""
+
+    name: str
+    open: Callable[[Path, Progress], Source]  # with a folder for what must be downloaded first
+
+
+def origin_of(spec: str) -> Origin:
+    """The source that a command or a config names."""
+    return Origin(full_name(spec), partial(open_source, spec))
 
 
 def open_source(spec: str, scratch: Path, progress: Progress) -> Source:
@@ -107,15 +122,17 @@ def _refuse(error: OSError) -> None:
 # --- The web ---------------------------------------------------------------------------------------------
 
 
-def url_source(spec: str, scratch: Path, progress: Progress) -> Source:
-    """A file behind an http(s) address, downloaded into `scratch`."""
+def url_source(spec: str, scratch: Path, progress: Progress, opened: Callable[..., Any] = urlopen) -> Source:
+    """A file behind an http(s) address, downloaded into `scratch`; `opened` is urllib's urlopen or its like."""
     request = Request(spec, headers={"User-Agent": f"smelt/{__version__}"})
     target = scratch / "download"
     scratch.mkdir(parents=True, exist_ok=True)
     try:
-        with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        with opened(request, timeout=TIMEOUT_SECONDS) as response:
             name = remote_name(spec, response.headers)
             _download(response, target, spec, progress)
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{spec} is not an address that can be fetched: {error}") from None
     except (URLError, TimeoutError, http.client.HTTPException, ConnectionError) as error:

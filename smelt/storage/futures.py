@@ -61,6 +61,7 @@ class Future:
     """
 
     id: str
+    owner: str
     kind: str
     created: float  # seconds since 1970
     request: bytes | None
@@ -196,8 +197,8 @@ class Ledger:
         """How a request stands. NotFound where the owner has none."""
         return await asyncio.to_thread(self._read, owner, future_id)
 
-    async def recent(self, owner: str, kind: str, limit: int) -> list[Future]:
-        """How the owner's last requests of a kind stand, newest first."""
+    async def recent(self, owner: str | None, kind: str, limit: int) -> list[Future]:
+        """How the last requests of a kind stand, the owner's or everybody's, newest first."""
         rows = await asyncio.to_thread(self._query, partial(transitions.recent, owner, kind, limit))
         return [await asyncio.to_thread(self._future, row) for row in rows]
 
@@ -244,6 +245,10 @@ class Ledger:
         """
         return await self._change(partial(transitions.expire, time.time() - min_age_s))
 
+    async def drop(self, owner: str, future_id: str) -> None:
+        """Forget a finished request and its result at once. NotFound where the owner has none of that id."""
+        await self._change(partial(transitions.drop, owner, future_id))
+
     async def collect_files(self) -> int:
         """Remove the files of bodies that no row names; returns how many."""
         referenced = await asyncio.to_thread(self._query, transitions.referenced_files)
@@ -288,6 +293,7 @@ class Ledger:
         result = row.result if row.result_file is None else self._files.read(row.result_file)
         return Future(
             row.id,
+            row.owner,
             row.kind,
             row.created,
             row.request,

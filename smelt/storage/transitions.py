@@ -204,6 +204,14 @@ def forget(lane: str, before: int, connection: Connection) -> int:
     return connection.execute(forgotten).rowcount
 
 
+def drop(owner: str, future_id: str, connection: Connection) -> None:
+    """Forget what a finished future was asked and what came of it, before its time. NotFound."""
+    number = row(owner, future_id, connection).number
+    nothing = {"request": None, "request_file": None, "result": None, "result_file": None, "expired": True}
+    this = and_(futures.c.number == number, futures.c.state.in_(FINISHED))
+    connection.execute(futures.update().where(this).values(nothing))
+
+
 def referenced_files(connection: Connection) -> set[str]:
     """The names of all files that futures have bodies in."""
     return {
@@ -213,9 +221,11 @@ def referenced_files(connection: Connection) -> set[str]:
     }
 
 
-def recent(owner: str, kind: str, limit: int, connection: Connection) -> Sequence[AnyRow]:
-    """The owner's futures of a kind, newest first."""
-    of_kind = select(futures).where(futures.c.owner == owner, futures.c.kind == kind)
+def recent(owner: str | None, kind: str, limit: int, connection: Connection) -> Sequence[AnyRow]:
+    """The owner's futures of a kind, or everybody's, newest first."""
+    of_kind = select(futures).where(futures.c.kind == kind)
+    if owner is not None:
+        of_kind = of_kind.where(futures.c.owner == owner)
     return connection.execute(of_kind.order_by(futures.c.number.desc()).limit(limit)).all()
 
 

@@ -1,10 +1,10 @@
 """Errors as they travel: a class of `smelt.errors` by its name, and a message; knows no HTTP and no ledger."""
 
 from smelt import errors
-from smelt.errors import AlreadyExists, Forbidden, InvalidInput, NotFound, SmeltError, Unauthorized, Unavailable
+from smelt.errors import AlreadyExists, Forbidden, InUse, InvalidInput, NotFound, SmeltError, Unauthorized, Unavailable
 from smelt.transport.messages import Failure
 
-OF_THE_USER = (InvalidInput, NotFound, AlreadyExists, Unauthorized, Forbidden)
+OF_THE_USER = (InvalidInput, NotFound, AlreadyExists, InUse, Unauthorized, Forbidden)
 
 
 def failure_of(error: Exception) -> Failure:

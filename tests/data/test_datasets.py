@@ -6,12 +6,13 @@ import pytest
 from smelt.data.datasets import (
     Dataset,
     dataset_folder,
+    kept,
     list_datasets,
     open_dataset,
     remove_dataset,
 )
 from smelt.data.preparation import PrepareOptions, prepare
-from smelt.errors import DataError, InvalidInput, NotFound
+from smelt.errors import DataError, InUse, InvalidInput, NotFound
 
 OPTIONS = PrepareOptions(block_size=8, shard_tokens=1024)
 
@@ -100,3 +101,14 @@ def test_datasets_are_listed_and_removed(dataset, tmp_path):
     with pytest.raises(NotFound, match="no dataset 'stories'"):
         open_dataset(home / "stories")
     assert len(split.read(0, 1024)) == 1024  # a run that reads it goes on
+
+
+def test_nobody_removes_a_dataset_that_somebody_keeps(dataset: Dataset) -> None:
+    datasets, name = dataset.folder.parent, dataset.name
+    with kept(dataset.folder), kept(dataset.folder):
+        with pytest.raises(InUse, match="a run trains on it"):
+            remove_dataset(datasets, name)
+        assert open_dataset(dataset.folder).manifest == dataset.manifest
+    remove_dataset(datasets, name)
+    with pytest.raises(NotFound), kept(dataset.folder):
+        pass
