@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     allowed_hosts: tuple[str, ...] = Field((), description="more names that requests may call this server by")
     cors_origins: tuple[str, ...] = Field((), description="web pages of other origins that may call the API")
     max_body_mb: int = Field(64, ge=1, description="largest request body, unpacked, in MiB")
+    max_upload_mb: int = Field(512, ge=1, description="largest body with a file, which goes to the disk, in MiB")
     worker_address: str | None = Field(None, description="HOST:PORT where workers of other machines dial in")
     worker_key: Path | None = Field(None, description="file of the key they must know (HOME/worker.key)")
     tls_certificate: Path | None = Field(None, description="PEM file: what the server shows them, and they trust")

@@ -17,6 +17,7 @@ from smelt.api import (
     login,
     models,
     openai,
+    openai_files,
     resources,
     text_generation,
     tinker,
@@ -47,6 +48,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     failures.install(app)
     for routes in (
         openai.router(services),
+        openai_files.router(services),
         tinker.router(services),
         tinker_completions.router(services),
         completions_by_query.router(services),

@@ -23,6 +23,8 @@ PATIENCE_S = 20.0
 BYTES_PER_S = 2**13
 # What the bodies of all requests in hand may hold together.
 MAX_HELD_BYTES = 2**30
+# The same of uploads, which hold room on the disk.
+MAX_HELD_UPLOAD_BYTES = 2**35
 
 Pieces = AsyncGenerator[bytes, None]
 
@@ -98,8 +100,15 @@ class Bodies:
     One timer looks after all that are waited for. A timeout for each would be the dearest part of a small request.
     """
 
-    def __init__(self, max_bytes: int, patience_s: float = PATIENCE_S, max_held_bytes: int = MAX_HELD_BYTES) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        patience_s: float = PATIENCE_S,
+        max_held_bytes: int = MAX_HELD_BYTES,
+        setting: str = "max_body_mb",
+    ) -> None:
         self.max_bytes = max_bytes
+        self._setting = setting
         self.patience_s = patience_s
         self.num_held_bytes = 0
         self._max_held_bytes = max(max_held_bytes, max_bytes)
@@ -144,7 +153,7 @@ class Bodies:
 
     def too_large(self) -> TooLarge:
         """The refusal of a body beyond the cap."""
-        return TooLarge(f"the body is larger than {self.max_bytes:,} bytes (unpacked), the setting max_body_mb")
+        return TooLarge(f"the body is larger than {self.max_bytes:,} bytes (unpacked), the setting {self._setting}")
 
 
 class Body:

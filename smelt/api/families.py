@@ -26,6 +26,7 @@ class Family:
     page: bool = False  # for people: a browser that is not logged in is sent to the login page
     always: bool = False  # answered however many requests there are
     changing: frozenset[str] | None = None
+    uploads: bool = False  # bodies go to the disk as they come, so they may be as large as max_upload_mb
 
     def scopes_for(self, method: str) -> frozenset[str]:
         """The scopes of which one opens a route to a method."""
@@ -59,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     "/v1/completions": OPENAI,
     "/v1/chat/completions": OPENAI,
     "/v1/embeddings": OPENAI,
+    "/v1/files": Family(frozenset({"training", "inference"}), "openai", uploads=True),
     "/completions": Family(INFERENCE, "status_code"),
     "/api/generate": Family(INFERENCE, "success"),
     "/v1/runs": TRAINING,

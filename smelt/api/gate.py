@@ -13,7 +13,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from smelt.api import telemetry
-from smelt.api.bodies import Bodies, Body
+from smelt.api.bodies import MAX_HELD_UPLOAD_BYTES, Bodies, Body
 from smelt.api.exchange import CLIENT_LEFT, Exchange
 from smelt.api.families import SAFE_METHODS, Family
 from smelt.api.hosts import PREFLIGHT_HEADERS, Hosts
@@ -43,6 +43,9 @@ class Gate:
         self._is_exposed = not is_loopback(settings.host)
         self.limits = Limits()
         self.bodies = Bodies(settings.max_body_mb * 2**20)
+        self.uploads = Bodies(
+            settings.max_upload_mb * 2**20, max_held_bytes=MAX_HELD_UPLOAD_BYTES, setting="max_upload_mb"
+        )
         telemetry.in_flight.set_function(lambda: self.limits.num_in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +148,8 @@ class Gate:
         if length is None and CHUNKED not in headers:
             return receive
         encoding = headers.get(b"content-encoding", b"")
-        exchange.body = Body(receive, self.bodies, length, encoding)
+        bodies = self.uploads if exchange.family is not None and exchange.family.uploads else self.bodies
+        exchange.body = Body(receive, bodies, length, encoding)
         if encoding:
             kept = [
                 (name, value) for name, value in exchange.scope["headers"] if name not in (LENGTH, b"content-encoding")

@@ -175,6 +175,7 @@ async def chores(services: Services) -> AsyncIterator[None]:
         "drop old results": (600.0, partial(ledger.expire, RESULT_SECONDS)),
         "remove files of no request": (3600.0, ledger.collect_files),
         "remove what sessions left behind": (600.0, cleanup.tidy),
+        "remove files whose time is over": (600.0, services.uploads.tidy),
     }
     async with AsyncExitStack() as tasks:
         for name, (seconds, chore) in rounds.items():

@@ -10,6 +10,7 @@ from smelt.control.catalogue import Catalogue
 from smelt.control.completions import Completions
 from smelt.control.model_server import ModelServer
 from smelt.control.post_training import PostTraining
+from smelt.control.uploads import Uploads
 from smelt.settings import Settings
 from smelt.storage.futures import Ledger
 from smelt.storage.writer import Writer
@@ -41,3 +42,8 @@ class Services:
     def post_training(self) -> PostTraining:
         """Sessions of training by request: one for all APIs, for what it remembers must be so for each of them."""
         return PostTraining(self.settings.home, self.database, self.writer, self.ledger, self.catalogue)
+
+    @cached_property
+    def uploads(self) -> Uploads:
+        """The files that people upload."""
+        return Uploads(self.settings.home, self.database, self.writer)
