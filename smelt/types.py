@@ -1,14 +1,16 @@
 """Plain values that several packages pass to each other; knows no torch, no files, no web."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # every command imports this file, and few need NumPy
     import numpy as np
     from numpy.typing import NDArray
 
 LOCAL_OWNER = "local"  # who owns what was asked for on this machine without a key
+
+ASSISTANT = "assistant"  # the role of turns that a model writes
 
 FinishReason = Literal["stop", "length", "aborted", "content_filter"]
 
@@ -79,6 +81,31 @@ class ChatMessage:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns, and the functions that were offered in them, to train on.
+
+    `weights` say how much turns of the assistant's count, by their number from 0; those that are not there count 1.
+    """
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[Mapping[str, Any]] = ()
+    weights: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def counted(self) -> dict[int, float]:
+        """The weights of the turns that are trained on."""
+        numbers = [number for number, turn in enumerate(self.messages) if turn.role == ASSISTANT]
+        weights = {number: self.weights.get(number, 1.0) for number in numbers}
+        return {number: weight for number, weight in weights.items() if weight}
+
+    def without(self, first: int, end: int) -> "Conversation":
+        """The conversation without some of its turns."""
+        moved = {number - (end - first): weight for number, weight in self.weights.items() if number >= end}
+        kept = {number: weight for number, weight in self.weights.items() if number < first}
+        return Conversation([*self.messages[:first], *self.messages[end:]], self.tools, kept | moved)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,44 +8,17 @@ a template which writes a turn the same whatever follows it.
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smelt.data.chat_format import ChatFormat, Rendering
 from smelt.errors import InvalidInput
-from smelt.types import ChatMessage, Datum
+from smelt.types import ASSISTANT, Conversation, Datum
 
-ASSISTANT = "assistant"
 INTRODUCTIONS = ("system", "developer")  # roles of turns that stay when old ones are left out
 MAX_TURNS = 512  # of a conversation: each of the assistant's is rendered with all that came before it
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Turns, and the functions that were offered in them.
-
-    `weights` say how much turns of the assistant's count, by their number from 0; those that are not there count 1.
-    """
-
-    messages: Sequence[ChatMessage]
-    tools: Sequence[Mapping[str, Any]] = ()
-    weights: Mapping[int, float] = field(default_factory=dict)
-
-    @property
-    def counted(self) -> dict[int, float]:
-        """The weights of the turns that are trained on."""
-        numbers = [number for number, turn in enumerate(self.messages) if turn.role == ASSISTANT]
-        weights = {number: self.weights.get(number, 1.0) for number in numbers}
-        return {number: weight for number, weight in weights.items() if weight}
-
-    def without(self, first: int, end: int) -> "Conversation":
-        """The conversation without some of its turns."""
-        moved = {number - (end - first): weight for number, weight in self.weights.items() if number >= end}
-        kept = {number: weight for number, weight in self.weights.items() if number < first}
-        return Conversation([*self.messages[:first], *self.messages[end:]], self.tools, kept | moved)
 
 
 def chat_datum(chat_format: ChatFormat, conversation: Conversation, *, max_tokens: int, vocab_size: int) -> Datum:
@@ -89,6 +62,19 @@ def reply_datum(
     given = {"weights": [1.0] * len(reply_ids), **inputs}
     whole = {name: np.concatenate([before, np.array(values, np.float32)]) for name, values in given.items()}
     return _shifted([*prompt_ids, *reply_ids], whole)
+
+
+def preference_datum(chosen: Datum, rejected: Datum) -> Datum:
+    """Two examples as one of a preference: the second sequence has the segment 1, and weights below 0."""
+    sizes = [len(chosen.tokens), len(rejected.tokens)]
+    return Datum(
+        np.concatenate([chosen.tokens, rejected.tokens]),
+        {
+            "target_tokens": np.concatenate([chosen.inputs["target_tokens"], rejected.inputs["target_tokens"]]),
+            "weights": np.concatenate([chosen.inputs["weights"], -rejected.inputs["weights"]]),
+            "segment_ids": np.repeat(np.arange(2), sizes),
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,10 +8,10 @@ from transformers import AutoTokenizer
 
 from chat_templates import LLAMA_2, LLAMA_3, MISTRAL, QWEN_3, TOOL, ZEPHYR, write_tokenizer
 from smelt.data.chat_format import ChatFormat
-from smelt.data.chat_training import Conversation, chat_datum, reply_datum
+from smelt.data.chat_training import chat_datum, preference_datum, reply_datum
 from smelt.data.tokenizers import load_tokenizer, make_tokenizer
 from smelt.errors import InvalidInput
-from smelt.types import ChatMessage, Datum, ToolCall
+from smelt.types import ChatMessage, Conversation, Datum, ToolCall
 
 TALK = [
     ChatMessage("system", "Be short"),
@@ -174,3 +174,12 @@ def test_an_answer_s_very_tokens_follow_what_they_answer() -> None:
         reply_datum(chat_format, Conversation(TALK[:2]), [7, 8], {}, max_tokens=10)
     with pytest.raises(InvalidInput, match="has no tokens"):
         reply_datum(chat_format, Conversation(TALK[:2]), [], {}, max_tokens=100)
+
+
+def test_a_preference_is_two_sequences_of_which_the_second_counts_against() -> None:
+    chosen, rejected = (made(plain(), Conversation([TALK[1], ChatMessage("assistant", text)])) for text in ("4", "5!"))
+    pair = preference_datum(chosen, rejected)
+    assert pair.tokens.tolist() == [*chosen.tokens.tolist(), *rejected.tokens.tolist()]
+    assert pair.inputs["segment_ids"].tolist() == [0] * len(chosen.tokens) + [1] * len(rejected.tokens)
+    assert pair.inputs["weights"].sum() == len(" 4$") - len(" 5!$")
+    assert pair.inputs["weights"].min() == -1
