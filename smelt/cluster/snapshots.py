@@ -14,7 +14,7 @@ import msgspec
 
 from smelt.disk import sync
 from smelt.errors import CheckpointError, NotFound
-from smelt.models.adapter_folders import CONFIG_FILE
+from smelt.models.adapter_folders import CONFIG_FILE, UNEMBEDDING, part_of
 from smelt.models.folders import read_json
 from smelt.training.trained_adapter import TrainedAdapter, facts_of
 
@@ -41,8 +41,9 @@ def shape_of(folder: Path, base_model: str) -> Shape:
     except NotFound:
         settings = read_json(folder / CONFIG_FILE)
         return Shape(base_model, int(settings["r"]), seed=0)
-    parts = {name.split(".")[2] for name in facts["matrices"]}
-    return Shape(base_model, int(facts["rank"]), int(facts["seed"]), "attention" in parts, "mlp" in parts)
+    parts = {part_of(name) for name in facts["matrices"]}
+    trained = ("attention" in parts, "mlp" in parts, UNEMBEDDING in parts)
+    return Shape(base_model, int(facts["rank"]), int(facts["seed"]), *trained)
 
 
 @dataclass(frozen=True, slots=True)

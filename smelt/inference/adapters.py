@@ -4,6 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from smelt.errors import AlreadyExists, InvalidInput, Unavailable, UnknownAdapter
 from smelt.models.adapter_folders import Adapter, read_adapter
 from smelt.models.decoder import Decoder
@@ -87,6 +91,10 @@ class AdapterPool:
         if loaded.version != version:
             raise UnknownAdapter(f"adapter {name!r} was replaced while an answer was written with it; ask again")
         return loaded.slot
+
+    def logits(self, hidden_NC: Tensor, slots: NDArray[np.int64]) -> Tensor:
+        """(N, V) of hidden states, each with the adapter of its slot (NO_ADAPTER: none)."""
+        return self._model.logits(hidden_NC) if self._lora is None else self._lora.logits(hidden_NC, slots)
 
     def _find(self, name: str) -> Loaded:
         if name not in self._loaded:

@@ -5,9 +5,11 @@ parts of prompts. Then one more token is drawn for each sequence that has been c
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smelt.errors import InvalidInput
@@ -155,30 +157,40 @@ class Engine:
     def _adapter_ids(self, chunks: list[Chunk]) -> Tensor | None:
         if all(chunk.sequence.adapter is None for chunk in chunks):
             return None
+        return torch.from_numpy(self._slots(chunks).repeat([chunk.num_tokens for chunk in chunks]))[None]
+
+    def _slots(self, chunks: list[Chunk]) -> NDArray[np.int64]:
+        """The slot of each chunk's adapter."""
         slots = [
             NO_ADAPTER
             if (name := chunk.sequence.adapter) is None
             else self.adapters.slot(name, chunk.sequence.adapter_version)
             for chunk in chunks
         ]
-        return torch.from_numpy(np.repeat(slots, [chunk.num_tokens for chunk in chunks]))[None]
+        return np.array(slots, np.int64)
 
     def _note_computed(self, chunks: list[Chunk], hidden_NC: Tensor) -> None:
         begin = 0
         for chunk in chunks:
             sequence = chunk.sequence
-            rate_prompt(self.model, self.vocab_size, chunk, hidden_NC[begin : begin + chunk.num_tokens])
+            rate_prompt(partial(self._prompt_logits, chunk), chunk, hidden_NC[begin : begin + chunk.num_tokens])
             self.tables.mark_computed(sequence, chunk.end)
             begin += chunk.num_tokens
+
+    def _prompt_logits(self, chunk: Chunk, hidden_TC: Tensor) -> Tensor:
+        """(T, V) in fp32 of a chunk's hidden states."""
+        slots = self._slots([chunk]).repeat(len(hidden_TC))
+        return self.adapters.logits(hidden_TC, slots).float()[:, : self.vocab_size]
 
     def _draw(self, chunks: list[Chunk], hidden_NC: Tensor) -> list[tuple[Sequence, int]]:
         """The next token of each sequence whose newest one was computed."""
         ends = np.cumsum([chunk.num_tokens for chunk in chunks])
         rows = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
-        sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
+        own = [chunk for chunk in chunks if chunk.is_last]
+        sequences = [chunk.sequence for chunk in own]
         if not sequences:
             return []
-        logits_BV = self.model.logits(hidden_NC[rows]).float()[:, : self.vocab_size]
+        logits_BV = self.adapters.logits(hidden_NC[rows], self._slots(own)).float()[:, : self.vocab_size]
         drawn = sample(logits_BV, sequences)
         for sequence, (token, logprob, top) in zip(sequences, drawn, strict=True):
             sequence.append(token, logprob, top, self.max_length)

@@ -1,17 +1,18 @@
 """Log-probabilities of prompts, from the hidden states of their chunks; knows no cache and no order of work."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from smelt.inference.sampler import rate
 from smelt.inference.scheduler import Chunk
 from smelt.inference.sequence import PromptWishes, Sequence
-from smelt.models.decoder import Decoder
 
 SLICE = 64  # positions whose logits are in memory at once
 
 
-def rate_prompt(model: Decoder, vocab_size: int, chunk: Chunk, hidden_TC: Tensor) -> None:
+def rate_prompt(logits: Callable[[Tensor], Tensor], chunk: Chunk, hidden_TC: Tensor) -> None:
     """Write into the chunk's sequence how likely its prompt's tokens were, where it asks for that and lacks it.
 
     A hidden state tells of the next token, so a chunk's last one may tell of a token that comes with the next chunk.
@@ -26,7 +27,7 @@ def rate_prompt(model: Decoder, vocab_size: int, chunk: Chunk, hidden_TC: Tensor
     last = min(chunk.end, len(sequence.prompt_ids) - 1)
     for start in range(first, last, SLICE):
         end = min(start + SLICE, last)
-        logits_TV = model.logits(hidden_TC[start - chunk.start : end - chunk.start]).float()[:, :vocab_size]
+        logits_TV = logits(hidden_TC[start - chunk.start : end - chunk.start])
         _take(sequence, logits_TV, sequence.prompt_ids[start + 1 : end + 1])
         if sequence.prompt_wishes is not None:
             _grant(sequence.prompt_wishes, logits_TV, start)

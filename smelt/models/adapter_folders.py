@@ -26,6 +26,7 @@ from smelt.models.tensor_file import write_tensors
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's name for the model it wraps
+UNEMBEDDING = "head"  # the matrix that turns hidden states into logits, also where it is the embedding again
 MAX_RANK = 1024
 # What other kinds of adapters set, and the value that means plain LoRA.
 PLAIN = {
@@ -66,12 +67,18 @@ class Matrix:
 
 
 def matrices_of(config: DecoderConfig) -> dict[str, Matrix]:
-    """All matrices within the blocks of such a model, by our names without ".weight"."""
-    return {
+    """All matrices within the blocks of such a model, by our names without ".weight", and the unembedding."""
+    within = {
         name.removesuffix(".weight"): _matrix(stored)
         for name, stored in layout_of(config).items()
         if name.startswith("blocks.") and name.endswith(".weight") and len(stored.shapes[0]) == 2
     }
+    return {**within, UNEMBEDDING: Matrix(("lm_head",), (config.vocab_size,), config.n_embd)}
+
+
+def part_of(name: str) -> str:
+    """Which part of a model a matrix belongs to: "attention", "mlp", or the unembedding, "head"."""
+    return name if name == UNEMBEDDING else name.split(".")[2]
 
 
 def _matrix(stored: Stored) -> Matrix:
@@ -92,6 +99,7 @@ def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
         parts = tuple(_take(tensors, name, num_rows, matrix.width, settings) for name, num_rows in named)
         if any(parts):
             adapter[ours] = parts
+    _drop_frozen_unembedding(tensors, config)
     if tensors:
         raise UnsupportedModel(f"{folder}: {min(tensors)} belongs to nothing that an adapter of this model can change")
     if not adapter:
@@ -139,10 +147,18 @@ def write_adapter(adapter: Adapter, config: DecoderConfig, folder: Path) -> None
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def merged(state: Mapping[str, Tensor], adapter: Adapter, config: DecoderConfig) -> dict[str, Tensor]:
-    """The parameters of a model that needs no adapter any more: W + scale B A, computed in fp32."""
+def merged(
+    state: Mapping[str, Tensor], adapter: Adapter, config: DecoderConfig
+) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """Config and parameters of a model that needs no adapter any more: W + scale B A, computed in fp32.
+
+    An unembedding that was the embedding again is one of its own where the adapter changes it.
+    """
     out = dict(state)
     matrices = matrices_of(config)
+    if config.tied and UNEMBEDDING in adapter:
+        config = config.replace(tied=False)
+        state = {**state, f"{UNEMBEDDING}.weight": state["embedding.weight"]}
     for ours, parts in adapter.items():
         weight = state[f"{ours}.weight"]
         changed = torch.split(weight.float(), list(matrices[ours].num_rows))
@@ -150,7 +166,7 @@ def merged(state: Mapping[str, Tensor], adapter: Adapter, config: DecoderConfig)
             w if f is None else w + f.scale * f.b.float() @ f.a.float() for w, f in zip(changed, parts, strict=True)
         ]
         out[f"{ours}.weight"] = torch.cat(rows).to(weight.dtype)
-    return out
+    return config, out
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -174,6 +190,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise UnsupportedModel(f"{path} is damaged: {error}") from None
+
+
+def _drop_frozen_unembedding(tensors: dict[str, Tensor], config: DecoderConfig) -> None:
+    """PEFT writes down what an adapted unembedding stands on, though it never changes; one that was resized stays."""
+    name = "lm_head.base_layer.weight"
+    if name in tensors and tensors[name].shape == (config.vocab_size, config.n_embd):
+        del tensors[name]
 
 
 def _take(tensors: dict[str, Tensor], name: str, num_rows: int, width: int, settings: dict[str, Any]) -> Factors | None:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from smelt.models.adapter_folders import Adapter, Factors, Matrix, matrices_of
+from smelt.models.adapter_folders import UNEMBEDDING, Adapter, Factors, Matrix, matrices_of
 from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
 from smelt.models.kernels import Kernels, kernels
@@ -171,6 +171,7 @@ class Lora:
     """All adapters of a model: `put` one into a slot, and rows of a batch that name the slot are computed with it.
 
     A model without adapters is left as it is; a batch without adapters costs it a look at `Batch.adapter_ids`.
+    Adapters of the unembedding are in `logits` alone, which is told whose each row is: few rows come that far.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -192,6 +193,13 @@ class Lora:
             if name in self.matrices:
                 self._put(name, slot, adapter.get(name))
 
+    def logits(self, hidden_NC: Tensor, slots: NDArray[np.int64]) -> Tensor:
+        """(N, V) in the weights' dtype, each row as the adapter of its slot has it (NO_ADAPTER: none)."""
+        logits_NV = self._model.logits(hidden_NC)
+        matrix = self.matrices.get(UNEMBEDDING)
+        tiles = None if matrix is None else lay_out(slots, hidden_NC.device)
+        return logits_NV if matrix is None or tiles is None else matrix(hidden_NC, logits_NV, tiles)
+
     def clear(self, slot: int) -> None:
         """Make a slot change nothing."""
         for matrix in self.matrices.values():
@@ -211,6 +219,8 @@ class Lora:
         weight = self._model.embedding.weight
         matrix = LoraMatrix(self._known[name], weight.dtype, weight.device)
         self.matrices[name] = matrix
+        if name == UNEMBEDDING:
+            return
 
         def add(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
             if self._tiles is None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smelt.models.adapter_folders import Matrix
+from smelt.models.adapter_folders import UNEMBEDDING, Matrix
 from smelt.models.decoder import Decoder
 from smelt.training.packed_data import ADAPTER_TILE, Place
 
@@ -37,7 +37,7 @@ class Member:
 
 
 class AdapterPass:
-    """The factors of all members, stacked; `applied` to a model while it computes."""
+    """The factors of all members, stacked; `applied` to the blocks of a model while they compute."""
 
     def __init__(self, members: Sequence[Member], matrices: Mapping[str, Matrix], model: Decoder) -> None:
         weight = model.embedding.weight
@@ -46,10 +46,10 @@ class AdapterPass:
             (name, _Stack(own, name, matrix, weight.dtype, weight.device))
             for own in _by_rank(members)
             for name, matrix in matrices.items()
-            if any(name in member.factors for member in own)
+            if name != UNEMBEDDING and any(name in member.factors for member in own)
         ]
         # The model is frozen: without something that wants a gradient, no backward pass would come by.
-        self._anchor = torch.zeros((), device=weight.device, requires_grad=True)
+        self.anchor = torch.zeros((), device=weight.device, requires_grad=True)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ class AdapterPass:
     def _hook(self, stack: "_Stack") -> Any:
         def add(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
             x: Tensor = args[0]
-            added: Tensor = _Add.apply(x.flatten(0, -2), y.flatten(0, -2), self._anchor, stack)  # type: ignore[no-untyped-call]
+            added: Tensor = _Add.apply(x.flatten(0, -2), y.flatten(0, -2), self.anchor, stack)  # type: ignore[no-untyped-call]
             return added.view_as(y)
 
         return add
@@ -98,13 +98,17 @@ class _Stack:
             if pairs := member.factors.get(name):
                 self.a[slot] = torch.cat([a for a, _ in pairs])
                 self.b[slot] = torch.cat([b for _, b in pairs])
-        self.scales = torch.tensor([member.scale for member in members], dtype=dtype, device=device)
+        self.scales = torch.tensor([member.scale for member in members], device=device)  # fp32, as the engine's
         owned = [(t, slot) for slot, m in enumerate(members) for place in m.places for t in _tiles_of(place)]
         self.num_tiles = len(owned)
         if len(owned) == 1:
             owned.append((owned[0][0] ^ 1, 0))  # rows have an even number of tiles
         self.tiles, self.slots = torch.tensor(owned, device=device).unbind(1)
         self._firsts = _firsts(members)
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """What lies between A and B, (n, T, P R), by the scale of each tile's adapter."""
+        return (hidden * self.scales[self.slots][:, None, None]).to(hidden.dtype)
 
     def add_gradients(self, a: Tensor, b: Tensor) -> None:
         """Add up what the tiles give, (n, P R, in) and (n, out, R), datum by datum."""
@@ -138,7 +142,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack) -> Tensor:
         x = x_NC.view(-1, ADAPTER_TILE, x_NC.shape[1])[stack.tiles]
-        hidden = torch.bmm(x, stack.a[stack.slots].transpose(1, 2)) * stack.scales[stack.slots][:, None, None]
+        hidden = stack.scaled(torch.bmm(x, stack.a[stack.slots].transpose(1, 2)))
         parts = zip(
             torch.split(hidden, stack.rank, dim=2),
             torch.split(stack.b[stack.slots], stack.num_rows, dim=1),
@@ -158,7 +162,7 @@ class _Add(torch.autograd.Function):
         g_parts = torch.split(g, stack.num_rows, dim=2)
         b_parts = torch.split(stack.b[stack.slots], stack.num_rows, dim=1)
         g_hidden = torch.cat([torch.bmm(g_part, b) for g_part, b in zip(g_parts, b_parts, strict=True)], dim=2)
-        g_hidden = g_hidden * stack.scales[stack.slots][:, None, None]
+        g_hidden = stack.scaled(g_hidden)
         pairs = zip(g_parts, torch.split(hidden, stack.rank, dim=2), strict=True)
         b_gradients = [torch.bmm(g_part.transpose(1, 2).float(), h.float()) for g_part, h in pairs]
         a_gradients = torch.bmm(g_hidden.transpose(1, 2).float(), x.float())

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smelt.errors import InvalidInput, NonFiniteLoss, UnsupportedModel
-from smelt.models.adapter_folders import matrices_of
+from smelt.models.adapter_folders import UNEMBEDDING, matrices_of, part_of
 from smelt.models.decoder import Decoder
 from smelt.models.fixed_tiles import fixed_tiles
 from smelt.models.linear import Linear
 from smelt.training.adapter_pass import AdapterPass, Member
 from smelt.training.losses import LOSSES, NEEDED, OPTIONAL, SETTINGS
 from smelt.training.packed_data import Place, pack
-from smelt.training.target_logprobs import target_logprobs
+from smelt.training.target_logprobs import HeadAdapter, Wanted, target_logprobs
 from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
 from smelt.types import Datum
 
@@ -84,8 +84,8 @@ class SessionTrainer:
         self, *, rank: int, seed: int, train_attn: bool = True, train_mlp: bool = True, train_unembed: bool = True
     ) -> TrainedAdapter:
         """A new session's adapter, which changes nothing yet. InvalidInput for a rank that cannot be."""
-        parts = {"attention": train_attn, "mlp": train_mlp}
-        matrices = {name: matrix for name, matrix in self._matrices.items() if parts[name.split(".")[2]]}
+        parts = {"attention": train_attn, "mlp": train_mlp, UNEMBEDDING: train_unembed}
+        matrices = {name: matrix for name, matrix in self._matrices.items() if parts[part_of(name)]}
         return TrainedAdapter(self.model.config, matrices, rank, seed, self._device)
 
     def forward_backward(self, works: Sequence[Work]) -> list[Outcome | Exception]:
@@ -146,21 +146,15 @@ class SessionTrainer:
         with torch.set_grad_enabled(backward), fixed_tiles():
             with adapters.applied():
                 hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
-            losses = self._losses(datums, packed.places, hidden_NC)
+            wanted = self._wanted(datums, packed.places)
+            logprobs = target_logprobs(hidden_NC, self._head, wanted, adapters.anchor)
+            losses = [_loss(datum, own) for datum, own in zip(datums, logprobs, strict=True)]
             if backward:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
-    def _losses(self, datums: list[_Loaded], places: tuple[Place, ...], hidden_NC: Tensor) -> list[Tensor]:
-        """The loss of each datum. Those with as many targets at each place are looked up together."""
-        losses: dict[_Loaded, Tensor] = {}
-        for num_targets in {datum.targets.shape[1] for datum in datums}:
-            own = [(d, place) for d, place in zip(datums, places, strict=True) if d.targets.shape[1] == num_targets]
-            rows = torch.cat([torch.arange(place.start, place.start + place.num_tokens) for _, place in own])
-            own_NC = hidden_NC.index_select(0, rows.to(self._device))
-            logprobs_NK = target_logprobs(own_NC, self._head, torch.cat([datum.targets for datum, _ in own]))
-            parts = torch.split(logprobs_NK, [place.num_tokens for _, place in own])
-            losses |= {datum: _loss(datum, part) for (datum, _), part in zip(own, parts, strict=True)}
-        return [losses[datum] for datum in datums]
+    def _wanted(self, datums: list[_Loaded], places: tuple[Place, ...]) -> list[Wanted]:
+        heads = {adapter: _head_adapter(adapter, self._head.dtype) for adapter in {d.work.adapter for d in datums}}
+        return [Wanted(p, d.targets, heads[d.work.adapter]) for d, p in zip(datums, places, strict=True)]
 
     def _load(self, work: Work) -> list[_Loaded] | Exception:
         try:
@@ -219,6 +213,13 @@ def _loss(datum: _Loaded, logprobs_NK: Tensor) -> Tensor:
     datum.logprobs = logprobs.detach().cpu().numpy()
     datum.loss, datum.metrics = float(loss.detach()), {name: float(value) for name, value in metrics.items()}
     return loss
+
+
+def _head_adapter(adapter: TrainedAdapter, dtype: torch.dtype) -> HeadAdapter | None:
+    if UNEMBEDDING not in adapter.factors:
+        return None
+    [(a, b)], [(a_gradient, b_gradient)] = adapter.factors[UNEMBEDDING], adapter.gradient_factors[UNEMBEDDING]
+    return HeadAdapter(a.to(dtype), b.to(dtype), adapter.scale, a_gradient, b_gradient)
 
 
 def _members(datums: list[_Loaded], places: tuple[Place, ...]) -> list[Member]:

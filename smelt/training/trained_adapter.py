@@ -50,7 +50,9 @@ class TrainedAdapter:
         if not 1 <= rank <= MAX_RANK:
             raise InvalidInput(f"the rank must be between 1 and {MAX_RANK}, not {rank}", "rank")
         if not matrices:
-            raise InvalidInput("train_mlp and train_attn are both false, so there is nothing to train", "train_attn")
+            raise InvalidInput(
+                "train_attn, train_mlp, train_unembed: all false, so there is nothing to train", "train_attn"
+            )
         self.config, self.rank, self.seed, self.scale = config, rank, seed, ALPHA / rank
         self.num_steps = 0
         self._matrices = dict(matrices)

@@ -84,8 +84,34 @@ def test_merged_weights_say_the_same(peft_model: PeftModel) -> None:
     model = with_adapters(peft_model)
     adapter = read_adapter(peft_model.folder_of("b"), model.config)
     plain = read_model(peft_model.folder)
-    whole = assemble(model.config, merged(plain.state_dict(), adapter, model.config))
+    whole = assemble(*merged(plain.state_dict(), adapter, model.config))
     torch.testing.assert_close(logits(whole), logits(model, [1] * 6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2 tied", "gpt2"])
+def test_the_unembedding_s_adapter_is_peft_s_and_can_be_merged(family: str, tmp_path: Path) -> None:
+    targets = ["c_attn", "lm_head"] if family == "gpt2" else ["q_proj", "lm_head"]
+    peft_model = PeftModel(family, tmp_path, {"a": {"r": 4, "target_modules": targets}})
+    model = read_model(peft_model.folder)
+    lora = Lora(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft says that it saves the frozen unembedding too
+        adapter = read_adapter(peft_model.folder_of("a"), model.config)
+    lora.put(0, adapter)
+    slots = [0, NO_ADAPTER, 0, NO_ADAPTER, 0, 0]
+    ids = torch.tensor(slots)[:, None].expand(TOKENS.shape)
+    with torch.no_grad():
+        hidden_NC = model(Batch(TOKENS, adapter_ids=ids)).flatten(0, 1)
+        found = lora.logits(hidden_NC, ids.flatten().numpy()).unflatten(0, TOKENS.shape)
+    expected = peft_model.logits(TOKENS, "a")
+    for row, slot in enumerate(slots):
+        wanted = peft_model.logits(TOKENS[row : row + 1], None)[0] if slot == NO_ADAPTER else expected[row]
+        torch.testing.assert_close(found[row], wanted, atol=1e-5, rtol=0)
+    write_adapter(adapter, model.config, tmp_path / "written")
+    torch.testing.assert_close(peft_logits(peft_model.folder, tmp_path / "written"), expected, atol=1e-5, rtol=0)
+    config, state = merged(read_model(peft_model.folder).state_dict(), adapter, model.config)
+    assert not config.tied
+    torch.testing.assert_close(logits(assemble(config, state)), expected, atol=1e-5, rtol=0)
 
 
 def test_rows_without_an_adapter_are_the_model_s_own_bits(peft_model: PeftModel) -> None:
@@ -217,10 +243,18 @@ def test_what_is_added_to_a_row_does_not_depend_on_its_company(kernel: None, dty
 # --- Folders ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_by_peft_and_by_us(peft_model: PeftModel, tmp_path: Path) -> None:
+def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
+    """What peft makes of a model's folder and an adapter's."""
     import peft
     from transformers import AutoModelForCausalLM
 
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # peft still asks transformers for what it calls otherwise now
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+        return model.eval()(TOKENS).logits
+
+
+def test_what_is_written_is_read_by_peft_and_by_us(peft_model: PeftModel, tmp_path: Path) -> None:
     config = read_model(peft_model.folder).config
     adapter = read_adapter(peft_model.folder_of("a"), config)
     write_adapter(adapter, config, tmp_path / "written")
@@ -233,10 +267,7 @@ def test_what_is_written_is_read_by_peft_and_by_us(peft_model: PeftModel, tmp_pa
             assert torch.equal(ours.a, theirs.a)
             assert torch.equal(ours.b, theirs.b)
             assert ours.scale == theirs.scale
-    base = AutoModelForCausalLM.from_pretrained(peft_model.folder)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # peft still asks transformers for what it calls otherwise now
-        found = peft.PeftModel.from_pretrained(base, tmp_path / "written").eval()(TOKENS).logits
+    found = peft_logits(peft_model.folder, tmp_path / "written")
     torch.testing.assert_close(found, peft_model.logits(TOKENS, "a"), atol=1e-5, rtol=0)
 
 
@@ -303,7 +334,8 @@ def test_folders_without_an_adapter_say_what_is_missing(llama: PeftModel, tmp_pa
 
 def test_every_matrix_of_a_block_can_be_changed(llama: PeftModel) -> None:
     matrices = matrices_of(read_model(llama.folder).config)
-    assert len(matrices) == 2 * 4
+    assert len(matrices) == 2 * 4 + 1
+    assert matrices["head"].names == ("lm_head",)
     assert matrices["blocks.1.attention.qkv"].names[2] == "model.layers.1.self_attn.v_proj"
 
 

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from families import FAMILIES, make_reference
 from smelt.configs import PRESETS, DecoderConfig
 from smelt.errors import CheckpointError, InvalidInput, NonFiniteLoss, TrainingError
+from smelt.models.adapter_folders import UNEMBEDDING, part_of
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
 from smelt.models.quantization import quantize
@@ -63,6 +64,11 @@ def rl_datum(num_tokens: int, seed: int = 0) -> Datum:
     return datum_of(num_tokens, seed, logprobs=sampled, advantages=draw.normal(size=num_tokens).astype(np.float32))
 
 
+def two_targets(num_tokens: int) -> Datum:
+    targets = np.random.default_rng(7).integers(0, VOCAB, (num_tokens, 2))
+    return datum_of(num_tokens, target_tokens=targets, weights=np.full((num_tokens, 2), 0.5, np.float32))
+
+
 def done(outcome: Outcome | Exception) -> Outcome:
     assert isinstance(outcome, Outcome), outcome
     return outcome
@@ -77,16 +83,18 @@ def reference(
         for name, pairs in adapter.factors.items()
     }
     state = dict(model.named_parameters())
+    state[f"{UNEMBEDDING}.weight"] = model.embedding.weight if model.head is None else state["head.weight"]
     changed = {
         f"{name}.weight": state[f"{name}.weight"] + adapter.scale * torch.cat([b @ a for a, b in pairs])
         for name, pairs in leaves.items()
     }
+    head = changed.pop(f"{UNEMBEDDING}.weight", state[f"{UNEMBEDDING}.weight"])
     total, logprobs = torch.zeros(()), []
     for datum in data:
         batch = Batch(torch.from_numpy(datum.tokens.astype(np.int64))[None])
         hidden = functional_call(model, changed, (batch,))
         targets = torch.from_numpy(datum.inputs["target_tokens"])
-        logprobs.append(model.logits(hidden)[0].log_softmax(-1).gather(1, targets[:, None])[:, 0])
+        logprobs.append((hidden[0] @ head.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0])
         inputs: Mapping[str, Tensor] = {n: torch.from_numpy(v) for n, v in datum.inputs.items() if n != "target_tokens"}
         total = total + LOSSES[loss](logprobs[-1], inputs)[0]
     total.backward()
@@ -115,10 +123,41 @@ def test_losses_and_gradients_are_those_of_autograd(trainer: SessionTrainer, los
     assert all(bool(b.abs().sum() > 0) for pairs in adapter.gradient_factors.values() for _, b in pairs)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_unembedding_alone_can_be_trained(tied: bool) -> None:
+    trainer = SessionTrainer(make_model(tied=tied))
+    adapter = adapter_of(trainer, train_attn=False, train_mlp=False)
+    data = [rl_datum(70, 1), rl_datum(5, 2)]
+    done(trainer.forward_backward([Work(adapter, data, "ppo")])[0])
+    _, _, gradients = reference(trainer.model, adapter, data, "ppo")
+    for (a, b), (expected_a, expected_b) in zip(
+        adapter.gradient_factors[UNEMBEDDING], gradients[UNEMBEDDING], strict=True
+    ):
+        torch.testing.assert_close(a, expected_a, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(b, expected_b, rtol=1e-3, atol=2e-4)
+        assert bool(a.any())
+        assert bool(b.any())
+
+
+def test_what_no_gradient_reaches_costs_nothing_and_changes_no_bit(trainer: SessionTrainer) -> None:
+    """Prompts have no weight: their logits are left out of the backward pass, whoever is beside them."""
+    adapter, mate = adapter_of(trainer, 1), adapter_of(trainer, 2)
+    weights = np.zeros(200, np.float32)
+    weights[190:] = 1.0
+    own = Work(adapter, [datum_of(200, 1, weights=weights), datum_of(30, 2)], "cross_entropy")
+    alone = bits(trainer, [own], 0)
+    assert bits(trainer, [own, Work(mate, [datum_of(64, 3)], "cross_entropy")], 0) == alone
+    _, _, gradients = reference(trainer.model, adapter, list(own.data), "cross_entropy")
+    for name, pairs in adapter.gradient_factors.items():
+        torch.testing.assert_close(pairs[0][0], gradients[name][0][0], rtol=1e-3, atol=2e-4)
+
+
 def test_a_loss_needs_no_more_than_its_line_among_the_losses(
     trainer: SessionTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(LOSSES, "twice", lambda logprobs, inputs: (2 * LOSSES["cross_entropy"](logprobs, inputs)[0], {}))
+    monkeypatch.setitem(
+        LOSSES, "twice", lambda logprobs, inputs: (2 * LOSSES["cross_entropy"](logprobs, inputs)[0], {})
+    )
     works = [Work(adapter_of(trainer), [datum_of(9)], loss) for loss in ("twice", "cross_entropy")]
     twice, once = (done(outcome).metrics["loss:sum"] for outcome in trainer.forward_backward(works))
     assert twice == pytest.approx(2 * once, rel=1e-5)
@@ -168,7 +207,7 @@ def test_company_changes_no_bit(dtype: torch.dtype, rank: int) -> None:
 def test_how_it_is_cut_into_passes_changes_no_bit(max_pass_tokens: int) -> None:
     model = make_model()
     whole, parts = SessionTrainer(model), SessionTrainer(model, max_pass_tokens=max_pass_tokens)
-    own = Work(adapter_of(whole), [rl_datum(70, 1), rl_datum(12, 2), rl_datum(90, 3)], "cross_entropy")
+    own = Work(adapter_of(whole), [rl_datum(70, 1), two_targets(12), rl_datum(90, 3)], "cross_entropy")
     assert bits(parts, [own], 0) == bits(whole, [own], 0)
 
 
@@ -319,10 +358,12 @@ def test_what_belongs_to_another_adapter_is_refused(trainer: SessionTrainer, tmp
 
 
 def test_only_what_is_asked_for_is_trained(trainer: SessionTrainer) -> None:
-    assert {name.split(".")[2] for name in trainer.create(rank=2, seed=0, train_mlp=False).factors} == {"attention"}
-    assert {name.split(".")[2] for name in trainer.create(rank=2, seed=0, train_attn=False).factors} == {"mlp"}
+    parts = {"train_attn": "attention", "train_mlp": "mlp", "train_unembed": UNEMBEDDING}
+    for left_out, part in parts.items():
+        trained = {part_of(name) for name in trainer.create(rank=2, seed=0, **{left_out: False}).factors}
+        assert trained == set(parts.values()) - {part}
     with pytest.raises(InvalidInput, match="nothing to train"):
-        trainer.create(rank=2, seed=0, train_attn=False, train_mlp=False)
+        trainer.create(rank=2, seed=0, **dict.fromkeys(parts, False))
     with pytest.raises(InvalidInput, match="rank must be between"):
         trainer.create(rank=0, seed=0)
 
