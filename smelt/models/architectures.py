@@ -4,7 +4,7 @@ Knows `config.json` and the names and shapes in a weights file; opens no weights
 the size of a model can be told without loading it. Adding an architecture is three functions and a line below.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -89,9 +89,14 @@ def zero_biases_of(config: DecoderConfig) -> dict[str, Shape]:
 
 def expected_shapes(config: DecoderConfig) -> dict[str, Shape]:
     """Names and shapes that a weights file of this config must hold, as they lie in the file."""
+    return shapes_in_file(layout_of(config))
+
+
+def shapes_in_file(layout: Layout) -> dict[str, Shape]:
+    """Names and shapes of a layout's tensors, as they lie in the file."""
     return {
         name: shape[::-1] if stored.transposed else shape
-        for stored in layout_of(config).values()
+        for stored in layout.values()
         for name, shape in zip(stored.names, stored.shapes, strict=True)
     }
 
@@ -108,8 +113,12 @@ def with_full_names(config: DecoderConfig, tensors: Mapping[str, T]) -> dict[str
 
 def check_shapes(config: DecoderConfig, found: Mapping[str, Shape]) -> None:
     """UnsupportedModel names tensors that are missing, unknown or misshapen; `found` has full names."""
-    expected = expected_shapes(config)
     optional = set(zero_biases_of(config)) | ({"lm_head.weight"} if config.tied else set())
+    compare_shapes(expected_shapes(config), found, optional)
+
+
+def compare_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], optional: Set[str]) -> None:
+    """UnsupportedModel names tensors that are missing, unknown or misshapen."""
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys() - optional
     if missing or unknown:
         parts = [f"missing {_first(missing)}"] if missing else []
@@ -130,13 +139,13 @@ def _first(names: Iterable[str], limit: int = 4) -> str:
 
 def _read_gpt2_config(hf: HfConfig) -> DecoderConfig:
     activation = hf.get("activation_function", "gelu_new")
-    _refuse_unless(activation in ACTIVATIONS, f"activation_function {activation!r} (known: {', '.join(ACTIVATIONS)})")
+    refuse_unless(activation in ACTIVATIONS, f"activation_function {activation!r} (known: {', '.join(ACTIVATIONS)})")
     for key, plain in {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     }.items():
-        _refuse_unless(hf.get(key, plain) == plain, f"{key} {hf.get(key)!r}")
+        refuse_unless(hf.get(key, plain) == plain, f"{key} {hf.get(key)!r}")
     ours = hf.get("smelt", {})
     return validated(
         DecoderConfig,
@@ -188,17 +197,17 @@ def gpt2_layout(config: DecoderConfig, transposed: bool = True) -> Layout:
     }
     for layer in range(config.n_layer):
         ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
-        layout |= _norm(f"{ours}.attention_norm", f"{theirs}.ln_1", width, bias)
-        layout |= _linear(
+        layout |= stored_norm(f"{ours}.attention_norm", f"{theirs}.ln_1", width, bias)
+        layout |= stored_linear(
             f"{ours}.attention.qkv", {f"{theirs}.attn.c_attn": 3 * width}, width, config.qkv_bias, transposed
         )
-        layout |= _linear(f"{ours}.attention.out", {f"{theirs}.attn.c_proj": width}, width, bias, transposed)
-        layout |= _norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width, bias)
-        layout |= _linear(f"{ours}.mlp.up", {f"{theirs}.mlp.c_fc": config.n_inner}, width, bias, transposed)
-        layout |= _linear(f"{ours}.mlp.down", {f"{theirs}.mlp.c_proj": width}, config.n_inner, bias, transposed)
-    layout |= _norm("norm", "transformer.ln_f", width, bias)
+        layout |= stored_linear(f"{ours}.attention.out", {f"{theirs}.attn.c_proj": width}, width, bias, transposed)
+        layout |= stored_norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width, bias)
+        layout |= stored_linear(f"{ours}.mlp.up", {f"{theirs}.mlp.c_fc": config.n_inner}, width, bias, transposed)
+        layout |= stored_linear(f"{ours}.mlp.down", {f"{theirs}.mlp.c_proj": width}, config.n_inner, bias, transposed)
+    layout |= stored_norm("norm", "transformer.ln_f", width, bias)
     if not config.tied:
-        layout |= _linear("head", {"lm_head": config.vocab_size}, width, bias=False)
+        layout |= stored_linear("head", {"lm_head": config.vocab_size}, width, bias=False)
     return layout
 
 
@@ -208,7 +217,7 @@ def gpt2_layout(config: DecoderConfig, transposed: bool = True) -> Layout:
 def _read_rope_config(hf: HfConfig, **particular: Any) -> DecoderConfig:
     """What Llama, Mistral, Qwen2 and Qwen3 share."""
     activation = hf.get("hidden_act", "silu")
-    _refuse_unless(activation in ("silu", "swish"), f"hidden_act {activation!r} (known: silu)")
+    refuse_unless(activation in ("silu", "swish"), f"hidden_act {activation!r} (known: silu)")
     return validated(
         DecoderConfig,
         {
@@ -238,10 +247,10 @@ def _read_rope(hf: HfConfig) -> dict[str, Any]:
     """Both ways to write it: `rope_parameters` (transformers 5), `rope_theta` with `rope_scaling` (before)."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _refuse_unless(kind in ("default", "llama3"), f"rope scaling {kind!r} (known: default, llama3)")
+    refuse_unless(kind in ("default", "llama3"), f"rope scaling {kind!r} (known: default, llama3)")
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-    _refuse_unless(partial in (1.0, None), f"partial_rotary_factor {partial}")
-    _refuse_unless(not any(isinstance(value, dict) for value in rope.values()), "rope settings that differ by layer")
+    refuse_unless(partial in (1.0, None), f"partial_rotary_factor {partial}")
+    refuse_unless(not any(isinstance(value, dict) for value in rope.values()), "rope settings that differ by layer")
     values: dict[str, Any] = {"rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10000.0))}
     if kind == "llama3":
         values["rope_scaling"] = {
@@ -255,7 +264,7 @@ def _read_rope(hf: HfConfig) -> dict[str, Any]:
 
 def _read_llama_config(hf: HfConfig) -> DecoderConfig:
     bias = hf.get("attention_bias", False)
-    _refuse_unless(hf.get("mlp_bias", False) == bias, f"attention_bias {bias} with mlp_bias {not bias}")
+    refuse_unless(hf.get("mlp_bias", False) == bias, f"attention_bias {bias} with mlp_bias {not bias}")
     return _read_rope_config(hf, bias=bias, qkv_bias=bias)
 
 
@@ -268,7 +277,7 @@ def _read_qwen2_config(hf: HfConfig) -> DecoderConfig:
 
 
 def _read_qwen3_config(hf: HfConfig) -> DecoderConfig:
-    _refuse_unless(not hf.get("attention_bias", False), "attention_bias in a qwen3 model")
+    refuse_unless(not hf.get("attention_bias", False), "attention_bias in a qwen3 model")
     window = _qwen_window(hf)
     return _read_rope_config(hf, qk_norm=True, sliding_window=window, head_dim=hf.get("head_dim", 128))
 
@@ -281,7 +290,7 @@ def _qwen_window(hf: HfConfig) -> int | None:
     kinds = hf.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
     ]
-    _refuse_unless(len(set(kinds)) == 1, "sliding windows in some layers only (use_sliding_window, max_window_layers)")
+    refuse_unless(len(set(kinds)) == 1, "sliding windows in some layers only (use_sliding_window, max_window_layers)")
     return hf["sliding_window"] if kinds[0] == "sliding_attention" else None
 
 
@@ -356,25 +365,25 @@ def llama_layout(config: DecoderConfig) -> Layout:
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         qkv = {f"{attention}.q_proj": q_rows, f"{attention}.k_proj": kv_rows, f"{attention}.v_proj": kv_rows}
         gate_up = {f"{mlp}.gate_proj": config.n_inner, f"{mlp}.up_proj": config.n_inner}
-        layout |= _norm(f"{ours}.attention_norm", f"{theirs}.input_layernorm", width)
-        layout |= _linear(f"{ours}.attention.qkv", qkv, width, config.qkv_bias)
-        layout |= _linear(f"{ours}.attention.out", {f"{attention}.o_proj": width}, q_rows, bias)
+        layout |= stored_norm(f"{ours}.attention_norm", f"{theirs}.input_layernorm", width)
+        layout |= stored_linear(f"{ours}.attention.qkv", qkv, width, config.qkv_bias)
+        layout |= stored_linear(f"{ours}.attention.out", {f"{attention}.o_proj": width}, q_rows, bias)
         if config.qk_norm:
-            layout |= _norm(f"{ours}.attention.q_norm", f"{attention}.q_norm", config.head_dim)
-            layout |= _norm(f"{ours}.attention.k_norm", f"{attention}.k_norm", config.head_dim)
-        layout |= _norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width)
-        layout |= _linear(f"{ours}.mlp.up", gate_up, width, bias)
-        layout |= _linear(f"{ours}.mlp.down", {f"{mlp}.down_proj": width}, config.n_inner, bias)
-    layout |= _norm("norm", "model.norm", width)
+            layout |= stored_norm(f"{ours}.attention.q_norm", f"{attention}.q_norm", config.head_dim)
+            layout |= stored_norm(f"{ours}.attention.k_norm", f"{attention}.k_norm", config.head_dim)
+        layout |= stored_norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", width)
+        layout |= stored_linear(f"{ours}.mlp.up", gate_up, width, bias)
+        layout |= stored_linear(f"{ours}.mlp.down", {f"{mlp}.down_proj": width}, config.n_inner, bias)
+    layout |= stored_norm("norm", "model.norm", width)
     if not config.tied:
-        layout |= _linear("head", {"lm_head": config.vocab_size}, width, bias=False)
+        layout |= stored_linear("head", {"lm_head": config.vocab_size}, width, bias=False)
     return layout
 
 
 # --- Shared by the tables above --------------------------------------------------------------------------
 
 
-def _linear(ours: str, rows: dict[str, int], width: int, bias: bool, transposed: bool = False) -> Layout:
+def stored_linear(ours: str, rows: dict[str, int], width: int, bias: bool, transposed: bool = False) -> Layout:
     """A matrix made of the named ones (name -> rows) above each other, and its bias likewise."""
     shapes = tuple((num_rows, width) for num_rows in rows.values())
     layout = {f"{ours}.weight": Stored(tuple(f"{name}.weight" for name in rows), shapes, transposed)}
@@ -383,12 +392,14 @@ def _linear(ours: str, rows: dict[str, int], width: int, bias: bool, transposed:
     return layout
 
 
-def _norm(ours: str, theirs: str, width: int, bias: bool = False) -> Layout:
+def stored_norm(ours: str, theirs: str, width: int, bias: bool = False) -> Layout:
+    """A norm's weight, and its bias."""
     parts = ("weight", "bias") if bias else ("weight",)
     return {f"{ours}.{part}": Stored((f"{theirs}.{part}",), ((width,),)) for part in parts}
 
 
-def _refuse_unless(supported: bool, feature: str) -> None:
+def refuse_unless(supported: bool, feature: str) -> None:
+    """UnsupportedModel where we do not have that."""
     if not supported:
         raise UnsupportedModel(f"{feature} is not supported")
 

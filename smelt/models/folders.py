@@ -16,11 +16,18 @@ from smelt.data.tokenizers import Tokenizer, load_tokenizer
 from smelt.errors import NotFound, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import (
     CONFIG_FILE,
-    DERIVED_TENSORS,
     Shape,
     check_shapes,
+    compare_shapes,
     from_hf_config,
     with_full_names,
+)
+from smelt.models.encoder_architectures import (
+    BUFFERS,
+    ClassifierShape,
+    classifier_file_shapes,
+    classifier_shape,
+    named_for,
 )
 
 WEIGHTS_FILE = "model.safetensors"
@@ -119,13 +126,36 @@ def check_weights(folder: Path, config: DecoderConfig) -> None:
         raise UnsupportedModel(f"{folder}: {error}") from None
 
 
+def read_classifier_shape(folder: Path) -> ClassifierShape:
+    """The shape and labels of a classifier's folder, or of an encoder that can become one.
+
+    NotFound or UnsupportedModel, with the folder's name.
+    """
+    try:
+        return classifier_shape(read_hf_config(folder))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{folder}: {error}") from None
+
+
+def check_classifier(folder: Path, shape: ClassifierShape) -> None:
+    """Compare the files' headers with a classifier's shape; UnsupportedModel as `check_weights`."""
+    found: dict[str, Shape] = {}
+    for path in weight_files(folder):
+        found |= _read_shapes(path)
+    expected, optional = classifier_file_shapes(shape)
+    try:
+        compare_shapes(expected, named_for(shape, found), optional.keys())
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{folder}: {error}") from None
+
+
 def _read_shapes(path: Path) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 the handle is not a mapping
                 part = file.get_slice(name)
-                if part.get_dtype() not in FLOATS and not name.endswith(DERIVED_TENSORS):
+                if part.get_dtype() not in FLOATS and not name.endswith(BUFFERS):
                     raise UnsupportedModel(
                         f"{path}: {name} is stored as {part.get_dtype()}; supported: {', '.join(FLOATS)}"
                     )

@@ -21,6 +21,8 @@ from smelt.disk import is_full, read_ahead
 from smelt.errors import NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import (
     CONFIG_FILE,
+    HfConfig,
+    Layout,
     Stored,
     check_shapes,
     gpt2_layout,
@@ -40,13 +42,19 @@ SHARD_BYTES = 5 * 10**9  # what hubs and readers expect at most in one file
 
 def to_hf_tensors(config: DecoderConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under Hugging Face's names and shapes: views of ours, each in its own dtype."""
+    tensors = to_stored(layout_of(config), state)
+    dtype = state["embedding.weight"].dtype
+    return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in zero_biases_of(config).items()}
+
+
+def to_stored(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters under the names and shapes of a layout: views of ours."""
     tensors: dict[str, Tensor] = {}
-    for name, stored in layout_of(config).items():
+    for name, stored in layout.items():
         pieces = torch.split(state[name], [shape[0] for shape in stored.shapes])
         for theirs, piece in zip(stored.names, pieces, strict=True):
             tensors[theirs] = piece.t() if stored.transposed else piece
-    dtype = state["embedding.weight"].dtype
-    return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in zero_biases_of(config).items()}
+    return tensors
 
 
 def from_hf_tensors(
@@ -70,10 +78,10 @@ def from_hf_tensors(
         embedding = named[layout_of(config)["embedding.weight"].names[0]]
         if not torch.equal(embedding, named["lm_head.weight"]):
             raise UnsupportedModel(f"lm_head.weight differs from the embedding, but {CONFIG_FILE} says they are tied")
-    return {name: _gather(stored, named, dtype, device) for name, stored in layout_of(config).items()}
+    return {name: gather(stored, named, dtype, device) for name, stored in layout_of(config).items()}
 
 
-def _gather(
+def gather(
     stored: Stored, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
 ) -> Tensor:
     """One tensor of ours: theirs as it is mapped, where nothing needs changing, else one copy that does it all."""
@@ -154,8 +162,20 @@ def write_model(
 ) -> None:
     """Write `config.json` and safetensors that transformers reads; files are fsynced. OutOfSpace on a full disk."""
     tensors = to_hf_tensors(config, state)
-    dtype = str(state["embedding.weight"].dtype).removeprefix("torch.")
-    hf = {**to_hf_config(config), "dtype": dtype, "torch_dtype": dtype}
+    write_folder(to_hf_config(config), tensors, state["embedding.weight"].dtype, folder, shard_bytes, pause)
+
+
+def write_folder(
+    hf: HfConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    pause: Pause = no_pause,
+) -> None:
+    """Write a `config.json`, which gets the dtype, and the tensors beside it; see `write_model`."""
+    named = str(dtype).removeprefix("torch.")
+    hf = {**hf, "dtype": named, "torch_dtype": named}
     shards = _into_shards(tensors, shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
