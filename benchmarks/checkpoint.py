@@ -14,12 +14,13 @@ from statistics import median
 import torch
 from machine import describe_machine, write_result
 
-from smelt.configs import TrainConfig
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
+from smelt.run_configs import TrainConfig
 from smelt.training.checkpoint import Checkpoints, TrainState
 from smelt.training.losses import on_tokens
 from smelt.training.optim import Optimizer
+from smelt.training.pretraining import model_files
 from smelt.training.step import step
 
 STATE = TrainState(0, 0, None, "random", "", False, "float32", 2, 1, torch.__version__)
@@ -55,7 +56,7 @@ class Bench:
         self.optimizer = Optimizer(self.model, torch.float32, (0.9, 0.95), 0.1, 1.0)
         rows = torch.randint(65, (8, 257), generator=torch.Generator().manual_seed(0))
         self.batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-        self.checkpoints = Checkpoints(folder, 2, lambda _folder: None)
+        self.checkpoints = Checkpoints(folder, 2, model_files(self.model.config, None))
         self.num_saves = 0
 
     def actions(self) -> dict[str, tuple[Callable[[], None], bool]]:
@@ -71,7 +72,7 @@ class Bench:
         """Begin to save as if the last save were 250 s ago, as it is in a run of such steps."""
         self.num_saves += 1
         self.checkpoints.begun_at -= 250
-        self.checkpoints.save(self.model, self.optimizer, replace(STATE, step=self.num_saves), is_best=False)
+        self.checkpoints.save(self.optimizer, replace(STATE, step=self.num_saves), is_best=False)
 
     def step(self) -> None:
         """A step as the loop takes it."""

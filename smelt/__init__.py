@@ -8,7 +8,7 @@ __all__ = ["TextModel", "TrainConfig", "load", "prepare_data", "train"]
 
 _HOMES = {
     "TextModel": "smelt.inference.service",
-    "TrainConfig": "smelt.configs",
+    "TrainConfig": "smelt.run_configs",
     "load": "smelt.library",
     "prepare_data": "smelt.library",
     "train": "smelt.library",

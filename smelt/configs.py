@@ -1,6 +1,6 @@
-"""The shape of a model and of a training run, as pydantic classes: one schema for flags, YAML and JSON.
+"""Configs: what all pydantic classes of ours share, the shape of a model, and config files to read and write.
 
-Knows no torch and opens no file of the user's except the config file it is asked to read or write.
+Knows no torch, no run (`run_configs` does), and no file of the user's except the config file it is asked for.
 """
 
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from smelt.errors import ConfigError, NotFound
 
@@ -147,123 +147,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 PositiveInt = Annotated[int, Field(ge=1)]
 C = TypeVar("C", bound=Config)
-
-
-class TrainConfig(Config):
-    """A training run. Every field is a flag of `smelt train` and a key of its YAML or JSON file."""
-
-    # Data
-    data_path: str | None = Field(None, description="file, folder, URL, hf:ORG/NAME or builtin:pydoc to train on")
-    dataset: str | None = Field(None, description="name of a dataset made by `smelt data add`")
-    tokenizer: str | None = Field(
-        None, description="bytes, char, bpe:N, gpt2 or a folder; the dataset's or model's own, else bpe:4096"
-    )
-    train_val_split: float = Field(0.1, gt=0, lt=1, description="fraction of the documents kept for validation")
-
-    # Model
-    init_from: str = Field("scratch", description="scratch, resume, a model's folder or name, or gpt2...gpt2-xl")
-    preset: str | None = Field(None, description=f"shape by name: {', '.join(PRESETS)}")
-    block_size: PositiveInt | None = Field(None, description="context length in tokens (128, or the preset's)")
-    n_layer: PositiveInt | None = Field(None, description="number of blocks (4, or the preset's)")
-    n_head: PositiveInt | None = Field(None, description="number of attention heads (4, or the preset's)")
-    n_embd: PositiveInt | None = Field(None, description="width of the model (128, or the preset's)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="fraction of activations dropped while training")
-    bias: bool = Field(True, description="biases in linear layers and LayerNorm (GPT-2 family)")
-
-    # Steps
-    max_iters: int = Field(2000, ge=0, description="optimizer steps")
-    max_time: float | None = Field(None, gt=0, description="stop after this many seconds of training")
-    batch_size: PositiveInt = Field(16, description="rows of block-size tokens in one forward pass")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes before one optimizer step")
-    seed: int = Field(1337, ge=0, lt=2**32, description="fixes initial weights, data order and dropout")
-
-    # Optimizer
-    learning_rate: float = Field(1e-3, ge=0, description="peak learning rate of AdamW")
-    min_lr: float | None = Field(None, ge=0, description="learning rate at the end of the decay (a tenth of the peak)")
-    warmup_iters: int | None = Field(None, ge=0, description="steps of linear warm-up (5% of max-iters, 100 at most)")
-    lr_decay_iters: int | None = Field(None, ge=0, description="step at which the decay ends (max-iters)")
-    decay_lr: bool = Field(True, description="cosine decay to min-lr; false keeps the peak after warm-up")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; vectors never decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averaging rates, as 0.9,0.95")
-    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
-
-    # Evaluation, logging and checkpoints
-    out_dir: str | None = Field(None, description="where checkpoints and metrics go (out, or out-MODEL from a model)")
-    eval_interval: PositiveInt = Field(250, description="steps between evaluations")
-    eval_iters: PositiveInt = Field(20, description="validation batches per evaluation while training")
-    eval_only: bool = Field(False, description="evaluate the model on the whole validation split and stop")
-    log_interval: PositiveInt = Field(10, description="steps between lines of metrics")
-    always_save_checkpoint: bool = Field(True, description="save at every evaluation; false: only when it is the best")
-    keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints to keep besides the best")
-    wandb: bool = Field(False, description="also log to Weights & Biases (pip install 'smelt[wandb]')")
-    tensorboard: bool = Field(False, description="also log to TensorBoard (pip install 'smelt[tensorboard]')")
-
-    # Device
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    dtype: Dtype = Field("auto", description="auto picks the fastest that is safe on the device")
-    threads: PositiveInt | None = Field(None, description="CPU threads (all the machine's cores)")
-    compile: Literal["auto", "true", "false"] = Field("auto", description="torch.compile; auto: when the run repays it")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flatten_model_section(cls, values: Any) -> Any:
-        """Shape keys may stand in a `model:` section, as the second replaced system writes them."""
-        if isinstance(values, dict) and isinstance(values.get("model"), dict):
-            return {**{k: v for k, v in values.items() if k != "model"}, **values["model"]}
-        return values
-
-    @field_validator("betas", mode="before")
-    @classmethod
-    def _split_betas(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _lower_compile(cls, value: Any) -> Any:
-        return str(value).lower()
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, value: str | None) -> str | None:
-        if value is not None and value not in PRESETS:
-            raise ValueError(f"unknown preset {value!r}; known: {', '.join(PRESETS)}")
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.data_path is not None and self.dataset is not None:
-            raise ValueError("data_path and dataset exclude each other: give one of them")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {self.betas} must each lie in [0, 1)")
-        return self
-
-    def decoder_config(self, vocab_size: int) -> DecoderConfig:
-        """The shape that the preset and the single flags ask for; single flags win."""
-        shape: dict[str, Any] = {"block_size": 128, "bias": self.bias, "qkv_bias": self.bias}
-        shape |= PRESETS[self.preset or "nano"]
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) is not None:
-                shape[name] = getattr(self, name)
-        return validated(DecoderConfig, {**shape, "vocab_size": vocab_size})
-
-    def learning_rate_schedule(self) -> tuple[float, float, int, int]:
-        """(peak, floor, warm-up steps, step at which decay ends), the open ones filled in."""
-        floor = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        warmup = min(100, self.max_iters // 20) if self.warmup_iters is None else self.warmup_iters
-        decay_end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
-        return self.learning_rate, floor, warmup, decay_end
-
-
-# Headings of the flags' help: the first field of each section.
-TRAIN_SECTIONS = {
-    "data_path": "Data",
-    "init_from": "Model",
-    "max_iters": "Steps",
-    "learning_rate": "Optimizer",
-    "out_dir": "Evaluation, logging and checkpoints",
-    "device": "Device",
-}
 
 
 def validated(config_class: type[C], values: dict[str, Any]) -> C:

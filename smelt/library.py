@@ -3,8 +3,8 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from smelt.configs import TrainConfig, validated
 from smelt.errors import TokenizerError
+from smelt.run_configs import RunConfig, config_of, resumed_values
 from smelt.settings import load_settings
 
 if TYPE_CHECKING:
@@ -49,37 +49,43 @@ def load(
     return TextModel(model, tokenizer, settings.max_running, settings.kv_cache_bytes, ChatFormat.of(path, tokenizer))
 
 
-def train(config: TrainConfig | dict[str, Any] | None = None, **fields: Any) -> "RunSummary":
+def train(config: RunConfig | dict[str, Any] | None = None, **fields: Any) -> "RunSummary":
     """Train as a config says, or a dict of its fields, or keyword arguments; these win over the config.
 
-    Raises ConfigError before anything is computed; see TrainConfig for the fields.
+    The key `recipe` says what is trained: "pretrain" without one. Raises ConfigError before anything is computed; see
+    TrainConfig, and the other classes of `smelt.run_configs`, for the fields.
     """
-    given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
+    given = dict(config or {}) if not isinstance(config, RunConfig) else given_fields(config)
     return run(run_config(given | fields))
 
 
-def run(config: TrainConfig, sinks: "Sequence[Sink]" = (), progress: "Progress | None" = None) -> "RunSummary":
+def given_fields(config: RunConfig) -> dict[str, Any]:
+    """A config's recipe and the fields that were set, for others to go on top of."""
+    return {"recipe": config.recipe, **config.model_dump(exclude_unset=True)}
+
+
+def run(config: RunConfig, sinks: "Sequence[Sink]" = (), progress: "Progress | None" = None) -> "RunSummary":
     """Train by a complete config, and let the run be found by every command and page of this home folder.
 
-    `progress` hears about the preparation of data. Raises what `pretrain` raises.
+    `progress` hears about the preparation of data. Raises what the config's recipe raises.
     """
     from smelt.control.run_folders import register
-    from smelt.training.recipes import no_progress, pretrain
+    from smelt.training.recipes import RECIPES
+    from smelt.training.run_setup import no_progress
 
     settings = load_settings()
     started = partial(register, runs_folder=settings.runs)
-    return pretrain(config, settings.datasets, settings.models, sinks, progress or no_progress, started)
+    recipe = RECIPES[config.recipe]
+    return recipe(config, settings.datasets, settings.models, sinks, progress or no_progress, started)
 
 
-def run_config(values: dict[str, Any]) -> TrainConfig:
+def run_config(values: dict[str, Any]) -> RunConfig:
     """The config of a run: on resume over the saved one, with this machine's settings where it says nothing."""
-    from smelt.training.recipes import resumed_values
-
     if values.get("init_from") == "resume":
         values = resumed_values(values)
     settings = load_settings()
     machine = {name: getattr(settings, name) for name in ("device", "dtype", "threads")}
-    return validated(TrainConfig, {**machine, **values})
+    return config_of({**machine, **values})
 
 
 def prepare_data(

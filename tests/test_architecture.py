@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 import smelt
 from smelt.cli import app
-from smelt.configs import DecoderConfig, RopeScaling, TrainConfig
+from smelt.configs import DecoderConfig, RopeScaling
+from smelt.run_configs import TrainConfig
 from smelt.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

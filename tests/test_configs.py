@@ -10,17 +10,12 @@ import torch
 from click.testing import CliRunner
 
 from smelt.cli.config_flags import ConfigCommand, given_values
-from smelt.configs import (
-    PRESETS,
-    TRAIN_SECTIONS,
-    DecoderConfig,
-    TrainConfig,
-    read_config_file,
-    validated,
-    write_config_file,
-)
+from smelt.configs import PRESETS, DecoderConfig, read_config_file, validated, write_config_file
 from smelt.errors import ConfigError, NotFound
 from smelt.models.decoder import Decoder
+from smelt.run_configs import TRAIN_SECTIONS, TrainConfig, config_of, learning_rates
+
+FLAGS = [name for section in TRAIN_SECTIONS.values() for name in section]
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -36,7 +31,8 @@ def parse(*arguments: str) -> TrainConfig:
 
 
 def test_every_field_is_a_flag_in_kebab_case_and_with_underscores() -> None:
-    for name, field in TrainConfig.model_fields.items():
+    for name in FLAGS:
+        field = TrainConfig.model_fields[name]
         assert field.description, name
         kebab = name.replace("_", "-")
         sample = {"betas": "0.8,0.9", "compile": "true", "dtype": "float32", "preset": "nano"}.get(name)
@@ -44,6 +40,17 @@ def test_every_field_is_a_flag_in_kebab_case_and_with_underscores() -> None:
         if name in ("train_val_split",):
             sample = "0.5"
         assert parse(f"--{kebab}", sample) == parse(f"--{name}", sample)
+
+
+def test_only_the_recipe_has_no_flag() -> None:
+    assert set(TrainConfig.model_fields) - set(FLAGS) == {"recipe"}
+    assert len(FLAGS) == len(set(FLAGS))
+
+
+def test_a_mapping_names_its_recipe() -> None:
+    assert config_of({"max_iters": 3}) == config_of({"recipe": "pretrain", "max_iters": 3}) == TrainConfig(max_iters=3)
+    with pytest.raises(ConfigError, match="unknown recipe 'cook'; known: pretrain"):
+        config_of({"recipe": "cook"})
 
 
 def test_the_issues_command_line_parses() -> None:
@@ -158,16 +165,20 @@ def test_impossible_shapes_are_refused() -> None:
 
 
 def test_short_runs_warm_up_in_proportion() -> None:
-    assert TrainConfig(max_iters=100).learning_rate_schedule() == (1e-3, 1e-4, 5, 100)
-    assert TrainConfig(max_iters=100_000).learning_rate_schedule()[2:] == (100, 100_000)
+    assert learning_rates(TrainConfig(), 1e-3, 100) == (1e-3, 1e-4, 5, 100)
+    assert learning_rates(TrainConfig(), 1e-3, 100_000)[2:] == (100, 100_000)
+
+
+def test_without_decay_the_peak_is_kept() -> None:
+    assert learning_rates(TrainConfig(decay_lr=False), 1e-3, 100) == (1e-3, 1e-3, 5, 100)
 
 
 def test_help_lists_every_flag_under_a_heading() -> None:
     command = ConfigCommand(TrainConfig, TRAIN_SECTIONS, name="train", callback=lambda **_: None)
     text = CliRunner().invoke(command, ["--help"]).output
-    for name in TrainConfig.model_fields:
+    for name in FLAGS:
         assert f"--{name.replace('_', '-')}" in text
-    for heading in TRAIN_SECTIONS.values():
+    for heading in TRAIN_SECTIONS:
         assert f"{heading}:" in text
 
 

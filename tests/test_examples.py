@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from smelt.configs import TrainConfig, read_config_file, validated
+from smelt.configs import read_config_file, validated
+from smelt.run_configs import TrainConfig, learning_rates
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
@@ -33,4 +34,4 @@ def test_a_recipe_makes_a_model_of_the_size_it_is_known_for(name: str, millions:
 def test_fine_tuning_keeps_its_rate_and_names_its_folder_after_the_model() -> None:
     config = read("finetune_shakespeare_gpt2.yaml")
     assert (config.init_from, config.decay_lr, config.out_dir) == ("gpt2", False, None)
-    assert config.learning_rate_schedule()[2] == 0
+    assert learning_rates(config, config.learning_rate, config.max_iters)[1:3] == (config.learning_rate, 0)

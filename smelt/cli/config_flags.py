@@ -16,24 +16,23 @@ from smelt.configs import Config, flag_text, read_config_file
 class ConfigCommand(click.Command):
     """A command whose flags are the fields of a config class, under a heading per section in its help."""
 
-    def __init__(self, config_class: type[Config], sections: Mapping[str, str], **settings: Any) -> None:
-        options = [field_option(name, field) for name, field in config_class.model_fields.items()]
+    def __init__(self, config_class: type[Config], sections: Mapping[str, tuple[str, ...]], **settings: Any) -> None:
+        names = [name for section in sections.values() for name in section]
+        options = [field_option(name, config_class.model_fields[name]) for name in names]
         config_file = click.Option(
             ["--config"], metavar="FILE", help="YAML or JSON file with the same keys as the flags."
         )
         settings["context_settings"] = {"token_normalize_func": lambda name: name.replace("_", "-")}
         super().__init__(params=[config_file, *options], **settings)
-        self.sections = sections  # first field of each section -> heading
+        self.sections = sections  # the fields under each heading
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The flags under their headings."""
-        heading, rows = "Options", list[tuple[str, str]]()
-        for parameter in self.get_params(ctx):
-            if parameter.name in self.sections:
-                self._write_section(formatter, heading, rows)
-                heading, rows = self.sections[parameter.name], []
-            rows.append(parameter.get_help_record(ctx) or ("", ""))
-        self._write_section(formatter, heading, rows)
+        rows = {parameter.name: parameter.get_help_record(ctx) or ("", "") for parameter in self.get_params(ctx)}
+        named = {name for section in self.sections.values() for name in section}
+        self._write_section(formatter, "Options", [row for name, row in rows.items() if name not in named])
+        for heading, names in self.sections.items():
+            self._write_section(formatter, heading, [rows[name] for name in names])
 
     def _write_section(self, formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
         with formatter.section(heading):

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from smelt.cli.data_progress import data_progress
+from smelt.run_configs import TrainConfig
 from smelt.settings import load_settings
 
 PROMPTS = ("The", "Return a", "If the")
@@ -62,6 +63,7 @@ def train(out_dir: Path, seconds: float) -> None:
     shutil.rmtree(out_dir, ignore_errors=True)
     click.echo("Python's own documentation -> a tokenizer -> a small GPT -> text\n", err=True)
     config = run_config({**RECIPE, "out_dir": str(out_dir)})
+    assert isinstance(config, TrainConfig), "the demo pretrains"
     num_steps = max(20, round(seconds / seconds_per_step(config, VOCAB_SIZE)))
     config = config.replace(max_iters=num_steps, eval_interval=max(10, num_steps // 5))
     with data_progress() as progress, training_display(config) as display:

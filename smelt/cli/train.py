@@ -6,7 +6,7 @@ import click
 
 from smelt.cli.config_flags import ConfigCommand, given_values
 from smelt.cli.data_progress import data_progress
-from smelt.configs import TRAIN_SECTIONS, TrainConfig
+from smelt.run_configs import TRAIN_SECTIONS, TrainConfig
 
 HELP = """Train a language model: from scratch, from where a run stopped, or from another model.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smelt.cli.console import progress_console
-from smelt.configs import TrainConfig
+from smelt.run_configs import RunConfig
 from smelt.training.metrics import EvalMetrics, Event, RunInfo, Sink, StepMetrics, describe
 from smelt.training.sinks import line_sink
 
@@ -15,7 +15,7 @@ SMOOTHING = 0.9  # weight of the past in the figures beside the bar
 
 
 @contextmanager
-def training_display(config: TrainConfig) -> Iterator[Sink]:
+def training_display(config: RunConfig) -> Iterator[Sink]:
     """A sink that shows the run on stderr while the block lasts."""
     console = progress_console()
     if not console.is_terminal:
@@ -43,8 +43,8 @@ class TrainingBar:
         self.task: TaskID | None = None
         self.loss: float | None = None
         self.val_loss: float | None = None
-        self.tokens_per_second = 0.0
-        self.mfu = 0.0
+        self.pace = 0.0  # samples or tokens per second
+        self.mfu: float | None = None
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -53,7 +53,7 @@ class TrainingBar:
             return
         self.progress.console.print(describe(event), highlight=False)
         if isinstance(event, RunInfo):
-            total = event.config.max_iters
+            total = event.num_steps
             self.task = self.progress.add_task("", total=total, completed=event.first_step, figures="")
         elif isinstance(event, EvalMetrics):
             self.val_loss = event.val_loss
@@ -63,8 +63,13 @@ class TrainingBar:
         first = self.loss is None
         keep = 0.0 if first else SMOOTHING
         self.loss = metrics.loss if self.loss is None else keep * self.loss + (1 - keep) * metrics.loss
-        self.tokens_per_second = keep * self.tokens_per_second + (1 - keep) * metrics.tokens_per_second
-        self.mfu = keep * self.mfu + (1 - keep) * metrics.mfu
+        pace, unit = metrics.samples_per_second, "samples/s"
+        if pace is None:
+            pace, unit = metrics.tokens_per_second, "tok/s"
+        self.pace = keep * self.pace + (1 - keep) * pace
+        if metrics.mfu is not None:
+            self.mfu = metrics.mfu if self.mfu is None else keep * self.mfu + (1 - keep) * metrics.mfu
         val = "" if self.val_loss is None else f"val {self.val_loss:.3f}  "
-        figures = f"loss {self.loss:.3f}  {val}{self.tokens_per_second:,.0f} tok/s  mfu {self.mfu:.0%}"
+        mfu = "" if self.mfu is None else f"  mfu {self.mfu:.0%}"
+        figures = f"loss {self.loss:.3f}  {val}{self.pace:,.0f} {unit}{mfu}"
         self.progress.update(self.task, completed=metrics.step, figures=figures)

@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
-from smelt.configs import RUN_LOCK, TrainConfig
+from smelt.configs import RUN_LOCK
 from smelt.errors import NotFound
+from smelt.run_configs import RunConfig
 from smelt.types import LOCAL_OWNER
 
 ENTRY_FILE = "run.json"
@@ -32,7 +33,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     owner: str
     recipe: str
-    config: dict[str, Any]  # of a TrainConfig; what it began with, even after a resume
+    config: dict[str, Any]  # of its recipe's class; what it began with, even after a resume
     created: float  # seconds since 1970
     started: float | None = None  # of the last start; None: asked of a server, and not begun
     pid: int | None = None  # of the last start; tells people where to look, proves nothing
@@ -51,7 +52,7 @@ def new_run_id() -> str:
     return f"run-{uuid.uuid4().hex[:12]}"
 
 
-def register(config: TrainConfig, runs_folder: Path) -> Entry:
+def register(config: RunConfig, runs_folder: Path) -> Entry:
     """Note that this process now trains in the config's out_dir, which it has locked."""
     assert config.out_dir is not None, "the recipe has chosen one"
     out_dir = Path(config.out_dir).absolute()
@@ -61,7 +62,7 @@ def register(config: TrainConfig, runs_folder: Path) -> Entry:
     entry = Entry(
         id=before.id if before else new_run_id(),
         owner=before.owner if before else LOCAL_OWNER,
-        recipe="pretrain",
+        recipe=config.recipe,
         config=_lasting_values(config, before),
         created=before.created if before else time.time(),
         started=time.time(),
@@ -82,12 +83,12 @@ def _forget_others(entry: Entry, out_dir: Path, runs_folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _lasting_values(config: TrainConfig, before: Entry | None) -> dict[str, Any]:
+def _lasting_values(config: RunConfig, before: Entry | None) -> dict[str, Any]:
     """The config's values in words that mean the same tomorrow, from any folder."""
     values = config.model_dump(mode="json")
     if config.init_from == "resume" and before is not None:
         values["init_from"] = before.config.get("init_from", "resume")
-    for name in ("data_path", "tokenizer", "init_from"):
+    for name in config.path_fields:
         value = values[name]
         is_path = value is not None and (name == "data_path" or "/" in value)
         if is_path and Path(value).expanduser().exists():

@@ -17,6 +17,7 @@ class Line(msgspec.Struct, frozen=True):
 
     kind: str
     step: int = 0
+    num_steps: int | None = None
     loss: float | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -27,6 +28,7 @@ class Line(msgspec.Struct, frozen=True):
     final: bool = False
     stop_reason: str = ""
     message: str = ""
+    figures: dict[str, float | None] = {}  # such as the accuracy
 
 
 LINE = msgspec.json.Decoder(Line)
@@ -87,6 +89,7 @@ class Glance:
     """What the lines so far come to."""
 
     step: int = 0
+    num_steps: int | None = None  # at which it will be done
     loss: float | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -101,7 +104,9 @@ class Glance:
         """Take one more event into account."""
         if line.kind in ENDINGS:
             self.ending = line
-        if line.kind == "step":
+        if line.kind == "start":
+            self.num_steps = line.num_steps
+        elif line.kind == "step":
             self._add_step(line)
         elif line.kind == "evaluation":
             self._add_evaluation(line)
@@ -162,6 +167,7 @@ class TrainCurve:
     learning_rate: list[float | None]
     grad_norm: list[float | None]
     tokens_per_second: list[float | None]
+    figures: dict[str, list[float | None]]  # the recipe's own, such as the accuracy, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,7 @@ class ValidationCurve:
 
     step: list[int]
     loss: list[float | None]
+    figures: dict[str, list[float | None]]  # the recipe's own, such as the accuracy, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +204,20 @@ def read_curves(path: Path, max_points: int = MAX_POINTS) -> Curves:
             [line.learning_rate for line in train],
             [line.grad_norm for line in train],
             [line.tokens_per_second for line in train],
+            figures_of(train),
         ),
-        ValidationCurve([line.step for line in validation], [line.val_loss for line in validation]),
+        ValidationCurve(
+            [line.step for line in validation], [line.val_loss for line in validation], figures_of(validation)
+        ),
         num_logged=len(steps),
         cursor=file.cursor,
     )
+
+
+def figures_of(lines: list[Line]) -> dict[str, list[float | None]]:
+    """A column for each figure that any of the lines has."""
+    names = dict.fromkeys(name for line in lines for name in line.figures)
+    return {name: [line.figures.get(name) for line in lines] for name in names}
 
 
 def thinned(values: list[float | None], max_points: int) -> list[int]:

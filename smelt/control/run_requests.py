@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from smelt.configs import RUN_METRICS, TrainConfig, validated
+from smelt.configs import RUN_METRICS
 from smelt.control.model_server import ModelServer
 from smelt.control.run_folders import Entry, new_run_id, write_entry
 from smelt.control.runs import RunDetails, Runs, RunStatus
@@ -21,6 +21,7 @@ from smelt.data.bpe import is_tiktoken_name
 from smelt.data.datasets import dataset_folder, open_dataset
 from smelt.errors import InvalidInput, NotFound
 from smelt.models.registry import registered_name, registered_names
+from smelt.run_configs import RunConfig, TrainConfig, config_of
 from smelt.settings import Settings
 from smelt.storage.futures import Future, Ledger
 from smelt.storage.transitions import Submission, future_id
@@ -68,7 +69,7 @@ class RunRequests:
         entry = Entry(
             id=run_id,
             owner=owner,
-            recipe="pretrain",
+            recipe=config.recipe,
             config=config_values,
             created=time.time(),
             future_id=future_id(run_id, 1),
@@ -93,13 +94,14 @@ class RunRequests:
             await asyncio.to_thread(_note_cancelled, out_dir)
         return await self.status(run_id)
 
-    def _checked(self, values: dict[str, Any], out_dir: Path) -> TrainConfig:
+    def _checked(self, values: dict[str, Any], out_dir: Path) -> RunConfig:
         given = [name for name in NOT_ASKED if name in values]
         if given:
             raise InvalidInput(f"{given[0]} cannot be set for a run on a server; leave it out", param=given[0])
         machine = {name: getattr(self._settings, name) for name in ("device", "dtype", "threads")}
-        config = validated(TrainConfig, {**machine, **values, "out_dir": str(out_dir)})
-        self._check_source(config)
+        config = config_of({**machine, **values, "out_dir": str(out_dir)})
+        if isinstance(config, TrainConfig):
+            self._check_source(config)
         if config.init_from == "scratch":
             return config
         name = registered_name(config.init_from, self._settings.models)

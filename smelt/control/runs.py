@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 import yaml
 
-from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig, flag_text
+from smelt.configs import RUN_LOG, RUN_METRICS, flag_text
 from smelt.control.run_folders import Entry, find_run, find_runs, is_training, no_such_run
 from smelt.control.run_metrics import Curves, Glance, Glances, LineFile, read_curves, text_of
+from smelt.run_configs import RECIPE_CONFIGS, RECIPE_SECTIONS
 
 State = Literal["queued", "running", "finished", "interrupted", "cancelled", "failed", "lost"]
 LOST = "its process ended without a word, as after kill -9 or a power loss; it can be resumed"
 MAX_LOG_LINES = 2000
+VERBS = {"pretrain": "train"}  # the command of each recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ class Runs:
             created=entry.created,
             started=entry.started,
             step=glance.step,
-            max_iters=entry.config.get("max_iters", 0),
+            max_iters=num_steps(entry, glance),
             loss=glance.loss,
             val_loss=glance.val_loss,
             best_val_loss=glance.best_val_loss,
@@ -146,11 +148,16 @@ def state_of(entry: Entry, glance: Glance, is_held: bool) -> tuple[State, str]:
     return ("queued", "") if entry.started is None else ("lost", LOST)
 
 
+def num_steps(entry: Entry, glance: Glance) -> int:
+    """The step at which the run will be done; 0 while only its data could tell."""
+    return glance.num_steps or entry.config.get("max_iters") or 0
+
+
 def seconds_left(entry: Entry, glance: Glance) -> float | None:
     """By the pace of the last steps; None while there is none. Evaluations come on top."""
     if glance.step_seconds is None:
         return None
-    left = max(0, entry.config["max_iters"] - glance.step) * glance.step_seconds
+    left = max(0, num_steps(entry, glance) - glance.step) * glance.step_seconds
     if entry.config.get("max_time") and entry.started:
         left = min(left, max(0.0, entry.started + entry.config["max_time"] - time.time()))
     return left
@@ -158,12 +165,15 @@ def seconds_left(entry: Entry, glance: Glance) -> float | None:
 
 def command_line(config: dict[str, Any]) -> str:
     """The command that trains the same: every value that is not the default, into a fresh folder."""
-    words = ["smelt", "train"]
-    for name, field_info in TrainConfig.model_fields.items():
-        value = config.get(name, field_info.default)
+    recipe = config.get("recipe", "pretrain")
+    words = ["smelt", VERBS[recipe]]
+    fields = RECIPE_CONFIGS[recipe].model_fields
+    for name in (name for section in RECIPE_SECTIONS[recipe].values() for name in section):
+        default = fields[name].default
+        value = config.get(name, default)
         text = flag_text(value)
         if name == "out_dir" and value is not None:
             text = f"{value}-again"
-        if value is not None and text != flag_text(field_info.default):
+        if value is not None and text != flag_text(default):
             words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from smelt.data.packing import BlockOrder, spread_starts
 from smelt.data.shards import TokenSplit
 from smelt.models.batch import Batch
+from smelt.training.job import BatchSize
 from smelt.training.parallel import Ranks
 
 
@@ -21,7 +22,7 @@ def read_batch(split: TokenSplit, starts: NDArray[np.int64], block_size: int, de
     return Batch(tokens=rows_BT1[:, :-1].contiguous(), targets=rows_BT1[:, 1:].contiguous())
 
 
-class TrainBatches:
+class BlockBatches:
     """The rows of each global batch, in an order that depends on seed and step alone, shared by the ranks."""
 
     def __init__(self, split: TokenSplit, order: BlockOrder, ranks: Ranks, num_rows: int, micro_rows: int) -> None:
@@ -31,10 +32,10 @@ class TrainBatches:
         self.own_rows = ranks.rows(num_rows)
         self.micro_rows = micro_rows
 
-    @property
-    def num_tokens(self) -> int:
-        """Targets in one global batch."""
-        return self.num_rows * self.order.block_size
+    def size(self, step: int) -> BatchSize:
+        """Every step's global batch is as large."""
+        num_tokens = self.num_rows * self.order.block_size
+        return BatchSize(num_targets=num_tokens, num_tokens=num_tokens)
 
     def starts(self, step: int) -> NDArray[np.int64]:
         """Where this rank's blocks of a step (counted from 0) begin."""
@@ -46,9 +47,10 @@ class TrainBatches:
         for first in range(0, len(starts), self.micro_rows):
             yield read_batch(self.split, starts[first : first + self.micro_rows], self.order.block_size, device)
 
-    def documents(self, step: int) -> list[int]:
-        """Numbers of the documents that this rank's blocks of a step begin in."""
-        return sorted({self.split.document_at(int(start)) for start in self.starts(step)})
+    def describe(self, step: int) -> str:
+        """Numbers of the first 20 documents that this rank's blocks of a step begin in."""
+        documents = sorted({self.split.document_at(int(start)) for start in self.starts(step)})
+        return f"that begins in documents {', '.join(map(str, documents[:20]))}"
 
 
 class EvalBatches:

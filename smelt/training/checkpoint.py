@@ -1,7 +1,7 @@
 """Checkpoints: a folder per step, whole or absent, written by a side thread; knows no loop and no loss.
 
-A checkpoint is a model folder in Hugging Face layout (fp32 masters, so it loads anywhere) plus the optimizer's
-moments and `state.json`. It is written under a temporary name, each file fsynced, a manifest with sizes and
+A checkpoint is a model's or an adapter's folder as a recipe writes it (fp32 masters, so it loads anywhere) plus the
+optimizer's moments and `state.json`. It is written under a temporary name, each file fsynced, a manifest with sizes and
 CRC-32s last, then renamed, and the parent folder fsynced: a reader never sees half of one. `last` and `best` are
 symbolic links beside the `checkpoints` folder, replaced atomically.
 
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,7 @@ from torch import Tensor
 
 from smelt.disk import is_full, sync
 from smelt.errors import CheckpointError, NotFound, OutOfSpace
-from smelt.models.decoder import Decoder
 from smelt.models.tensor_file import PIECE_BYTES, Pause, no_pause, write_tensors
-from smelt.models.weights import from_hf_tensors, read_tensors, write_model
 from smelt.training.optim import LossScale, Optimizer
 from smelt.training.throttle import Throttle
 
@@ -62,17 +61,21 @@ class TrainState:
     num_good_steps: int = 0
 
 
-Files = Callable[[Path], None]  # writes what a model folder needs besides weights: the tokenizer
+class WeightFiles(NamedTuple):
+    """How a recipe keeps its weights: files that whoever serves the model reads, so that a checkpoint is a model."""
+
+    write: Callable[[dict[str, Tensor], Path, Pause], None]  # tensors by parameter name, and all that belongs to them
+    read: Callable[[Path], dict[str, Tensor]]  # the same tensors
 
 
 class Checkpoints:
     """The checkpoints of one run; at most one is being written at a time."""
 
-    def __init__(self, out_dir: Path, keep: int, write_extra_files: Files) -> None:
+    def __init__(self, out_dir: Path, keep: int, weight_files: WeightFiles) -> None:
         self.out_dir = out_dir
         self.folder = out_dir / "checkpoints"
         self.keep = keep
-        self.write_extra_files = write_extra_files
+        self.weight_files = weight_files
         self.warm: dict[str, Tensor] = {}  # reused: fresh memory costs three times the copy
         self.copied = threading.Event()
         self.copied.set()
@@ -89,13 +92,13 @@ class Checkpoints:
             if folder.name > step_name(step):
                 shutil.rmtree(folder)
 
-    def save(self, model: Decoder, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
+    def save(self, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
         """Begin to save; returns at once. `wait_until_copied` must come before the next update."""
         self.wait()
         self.copied.clear()
         self.throttle = self._throttle(optimizer)
         self.writer = threading.Thread(
-            target=self._save, args=(model, optimizer, state, is_best), name="checkpoint-writer", daemon=True
+            target=self._save, args=(optimizer, state, is_best), name="checkpoint-writer", daemon=True
         )
         self.writer.start()
 
@@ -118,12 +121,12 @@ class Checkpoints:
             failure, self.failure = self.failure, None
             raise failure
 
-    def _save(self, model: Decoder, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
+    def _save(self, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
         try:
             self._copy(optimizer)
             self.copied.set()
             self.throttle.begin()
-            self._write(model, optimizer, state)
+            self._write(optimizer, state)
             self._publish(state.step, is_best)
         except Exception as error:  # noqa: BLE001 handed to the training thread, which raises it
             self.failure = explain_full_disk(error, self.out_dir)
@@ -136,13 +139,13 @@ class Checkpoints:
                 self.warm[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
             copy_on_this_thread(self.warm[name], tensor)
 
-    def _write(self, model: Decoder, optimizer: Optimizer, state: TrainState) -> None:
+    def _write(self, optimizer: Optimizer, state: TrainState) -> None:
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             rest = self.throttle.rest
-            write_model(model.config, optimizer.named(self.warm, "masters"), temporary, pause=rest)
+            self.weight_files.write(optimizer.named(self.warm, "masters"), temporary, rest)
             moments = {
                 f"{kind}.{name}": tensor
                 for kind in MOMENTS
@@ -150,7 +153,6 @@ class Checkpoints:
             }
             write_tensors(moments, temporary / OPTIMIZER, rest)
             (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-            self.write_extra_files(temporary)
             write_manifest(temporary, rest)
             final = self.folder / step_name(state.step)
             shutil.rmtree(final, ignore_errors=True)
@@ -269,10 +271,10 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
-def restore(folder: Path, model: Decoder, optimizer: Optimizer) -> TrainState:
-    """Load a checkpoint into a model and its optimizer, bit for bit."""
+def restore(folder: Path, weight_files: WeightFiles, optimizer: Optimizer) -> TrainState:
+    """Load a checkpoint into an optimizer, and so into the model that it moves, bit for bit."""
     state = read_state(folder)
-    weights = from_hf_tensors(model.config, read_tensors(folder, model.config))
+    weights = weight_files.read(folder)
     moments = load_file(folder / OPTIMIZER)
     own = optimizer.buffers()
     _fill(optimizer.named(own, "masters"), weights, folder)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from smelt.configs import TrainConfig
 from smelt.models.batch import Batch
 from smelt.models.devices import has_compiler, has_fast_bfloat16, matmul_peak
+from smelt.run_configs import RunConfig
 from smelt.training.losses import Loss, Metrics
 from smelt.training.metrics import Note, Sink
 
@@ -14,7 +14,7 @@ from smelt.training.metrics import Note, Sink
 WORTHWHILE_SECONDS = 900.0
 
 
-def wants_compile(config: TrainConfig, num_flops: int, device: torch.device, dtype: torch.dtype) -> bool:
+def wants_compile(config: RunConfig, num_flops: float, device: torch.device, dtype: torch.dtype) -> bool:
     """As the config says; `auto`: when the run, at half the matmul peak, is long enough to repay it.
 
     Decided before the first step from figures that a rerun shares, so that the same run has the same bits.

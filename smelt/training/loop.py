@@ -1,6 +1,6 @@
 """The training loop: steps, evaluations, checkpoints and a clean stop; knows no files but through `Checkpoints`.
 
-What is trained on what is settled in `recipes`; what happens to the figures is the sinks' business.
+What is trained on what is settled by a recipe, in its `Job`; what happens to the figures is the sinks' business.
 """
 
 import math
@@ -15,38 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from smelt.configs import TrainConfig
 from smelt.errors import NonFiniteLoss
-from smelt.models.decoder import Decoder
 from smelt.models.devices import matmul_peak, synchronize
-from smelt.training.batches import EvalBatches, TrainBatches
-from smelt.training.checkpoint import Checkpoints, TrainState
-from smelt.training.losses import Loss
-from smelt.training.metrics import EvalMetrics, Event, RunSummary, Sink, StepMetrics
-from smelt.training.optim import Optimizer, cosine_with_warmup
-from smelt.training.parallel import Ranks
-from smelt.training.step import measure, step
-
-FINAL_EVAL_TOKENS = 500_000  # the last evaluation takes the whole validation split, or this much of a huge one
-
-
-@dataclass
-class Job:
-    """All that a loop needs, made by a recipe."""
-
-    config: TrainConfig
-    model: Decoder
-    optimizer: Optimizer
-    loss: Loss
-    eval_loss: Loss  # the same, never compiled: evaluation has batches of other sizes
-    train_batches: TrainBatches
-    eval_batches: EvalBatches
-    checkpoints: Checkpoints
-    state: TrainState
-    ranks: Ranks
-    device: torch.device
-    dtype: torch.dtype
-    sinks: list[Sink]
+from smelt.training.job import Evaluation, Job
+from smelt.training.metrics import EvalMetrics, Event, RunSummary, StepMetrics
+from smelt.training.step import step
 
 
 class StopRequest:
@@ -100,17 +73,15 @@ class Loop:
         self.progress = Progress(first, job.state.best_val_loss, first or None)
         self.started = time.perf_counter()
         self.peak_flops = matmul_peak(job.device, job.dtype) * job.ranks.world_size
-        shape = job.model.config.replace(block_size=job.eval_batches.block_size)
-        self.flops_per_token = shape.flops_per_token
 
     def run(self) -> RunSummary:
-        """Train until max_iters, max_time or a signal; whatever ends it, the last step is saved."""
+        """Train until the last step, max_time or a signal; whatever ends it, the last step is saved."""
         job = self.job
         with stop_on_signals() as request:
             try:
                 stop_reason = "eval_only" if job.config.eval_only else self._train(request)
                 request.received = True  # everything is saved: from here on Ctrl-C ends at once
-                val_loss = None if stop_reason == "interrupted" else self._evaluate_whole(stop_reason)
+                val_loss = None if stop_reason == "interrupted" else self._evaluate_finally()
             finally:
                 job.checkpoints.wait()
         summary = self._summarize(stop_reason, val_loss)
@@ -118,14 +89,14 @@ class Loop:
         return summary
 
     def _train(self, request: StopRequest) -> str:
-        config, progress = self.job.config, self.progress
+        job, progress = self.job, self.progress
         stop_reason = "done"
-        while progress.steps_done < config.max_iters:
+        while progress.steps_done < job.num_steps:
             stopping = self._train_step(request)
             if stopping:
                 stop_reason = "interrupted" if request.received else "max_time"
                 break
-            if progress.steps_done % config.eval_interval == 0 and progress.steps_done < config.max_iters:
+            if progress.steps_done % job.config.eval_interval == 0 and progress.steps_done < job.num_steps:
                 self._evaluate_and_save()
         if stop_reason == "interrupted":
             self._save(is_best=False)
@@ -137,8 +108,9 @@ class Loop:
         """One optimizer step; returns whether a rank wants to stop after it."""
         job, progress = self.job, self.progress
         start = time.perf_counter()
-        loss = self._gradients()
-        learning_rate = cosine_with_warmup(progress.steps_done, *job.config.learning_rate_schedule())
+        size = job.train_batches.size(progress.steps_done)
+        loss, figures = self._gradients(size.num_targets)
+        learning_rate = job.learning_rate(progress.steps_done)
         job.checkpoints.wait_until_copied()
         norm = job.optimizer.step(learning_rate)
         if norm is None and job.optimizer.loss_scale is None:
@@ -146,10 +118,10 @@ class Loop:
         synchronize(job.device)
         seconds = time.perf_counter() - start
         progress.steps_done += 1
-        progress.num_tokens += job.train_batches.num_tokens
+        progress.num_tokens += size.num_tokens
         progress.train_seconds += seconds
         progress.losses_since_eval.append(loss)
-        tokens_per_second = job.train_batches.num_tokens / seconds
+        tokens_per_second = size.num_tokens / seconds
         self._send(
             StepMetrics(
                 step=progress.steps_done,
@@ -159,67 +131,72 @@ class Loop:
                 tokens_per_second=tokens_per_second,
                 mfu=self._mfu(tokens_per_second),
                 seconds=seconds,
+                samples_per_second=None if size.num_samples is None else size.num_samples / seconds,
+                figures=figures,
             )
         )
         time_is_up = job.config.max_time is not None and progress.train_seconds >= job.config.max_time
         return job.ranks.agree_on(request.received or time_is_up, job.device)
 
-    def _gradients(self) -> float:
-        """Accumulate the gradients of one global batch over micro-batches and ranks; returns its mean loss."""
+    def _gradients(self, num_targets: int) -> tuple[float, dict[str, float]]:
+        """Accumulate the gradients of one global batch over micro-batches and ranks; its mean loss and figures."""
         job, now = self.job, self.progress.steps_done
-        if job.model.dropout:
+        if job.has_dropout:
             torch.manual_seed(dropout_seed(job.config.seed, now, job.ranks.rank))
-        scale = 1.0 / job.train_batches.num_tokens
+        scale = 1.0 / num_targets
         loss_scale = job.optimizer.loss_scale.value if job.optimizer.loss_scale else 1.0
-        total = torch.zeros((), device=job.device)
+        totals = torch.zeros(1 + len(job.figures), device=job.device)
         for batch in job.train_batches.micro_batches(now, job.device):
-            total += step(job.model, batch, job.loss, scale * loss_scale).total
-        loss = float(job.ranks.sum_(total)) * scale
+            value = step(job.model, batch, job.loss, scale * loss_scale)
+            totals += torch.stack([value.total, *(value.metrics[name] for name in job.figures)])
+        loss, *figures = (total * scale for total in job.ranks.sum_(totals).tolist())
         if not math.isfinite(loss):
             raise self._non_finite("loss", loss)
         for gradients in job.optimizer.gradients():
             job.ranks.sum_(gradients)
-        return loss
+        return loss, dict(zip(job.figures, figures, strict=True))
 
     def _non_finite(self, what: str, value: float) -> NonFiniteLoss:
         now = self.progress.steps_done
-        documents = ", ".join(map(str, self.job.train_batches.documents(now)[:20]))
+        where = self.job.train_batches.describe(now)
         saved = self.progress.last_saved_step
         good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved}"
         return NonFiniteLoss(
-            f"the {what} became {value} at step {now + 1}, in a batch that begins in documents {documents}; {good} "
-            f"in {self.job.checkpoints.out_dir}. Lower --learning-rate, raise --warmup-iters or look at these documents"
+            f"the {what} became {value} at step {now + 1}, in a batch {where}; {good} "
+            f"in {self.job.checkpoints.out_dir}. Lower --learning-rate, raise --warmup-iters or look at this data"
         )
 
     def _evaluate_and_save(self, always: bool = False) -> None:
         progress = self.progress
-        val_loss, num_tokens = self._val_loss(self.job.config.eval_iters)
-        is_best = progress.best_val_loss is None or val_loss < progress.best_val_loss
+        evaluation = self.job.evaluate(self.job.config.eval_iters)
+        is_best = progress.best_val_loss is None or evaluation.loss < progress.best_val_loss
         if is_best:
-            progress.best_val_loss = val_loss
+            progress.best_val_loss = evaluation.loss
         train_loss = _mean(progress.losses_since_eval)
         progress.losses_since_eval.clear()
-        self._send(EvalMetrics(progress.steps_done, train_loss, val_loss, is_best, num_tokens, final=False))
+        self._send_evaluation(evaluation, train_loss, is_best, final=False)
         if always or is_best or self.job.config.always_save_checkpoint:
             self._save(is_best)
 
-    def _evaluate_whole(self, stop_reason: str) -> float:
+    def _evaluate_finally(self) -> float:
+        """The last evaluation looks at all or much of the split, and is no candidate for the best."""
         job = self.job
-        rows = job.eval_batches.num_rows * job.eval_batches.block_size
-        max_batches = None if stop_reason == "eval_only" else max(1, FINAL_EVAL_TOKENS // rows)
-        val_loss, num_tokens = self._val_loss(max_batches)
-        self._send(EvalMetrics(self.progress.steps_done, None, val_loss, False, num_tokens, final=True))
-        return val_loss
+        evaluation = job.evaluate(None if job.config.eval_only else job.final_eval_batches)
+        self._send_evaluation(evaluation, None, is_best=False, final=True)
+        return evaluation.loss
 
-    def _val_loss(self, max_batches: int | None) -> tuple[float, int]:
-        """Mean loss per token over all ranks, and over how many tokens."""
-        job = self.job
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in job.eval_batches.batches(max_batches, job.device):
-            value = measure(job.model, batch, job.eval_loss)
-            sums += torch.tensor([float(value.total), value.num_targets], dtype=torch.float64)
-        total, num_tokens = job.ranks.sum_(sums.to(_reducible(job.device))).tolist()
-        return total / num_tokens, int(num_tokens)
+    def _send_evaluation(self, evaluation: Evaluation, train_loss: float | None, is_best: bool, final: bool) -> None:
+        self._send(
+            EvalMetrics(
+                step=self.progress.steps_done,
+                train_loss=train_loss,
+                val_loss=evaluation.loss,
+                is_best=is_best,
+                num_tokens=evaluation.num_targets,
+                final=final,
+                figures=evaluation.figures,
+            )
+        )
 
     def _save(self, is_best: bool) -> None:
         job, progress = self.job, self.progress
@@ -235,7 +212,7 @@ class Loop:
             loss_scale=scale.value if scale else None,
             num_good_steps=scale.num_good_steps if scale else 0,
         )
-        job.checkpoints.save(job.model, job.optimizer, state, is_best)
+        job.checkpoints.save(job.optimizer, state, is_best)
 
     def _summarize(self, stop_reason: str, val_loss: float | None) -> RunSummary:
         progress = self.progress
@@ -252,8 +229,9 @@ class Loop:
             mfu=self._mfu(pace),
         )
 
-    def _mfu(self, tokens_per_second: float) -> float:
-        return tokens_per_second * self.flops_per_token / self.peak_flops
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        flops = self.job.flops_per_token
+        return None if flops is None else tokens_per_second * flops / self.peak_flops
 
     def _send(self, event: Event) -> None:
         for sink in self.job.sinks:
@@ -267,8 +245,3 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _reducible(device: torch.device) -> torch.device:
-    """Where a tensor must lie for the ranks to add it."""
-    return device if device.type == "cuda" else torch.device("cpu")

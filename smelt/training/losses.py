@@ -10,6 +10,7 @@ In the formulas lp is log p(target) of the model in training, q the `logprobs` t
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from smelt.models.decoder import Decoder
 Metrics = dict[str, Tensor]
 Inputs = Mapping[str, Tensor | float]
 TokenLoss = Callable[[Tensor, Inputs], tuple[Tensor, Metrics]]
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, Metrics]]  # the sum over a batch's targets, differentiable
+# The sum over a batch's targets, differentiable; of a Batch, or of what else the model takes.
+Loss = Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
 
 
 def cross_entropy(logprobs: Tensor, inputs: Inputs) -> tuple[Tensor, Metrics]:

@@ -5,17 +5,17 @@ come, and RunSummary last (none after an error). Where events go is in `sinks`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from smelt.configs import TrainConfig
+from smelt.run_configs import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
     """What is known before the first step."""
 
-    config: TrainConfig
+    config: RunConfig
     out_dir: Path
     num_parameters: int
     num_train_tokens: int
@@ -24,8 +24,10 @@ class RunInfo:
     device: str
     dtype: str
     first_step: int  # steps done before, when resuming
+    num_steps: int  # at which the run is done
     num_ranks: int
     compiled: bool
+    num_train_samples: int | None = None  # where the data is of samples, not of running text
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,10 @@ class StepMetrics:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
-    mfu: float  # model flops over the measured matmul peak
+    mfu: float | None  # model flops over the measured matmul peak; None where they are not known
     seconds: float  # of this step
+    samples_per_second: float | None = None  # where the data is of samples
+    figures: dict[str, float] = field(default_factory=dict)  # such as the accuracy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,9 @@ class EvalMetrics:
     train_loss: float | None  # mean of the steps since the last evaluation
     val_loss: float
     is_best: bool
-    num_tokens: int  # how many validation tokens were looked at
+    num_tokens: int  # how many validation targets were looked at
     final: bool  # the whole validation split, at the end of the run
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class RunSummary:
     num_tokens: int  # trained on by this process's run, not counting what was resumed from
     seconds: float
     tokens_per_second: float
-    mfu: float
+    mfu: float | None
 
 
 Event = RunInfo | StepMetrics | EvalMetrics | Note | RunSummary
@@ -85,9 +90,14 @@ def describe(event: Event) -> str:
         case RunInfo():
             return _describe_run(event)
         case StepMetrics():
+            pace = (
+                f"{event.tokens_per_second:,.0f} tokens/s"
+                if event.samples_per_second is None
+                else f"{event.samples_per_second:,.1f} samples/s"
+            )
             return (
-                f"step {event.step}: loss {event.loss:.4f}, lr {event.learning_rate:.2e}, norm {event.grad_norm:.2f}, "
-                f"{event.tokens_per_second:,.0f} tokens/s, mfu {event.mfu:.0%}"
+                f"step {event.step}: loss {event.loss:.4f}{_shown(event.figures)}, lr {event.learning_rate:.2e}, "
+                f"norm {event.grad_norm:.2f}, {pace}{_share(event.mfu)}"
             )
         case EvalMetrics():
             return _describe_evaluation(event)
@@ -101,8 +111,9 @@ def _describe_run(info: RunInfo) -> str:
     extras = [f"on {info.num_ranks} ranks"] if info.num_ranks > 1 else []
     extras += ["compiled"] if info.compiled else []
     extras += [f"from step {info.first_step:,}"] if info.first_step else []
+    samples = "" if info.num_train_samples is None else f"{info.num_train_samples:,} samples with "
     return (
-        f"{info.num_parameters / 1e6:.2f}M parameters; {info.dataset}: {info.num_train_tokens:,} training and "
+        f"{info.num_parameters / 1e6:.2f}M parameters; {info.dataset}: {samples}{info.num_train_tokens:,} training and "
         f"{info.num_val_tokens:,} validation tokens; " + ", ".join([f"{info.device} {info.dtype}", *extras])
     )
 
@@ -111,11 +122,19 @@ def _describe_evaluation(metrics: EvalMetrics) -> str:
     train = "" if metrics.train_loss is None else f"train loss {metrics.train_loss:.4f}, "
     scope = f" over all {metrics.num_tokens:,} tokens" if metrics.final else ""
     best = " (best)" if metrics.is_best else ""
-    return f"step {metrics.step}: {train}val loss {metrics.val_loss:.4f}{scope}{best}"
+    return f"step {metrics.step}: {train}val loss {metrics.val_loss:.4f}{_shown(metrics.figures)}{scope}{best}"
 
 
 def _describe_summary(summary: RunSummary) -> str:
     ended = {"done": "done", "interrupted": "interrupted", "max_time": "time is up", "eval_only": "evaluated"}
     loss = "" if summary.val_loss is None else f", val loss {summary.val_loss:.4f}"
-    pace = "" if not summary.num_tokens else f", {summary.tokens_per_second:,.0f} tokens/s, mfu {summary.mfu:.0%}"
+    pace = "" if not summary.num_tokens else f", {summary.tokens_per_second:,.0f} tokens/s{_share(summary.mfu)}"
     return f"{ended[summary.stop_reason]} at step {summary.step:,}{loss}{pace}, {summary.seconds:.0f} s"
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return "".join(f", {name} {value:.4f}" for name, value in figures.items())
+
+
+def _share(mfu: float | None) -> str:
+    return "" if mfu is None else f", mfu {mfu:.0%}"

@@ -5,10 +5,10 @@ from statistics import median
 
 import torch
 
-from smelt.configs import TrainConfig
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
 from smelt.models.devices import pick_device, pick_dtype, synchronize
+from smelt.run_configs import TrainConfig
 from smelt.training.losses import on_tokens
 from smelt.training.optim import Optimizer
 from smelt.training.parallel import read_ranks, threads_per_rank

@@ -1,62 +1,42 @@
-"""Recipes: from a config to a finished run. `pretrain` covers training from scratch, resuming and fine-tuning.
+"""Pretraining: a language model from scratch, from where a run stopped, or from another model, on running text.
 
-Knows which data, tokenizer, weights and device a config means; the steps themselves are in `loop`.
+Knows which data, tokenizer and weights a config means; what all recipes share is in `run_setup`.
 """
 
-import fcntl
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from smelt.configs import (
-    RUN_CONFIG,
-    RUN_LOCK,
-    RUN_LOG,
-    RUN_METRICS,
-    DecoderConfig,
-    TrainConfig,
-    read_config_file,
-    write_config_file,
-)
+from smelt.configs import DecoderConfig
 from smelt.data.datasets import MANIFEST_FILE, Dataset, dataset_folder, open_dataset
 from smelt.data.packing import BlockOrder
 from smelt.data.preparation import PrepareOptions, dataset_for, retokenize
 from smelt.data.sources import Progress
 from smelt.data.tokenizers import Tokenizer
-from smelt.errors import AlreadyExists, CheckpointError, ConfigError, NotFound, OutOfSpace
+from smelt.errors import ConfigError
 from smelt.models.decoder import Decoder
-from smelt.models.devices import pick_device, pick_dtype
+from smelt.models.devices import pick_dtype
 from smelt.models.folders import read_config, read_tokenizer
 from smelt.models.loading import load_model
 from smelt.models.registry import resolve
-from smelt.training.batches import EvalBatches, TrainBatches
-from smelt.training.checkpoint import Checkpoints, TrainState, latest, read_state, restore
+from smelt.models.tensor_file import Pause
+from smelt.models.weights import from_hf_tensors, read_tensors, write_model
+from smelt.run_configs import TrainConfig, learning_rates, out_dir_of
+from smelt.training.batches import BlockBatches, EvalBatches
+from smelt.training.checkpoint import Checkpoints, WeightFiles, latest, read_state, restore
 from smelt.training.compiling import compiled, wants_compile
-from smelt.training.loop import Job, Loop
+from smelt.training.job import Evaluation, Job, evaluate_batches
 from smelt.training.losses import on_tokens
-from smelt.training.metrics import Note, RunInfo, RunSummary, Sink
-from smelt.training.optim import Optimizer
-from smelt.training.parallel import Ranks, join, read_ranks, threads_per_rank
-from smelt.training.sinks import endings_noted, jsonl_sink, log_sink, tensorboard_sink, wandb_sink
+from smelt.training.metrics import RunSummary, Sink
+from smelt.training.optim import Optimizer, cosine_with_warmup
+from smelt.training.parallel import Ranks
+from smelt.training.run_setup import Prepared, Started, initial_state, no_progress, run_prepared, unnoticed
 
 SHAPE_FIELDS = ("preset", "n_layer", "n_head", "n_embd")
-# Readers of a run take its lock for a moment to see whether it is held.
-LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.01
-
-
-def no_progress(_stage: str, _num_done: int, _num_total: int | None) -> None:
-    """The progress of preparing data, for somebody who does not look."""
-
-
-def unnoticed(_config: TrainConfig) -> None:
-    """The start of a run that nobody keeps a list with."""
+FINAL_EVAL_TOKENS = 500_000  # the last evaluation takes the whole validation split, or this much of a huge one
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,151 +49,85 @@ class Start:
     checkpoint: Path | None  # to resume from
 
 
-def resumed_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The saved config of the run in `out_dir`, with the given values on top. NotFound where there is no run."""
-    saved = Path(values.get("out_dir") or "out") / RUN_CONFIG
-    if not saved.is_file():
-        raise NotFound(f"nothing to resume: {saved} does not exist; give the run's folder as --out-dir")
-    return {**read_config_file(saved), **values}
-
-
 def pretrain(
     config: TrainConfig,
     datasets_folder: Path,
     models_folder: Path,
     sinks: Sequence[Sink] = (),
     progress: Progress = no_progress,
-    started: Callable[[TrainConfig], object] = unnoticed,
+    started: Started = unnoticed,
 ) -> RunSummary:
-    """Train a language model as `config` says; every rank of a distributed run calls this alike.
+    """Train a language model as `config` says.
 
     `progress` hears about the preparation of data that was not prepared before; `started`, on the first rank, that
-    the run's folder is now its own.
-
-    Raises ConfigError, NotFound, NotEnoughData and AlreadyExists before anything is computed; NonFiniteLoss,
-    OutOfSpace and CheckpointError later on.
+    the run's folder is now its own. Raises ConfigError, NotFound, NotEnoughData and what `run_prepared` raises.
     """
-    ranks = read_ranks()
-    torch.set_num_threads(threads_per_rank(ranks, config.threads))
-    device = rank_device(config, ranks)
-    config = config.replace(out_dir=str(out_dir_of(config)))
-    with join(ranks, device), own_folder(config, ranks, started):
+
+    def prepare(config: TrainConfig, ranks: Ranks, device: torch.device) -> Prepared:
         start = read_start(config, models_folder)
         dataset = open_data_in_turn(config, datasets_folder, start, ranks, progress)
-        job, info = prepare_job(config, start, dataset, ranks, device)
-        if ranks.is_main:
-            job.sinks.extend([*standard_sinks(config, info.out_dir), *sinks])
-        for sink in job.sinks:
-            sink(info)
-        for difference in inexact_differences(start, job.state):
-            for sink in job.sinks:
-                sink(Note(difference))
-        return Loop(job).run()
+        return prepare_job(config, start, dataset, ranks, device)
 
-
-def rank_device(config: TrainConfig, ranks: Ranks) -> torch.device:
-    """The config's device; among several ranks on GPUs, the one of this rank."""
-    device = pick_device(config.device)
-    if device.type == "cuda" and ranks.world_size > 1:
-        device = pick_device(f"cuda:{ranks.local_rank}")
-        torch.cuda.set_device(device)
-    return device
-
-
-def out_dir_of(config: TrainConfig) -> Path:
-    """The run's folder: as given, or `out`, or `out-MODEL` when it starts from a model."""
-    if config.out_dir is not None:
-        return Path(config.out_dir)
-    if config.init_from in ("scratch", "resume"):
-        return Path("out")
-    return Path(f"out-{Path(config.init_from.removeprefix('hf:')).name}")
-
-
-@contextmanager
-def own_folder(
-    config: TrainConfig, ranks: Ranks, started: Callable[[TrainConfig], object] = unnoticed
-) -> Iterator[None]:
-    """Hold the run's folder for this run alone, and leave word there of an error that ends it.
-
-    AlreadyExists where it holds another run or is in use.
-    """
-    if not ranks.is_main or config.eval_only:
-        yield
-        return
-    out_dir = out_dir_of(config)
-    if config.init_from != "resume" and any(out_dir.glob("checkpoints/step-*")):
-        raise AlreadyExists(
-            f"{out_dir} already holds a run; continue it with --init-from resume, choose another --out-dir, "
-            f"or remove the folder"
-        )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with (out_dir / RUN_LOCK).open("w") as lock:
-        _take_lock(lock, out_dir)
-        started(config)
-        with endings_noted(out_dir / RUN_METRICS):
-            yield
-
-
-def _take_lock(lock: TextIO, out_dir: Path) -> None:
-    for _ in range(LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(LOCK_PAUSE_S)
-        else:
-            return
-    raise AlreadyExists(f"another process is training in {out_dir}; choose another --out-dir")
+    return run_prepared(config, prepare, sinks, started)
 
 
 def prepare_job(
     config: TrainConfig, start: Start | None, dataset: Dataset, ranks: Ranks, device: torch.device
-) -> tuple[Job, RunInfo]:
+) -> Prepared:
     """Put together what the loop needs."""
     model = build_model(config, start, dataset)
     block_size = training_block_size(config, model.config)
     dtype = pick_dtype(config.dtype, device)
     num_rows = config.batch_size * config.gradient_accumulation_steps
     train, val = dataset.split("train"), dataset.split("val")
-    train_batches = TrainBatches(
-        train, BlockOrder(train.num_tokens, block_size, config.seed), ranks, num_rows, config.batch_size
-    )
+    order = BlockOrder(train.num_tokens, block_size, config.seed)
     optimizer = Optimizer(model.to(device), dtype, config.betas, config.weight_decay, config.grad_clip)
-    state = initial_state(config, start, model, optimizer, dataset, dtype, ranks)
+    weight_files = model_files(model.config, dataset.tokenizer)
+    checkpoint = start.checkpoint if start else None
+    resumed = restore(checkpoint, weight_files, optimizer) if checkpoint else None
+    num_tokens = (config.max_iters - (resumed.step if resumed else 0)) * num_rows * block_size
+    compiles = wants_compile(config, num_tokens * model.config.flops_per_token, device, dtype)
+    state = initial_state(config, (dataset.name, dataset.sha256), dtype, ranks, compiles, resumed)
+    rates = learning_rates(config, config.learning_rate, config.max_iters)
     sinks: list[Sink] = []
     loss = on_tokens("cross_entropy")
+    eval_batches = EvalBatches(val, block_size, ranks, config.batch_size)
+
+    def evaluate(max_batches: int | None) -> Evaluation:
+        # Never compiled: evaluation has batches of other sizes.
+        return evaluate_batches(model, loss, eval_batches.batches(max_batches, device), ranks, device)
+
     job = Job(
         config=config,
+        num_steps=config.max_iters,
+        learning_rate=lambda step: cosine_with_warmup(step, *rates),
         model=model.train(),
+        has_dropout=config.dropout > 0,
         optimizer=optimizer,
         loss=compiled(loss, sinks) if state.compiled else loss,
-        eval_loss=loss,
-        train_batches=train_batches,
-        eval_batches=EvalBatches(val, block_size, ranks, config.batch_size),
-        checkpoints=Checkpoints(out_dir_of(config), config.keep_checkpoints, dataset.tokenizer.save),
+        train_batches=BlockBatches(train, order, ranks, num_rows, config.batch_size),
+        evaluate=evaluate,
+        final_eval_batches=max(1, FINAL_EVAL_TOKENS // (config.batch_size * block_size)),
+        checkpoints=Checkpoints(out_dir_of(config), config.keep_checkpoints, weight_files),
         state=state,
         ranks=ranks,
         device=device,
         dtype=dtype,
         sinks=sinks,
+        flops_per_token=model.config.replace(block_size=block_size).flops_per_token,
     )
-    if ranks.is_main and not config.eval_only:
-        job.checkpoints.forget_after(state.step)
-        check_space(out_dir_of(config), model.config)
-        write_config_file(config, out_dir_of(config) / RUN_CONFIG)
-    info = RunInfo(
-        config=config,
-        out_dir=out_dir_of(config),
-        num_parameters=model.config.num_parameters,
-        num_train_tokens=train.num_tokens,
-        num_val_tokens=val.num_tokens,
-        dataset=dataset.name,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        first_step=state.step,
-        num_ranks=ranks.world_size,
-        compiled=state.compiled,
-    )
-    return job, info
+    return Prepared(job, train.num_tokens, val.num_tokens, checkpoint=checkpoint)
+
+
+def model_files(shape: DecoderConfig, tokenizer: Tokenizer | None) -> WeightFiles:
+    """A decoder and its tokenizer as a model folder."""
+
+    def write(tensors: dict[str, Tensor], folder: Path, pause: Pause) -> None:
+        write_model(shape, tensors, folder, pause=pause)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+    return WeightFiles(write, lambda folder: from_hf_tensors(shape, read_tensors(folder, shape)))
 
 
 def read_start(config: TrainConfig, models_folder: Path) -> Start | None:
@@ -289,87 +203,3 @@ def training_block_size(config: TrainConfig, shape: DecoderConfig) -> int:
     if block_size > shape.block_size:
         raise ConfigError(f"--block-size {block_size} is longer than the model's context of {shape.block_size} tokens")
     return block_size
-
-
-def initial_state(
-    config: TrainConfig,
-    start: Start | None,
-    model: Decoder,
-    optimizer: Optimizer,
-    dataset: Dataset,
-    dtype: torch.dtype,
-    ranks: Ranks,
-) -> TrainState:
-    """Step 0, or what the checkpoint holds, loaded into model and optimizer."""
-    resumed = restore(start.checkpoint, model, optimizer) if start and start.checkpoint else None
-    if resumed and resumed.dataset_sha256 != dataset.sha256:
-        raise CheckpointError(
-            f"the run was trained on other data than {dataset.name} holds now (sha256 differs); resuming would mix "
-            f"them. Restore the data, or start a new run from these weights: --init-from {start and start.checkpoint}"
-        )
-    num_steps = config.max_iters - (resumed.step if resumed else 0)
-    tokens = (
-        num_steps * config.batch_size * config.gradient_accumulation_steps * training_block_size(config, model.config)
-    )
-    device = next(model.parameters()).device
-    now = TrainState(
-        step=0,
-        num_updates=0,
-        best_val_loss=None,
-        dataset=dataset.name,
-        dataset_sha256=dataset.sha256,
-        compiled=wants_compile(config, tokens * model.config.flops_per_token, device, dtype),
-        dtype=str(dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        world_size=ranks.world_size,
-        torch_version=torch.__version__,
-    )
-    if resumed is None:
-        return now
-    # Compiled and eager code differ in bits, so a resumed run goes on as it began unless told otherwise.
-    keeps_compiled = resumed.compiled if config.compile == "auto" else now.compiled
-    return replace(
-        now,
-        compiled=keeps_compiled,
-        step=resumed.step,
-        num_updates=resumed.num_updates,
-        best_val_loss=resumed.best_val_loss,
-    )
-
-
-def inexact_differences(start: Start | None, now: TrainState) -> list[str]:
-    """What differs from the checkpoint's circumstances, so that the bits will too."""
-    if start is None or start.checkpoint is None:
-        return []
-    before = read_state(start.checkpoint)
-    names = ("dtype", "threads", "world_size", "torch_version", "compiled")
-    changed = [
-        f"{name} was {getattr(before, name)}, is {getattr(now, name)}"
-        for name in names
-        if getattr(before, name) != getattr(now, name)
-    ]
-    return [f"resuming, but not bit for bit: {'; '.join(changed)}"] if changed else []
-
-
-def check_space(out_dir: Path, shape: DecoderConfig) -> None:
-    """OutOfSpace where not even two checkpoints would fit: better now than after hours."""
-    needed = 2 * 3 * 4 * shape.num_parameters
-    free = shutil.disk_usage(out_dir).free
-    if free < needed:
-        raise OutOfSpace(
-            f"{out_dir} has {free / 2**30:.1f} GiB free, but two checkpoints need {needed / 2**30:.1f} GiB; "
-            f"free some space or choose another --out-dir"
-        )
-
-
-def standard_sinks(config: TrainConfig, out_dir: Path) -> list[Sink]:
-    """metrics.jsonl, log.txt, and the services that the config turns on."""
-    if config.eval_only:
-        return []
-    sinks = [
-        jsonl_sink(out_dir / RUN_METRICS, config.log_interval),
-        log_sink(out_dir / RUN_LOG, config.log_interval),
-    ]
-    sinks += [tensorboard_sink(config, out_dir)] if config.tensorboard else []
-    sinks += [wandb_sink(config, out_dir)] if config.wandb else []
-    return sinks

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from smelt.configs import TrainConfig
 from smelt.errors import MissingDependency
+from smelt.run_configs import RunConfig
 from smelt.training.metrics import EvalMetrics, Event, RunInfo, RunSummary, Sink, StepMetrics, describe
 
 KINDS = {"StepMetrics": "step", "EvalMetrics": "evaluation", "Note": "note", "RunSummary": "summary"}
@@ -26,7 +26,9 @@ def jsonl_sink(path: Path, log_interval: int) -> Sink:
 
     def receive(event: Event) -> None:
         if isinstance(event, RunInfo):
-            path.write_text("".join(lines_until(path, event.first_step)), encoding="utf-8")
+            start = {"kind": "start", "step": event.first_step, "num_steps": event.num_steps}
+            lines = [*lines_until(path, event.first_step), json.dumps(start) + "\n"]
+            path.write_text("".join(lines), encoding="utf-8")
         elif is_logged(event, log_interval):
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": KINDS[type(event).__name__], **finite_values(event)}) + "\n")
@@ -55,8 +57,14 @@ def _note_ending(path: Path, values: dict[str, Any]) -> None:
 
 def finite_values(event: Event) -> dict[str, Any]:
     """The event's fields, with null where JSON has no number (NaN and infinity)."""
-    values = asdict(event)
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return _finite(asdict(event))
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _finite(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in values.items()
+    }
 
 
 def lines_until(path: Path, last_step: int) -> list[str]:
@@ -97,7 +105,7 @@ def line_sink(write: Callable[[str], object], log_interval: int) -> Sink:
     return receive
 
 
-def wandb_sink(config: TrainConfig, out_dir: Path) -> Sink:
+def wandb_sink(config: RunConfig, out_dir: Path) -> Sink:
     """Weights & Biases, which reads its WANDB_* variables itself. MissingDependency without the package."""
     try:
         import wandb  # noqa: PLC0415 an optional dependency
@@ -107,7 +115,7 @@ def wandb_sink(config: TrainConfig, out_dir: Path) -> Sink:
     return scalar_sink(lambda values, step: run.log(values, step=step), run.finish, config.log_interval)
 
 
-def tensorboard_sink(config: TrainConfig, out_dir: Path) -> Sink:
+def tensorboard_sink(config: RunConfig, out_dir: Path) -> Sink:
     """Event files in out_dir/tensorboard. MissingDependency without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 an optional dependency
@@ -129,9 +137,10 @@ def scalar_sink(
 
     def receive(event: Event) -> None:
         if isinstance(event, StepMetrics) and is_logged(event, log_interval):
-            send({f"train/{k}": v for k, v in asdict(event).items() if k != "step"}, event.step)
+            values = {k: v for k, v in asdict(event).items() if k not in ("step", "figures") and v is not None}
+            send({f"train/{k}": v for k, v in (values | event.figures).items()}, event.step)
         elif isinstance(event, EvalMetrics):
-            send({"val/loss": event.val_loss}, event.step)
+            send({"val/loss": event.val_loss} | {f"val/{k}": v for k, v in event.figures.items()}, event.step)
         elif isinstance(event, RunSummary):
             close()
 

@@ -1,12 +1,21 @@
 """The one place that computes gradients; knows no task, no optimizer and no schedule."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from smelt.models.batch import Batch
 from smelt.training.losses import Loss, Metrics
+
+
+class Counted(Protocol):
+    """A batch of whatever its loss and its model take."""
+
+    @property
+    def num_targets(self) -> int:
+        """How many things carry a loss: tokens, or samples."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +27,7 @@ class LossValue:
     metrics: Metrics
 
 
-def step(model: nn.Module, batch: Batch, loss: Loss, scale: float = 1.0) -> LossValue:
+def step(model: nn.Module, batch: Counted, loss: Loss, scale: float = 1.0) -> LossValue:
     """Add the gradient of `scale` x loss to the model's gradients; returns the value without the scale."""
     total, metrics = loss(model, batch)
     torch.autograd.backward(total * scale)
@@ -26,7 +35,7 @@ def step(model: nn.Module, batch: Batch, loss: Loss, scale: float = 1.0) -> Loss
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batch: Batch, loss: Loss) -> LossValue:
+def measure(model: nn.Module, batch: Counted, loss: Loss) -> LossValue:
     """The loss without gradients and without dropout."""
     was_training = model.training
     model.eval()
@@ -35,5 +44,5 @@ def measure(model: nn.Module, batch: Batch, loss: Loss) -> LossValue:
     return _detached(total, metrics, batch)
 
 
-def _detached(total: Tensor, metrics: Metrics, batch: Batch) -> LossValue:
+def _detached(total: Tensor, metrics: Metrics, batch: Counted) -> LossValue:
     return LossValue(total.detach(), batch.num_targets, {name: value.detach() for name, value in metrics.items()})

@@ -13,9 +13,10 @@ from gated import client_of, services_in
 from smelt.api import docs
 from smelt.api.app import create_app
 from smelt.api.services import Services
-from smelt.configs import RUN_LOCK, TrainConfig
+from smelt.configs import RUN_LOCK
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
+from smelt.run_configs import TrainConfig
 
 pytestmark = pytest.mark.anyio
 

@@ -14,11 +14,12 @@ from live import serving, with_caller
 from scripted import scripted
 from smelt.api import failures, resources
 from smelt.api.services import Services
-from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig
+from smelt.configs import RUN_LOG, RUN_METRICS
 from smelt.control import run_changes
 from smelt.control.keys import LOCAL, Caller
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
+from smelt.run_configs import TrainConfig
 
 EVE = Caller("eve", "key", frozenset({"training"}))
 WORKER = WorkerInfo("here:1", 1, "cpu", ("nano",), 0, 0)

@@ -12,12 +12,13 @@ import msgspec
 import pytest
 
 from scripted import Scripted, words
-from smelt.configs import RUN_LOG, RUN_METRICS, TrainConfig
+from smelt.configs import RUN_LOG, RUN_METRICS
 from smelt.control import run_changes
 from smelt.control.run_changes import RunChange, RunFollowers
 from smelt.control.run_folders import Entry, register, write_entry
 from smelt.control.run_requests import RunRequests
 from smelt.errors import ConfigError, InvalidInput, NotFound, StorageError
+from smelt.run_configs import TrainConfig
 from smelt.settings import Settings, load_settings
 from smelt.storage.futures import Ledger
 from smelt.transport.messages import Failure, TrainRequest

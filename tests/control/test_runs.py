@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS, TrainConfig
+from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS
 from smelt.control.run_folders import Entry, find_runs, is_training, register, write_entry
 from smelt.control.run_metrics import LineFile, read_curves, thinned
 from smelt.control.runs import Runs
 from smelt.errors import NotFound
+from smelt.run_configs import TrainConfig
 
 STEP = {
     "kind": "step",

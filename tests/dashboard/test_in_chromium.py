@@ -23,10 +23,11 @@ from live import serving
 from scripted import Scripted, scripted
 from smelt.api.app import create_app
 from smelt.api.services import Services
-from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS, TrainConfig
+from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
 from smelt.errors import InvalidInput, SmeltError
+from smelt.run_configs import TrainConfig
 from smelt.transport.messages import Finish, Generate
 from smelt.types import SamplingParams
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._inductor.exc import InductorError
 
-from smelt.configs import TrainConfig
+from smelt.run_configs import TrainConfig
 from smelt.training import compiling
 from smelt.training.compiling import compiled, wants_compile
 from smelt.training.losses import on_tokens

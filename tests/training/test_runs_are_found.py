@@ -9,11 +9,13 @@ import pytest
 
 import smelt
 from ranks import train_on_two_ranks
-from smelt.configs import RUN_LOCK, RUN_LOG, TrainConfig
+from smelt.configs import RUN_LOCK, RUN_LOG
 from smelt.control.runs import Runs, RunStatus
 from smelt.errors import AlreadyExists, NotEnoughData
-from smelt.training import recipes
+from smelt.run_configs import TrainConfig
+from smelt.training import pretraining
 from smelt.training.parallel import Ranks
+from smelt.training.run_setup import own_folder
 
 TEXT = "".join(f"Line {number} says that {number} and {number + 1} are neighbours.\n" for number in range(200))
 TINY: dict[str, Any] = {
@@ -63,13 +65,13 @@ def test_a_run_is_found_with_its_end_and_its_log_and_keeps_its_id_when_it_goes_o
 
 def test_a_run_is_found_before_its_data_is_ready(home: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
-    original = recipes.open_data
+    original = pretraining.open_data
 
     def look_first(*given: Any) -> Any:
         states.append([status.state for status in runs_of(home)])
         return original(*given)
 
-    monkeypatch.setattr(recipes, "open_data", look_first)
+    monkeypatch.setattr(pretraining, "open_data", look_first)
     smelt.train(TINY, data_path=text)
     assert states == [["running"]]
 
@@ -86,7 +88,7 @@ def test_ctrl_c_before_the_first_step_cancels(home: Path, text: str, monkeypatch
     def interrupt(*_given: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes, "open_data", interrupt)
+    monkeypatch.setattr(pretraining, "open_data", interrupt)
     with pytest.raises(KeyboardInterrupt):
         smelt.train(TINY, data_path=text)
     assert [status.state for status in runs_of(home)] == ["cancelled"]
@@ -110,9 +112,9 @@ def test_somebody_who_looks_at_the_lock_does_not_keep_a_run_from_starting(tmp_pa
         fcntl.flock(reader, fcntl.LOCK_SH)
         threading.Timer(0.05, lambda: fcntl.flock(reader, fcntl.LOCK_UN)).start()
         with (
-            recipes.own_folder(config, Ranks(0, 1)),
+            own_folder(config, Ranks(0, 1)),
             pytest.raises(AlreadyExists, match="another process"),
-            recipes.own_folder(config, Ranks(0, 1)),
+            own_folder(config, Ranks(0, 1)),
         ):
             raise AssertionError("two runs in one folder")
 

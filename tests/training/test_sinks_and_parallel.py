@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from smelt.configs import TrainConfig
 from smelt.errors import ConfigError, MissingDependency
+from smelt.run_configs import TrainConfig
 from smelt.training.metrics import EvalMetrics, Event, Note, RunInfo, RunSummary, StepMetrics, describe
 from smelt.training.parallel import Ranks
 from smelt.training.sinks import jsonl_sink, line_sink, tensorboard_sink, wandb_sink
 
 
 def info(first_step: int, out_dir: Path) -> RunInfo:
-    return RunInfo(TrainConfig(), out_dir, 1000, 500, 50, "toy", "cpu", "float32", first_step, 1, compiled=False)
+    return RunInfo(TrainConfig(), out_dir, 1000, 500, 50, "toy", "cpu", "float32", first_step, 100, 1, compiled=False)
 
 
 def step_event(step: int, loss: float = 2.0) -> StepMetrics:
@@ -49,7 +49,7 @@ def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "step", "step": 5}\n')
     jsonl_sink(path, 1)(info(0, tmp_path))
-    assert path.read_text() == ""
+    assert rows(path) == [{"kind": "start", "step": 0, "num_steps": 100}]
 
 
 def test_metrics_are_strict_json_even_for_infinite_figures(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_metrics_are_strict_json_even_for_infinite_figures(tmp_path: Path) -> No
     sink = jsonl_sink(path, 1)
     sink(info(0, tmp_path))
     sink(step_event(1, math.inf))
-    assert rows(path)[0]["loss"] is None
+    assert rows(path)[1]["loss"] is None
 
 
 def test_lines_name_every_kind_of_event(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""Configs of runs, a class for each recipe: one schema for flags, YAML, JSON and requests.
+
+Knows no torch, and opens no file but the config of a run that is to go on.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from smelt.configs import (
+    PRESETS,
+    RUN_CONFIG,
+    Config,
+    DecoderConfig,
+    Dtype,
+    PositiveInt,
+    read_config_file,
+    validated,
+)
+from smelt.errors import ConfigError, NotFound
+
+
+class RunConfig(Config):
+    """What runs of every recipe share. A recipe's own class adds fields and narrows defaults."""
+
+    recipe: str = Field(description="what is done with data and model: a key of RECIPE_CONFIGS")
+    init_from: str = Field(description="where the weights come from; resume: the last checkpoint in out-dir")
+
+    # Steps
+    max_iters: int | None = Field(None, ge=0, description="optimizer steps")
+    max_time: float | None = Field(None, gt=0, description="stop after this many seconds of training")
+    batch_size: PositiveInt = Field(16, description="rows in one forward pass")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes before one optimizer step")
+    seed: int = Field(1337, ge=0, lt=2**32, description="fixes initial weights, data order and dropout")
+
+    # Optimizer
+    learning_rate: float | None = Field(None, ge=0, description="peak learning rate of AdamW")
+    min_lr: float | None = Field(None, ge=0, description="learning rate at the end of the decay (a tenth of the peak)")
+    warmup_iters: int | None = Field(None, ge=0, description="steps of linear warm-up (5% of all, 100 at most)")
+    lr_decay_iters: int | None = Field(None, ge=0, description="step at which the decay ends (the last)")
+    decay_lr: bool = Field(True, description="cosine decay to min-lr; false keeps the peak after warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; vectors never decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averaging rates, as 0.9,0.95")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+
+    # Evaluation, logging and checkpoints
+    out_dir: str | None = Field(None, description="where checkpoints and metrics go (out, or out-MODEL from a model)")
+    eval_interval: PositiveInt = Field(250, description="steps between evaluations")
+    eval_iters: PositiveInt = Field(20, description="validation batches per evaluation while training")
+    eval_only: bool = Field(False, description="evaluate the model on the whole validation split and stop")
+    log_interval: PositiveInt = Field(10, description="steps between lines of metrics")
+    always_save_checkpoint: bool = Field(True, description="save at every evaluation; false: only when it is the best")
+    keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints to keep besides the best")
+    wandb: bool = Field(False, description="also log to Weights & Biases (pip install 'smelt[wandb]')")
+    tensorboard: bool = Field(False, description="also log to TensorBoard (pip install 'smelt[tensorboard]')")
+
+    # Device
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: Dtype = Field("auto", description="auto picks the fastest that is safe on the device")
+    threads: PositiveInt | None = Field(None, description="CPU threads (all the machine's cores)")
+    compile: Literal["auto", "true", "false"] = Field("auto", description="torch.compile; auto: when the run repays it")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _split_betas(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _lower_compile(cls, value: Any) -> Any:
+        return str(value).lower()
+
+    @field_validator("betas")
+    @classmethod
+    def _averaging_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas {value} must each lie in [0, 1)")
+        return value
+
+    @property
+    def base_model(self) -> str | None:
+        """The model that the run begins with, as its owner calls it; None from scratch, or where only a run knows."""
+        return None if self.init_from in ("scratch", "resume") else self.init_from
+
+    @property
+    def path_fields(self) -> tuple[str, ...]:
+        """Fields whose value may be a path, which means something else in another folder."""
+        return ("init_from",)
+
+
+class TrainConfig(RunConfig):
+    """Pretraining, or more of it. Every field is a flag of `smelt train` and a key of its YAML or JSON file."""
+
+    recipe: Literal["pretrain"] = Field("pretrain", description="train on running text")
+
+    # Data
+    data_path: str | None = Field(None, description="file, folder, URL, hf:ORG/NAME or builtin:pydoc to train on")
+    dataset: str | None = Field(None, description="name of a dataset made by `smelt data add`")
+    tokenizer: str | None = Field(
+        None, description="bytes, char, bpe:N, gpt2 or a folder; the dataset's or model's own, else bpe:4096"
+    )
+    train_val_split: float = Field(0.1, gt=0, lt=1, description="fraction of the documents kept for validation")
+
+    # Model
+    init_from: str = Field("scratch", description="scratch, resume, a model's folder or name, or gpt2...gpt2-xl")
+    preset: str | None = Field(None, description=f"shape by name: {', '.join(PRESETS)}")
+    block_size: PositiveInt | None = Field(None, description="context length in tokens (128, or the preset's)")
+    n_layer: PositiveInt | None = Field(None, description="number of blocks (4, or the preset's)")
+    n_head: PositiveInt | None = Field(None, description="number of attention heads (4, or the preset's)")
+    n_embd: PositiveInt | None = Field(None, description="width of the model (128, or the preset's)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="fraction of activations dropped while training")
+    bias: bool = Field(True, description="biases in linear layers and LayerNorm (GPT-2 family)")
+
+    # Steps and optimizer
+    max_iters: int = Field(2000, ge=0, description="optimizer steps")
+    batch_size: PositiveInt = Field(16, description="rows of block-size tokens in one forward pass")
+    learning_rate: float = Field(1e-3, ge=0, description="peak learning rate of AdamW")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten_model_section(cls, values: Any) -> Any:
+        """Shape keys may stand in a `model:` section, as the second replaced system writes them."""
+        if isinstance(values, dict) and isinstance(values.get("model"), dict):
+            return {**{k: v for k, v in values.items() if k != "model"}, **values["model"]}
+        return values
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"unknown preset {value!r}; known: {', '.join(PRESETS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.data_path is not None and self.dataset is not None:
+            raise ValueError("data_path and dataset exclude each other: give one of them")
+        return self
+
+    @property
+    def path_fields(self) -> tuple[str, ...]:
+        """Fields whose value may be a path, which means something else in another folder."""
+        return ("data_path", "tokenizer", "init_from")
+
+    def decoder_config(self, vocab_size: int) -> DecoderConfig:
+        """The shape that the preset and the single flags ask for; single flags win."""
+        shape: dict[str, Any] = {"block_size": 128, "bias": self.bias, "qkv_bias": self.bias}
+        shape |= PRESETS[self.preset or "nano"]
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) is not None:
+                shape[name] = getattr(self, name)
+        return validated(DecoderConfig, {**shape, "vocab_size": vocab_size})
+
+
+# The flags of a run's command under their headings; `recipe` is none, for each command has its own.
+Sections = dict[str, tuple[str, ...]]
+RUN_SECTIONS: Sections = {
+    "Steps": ("max_iters", "max_time", "batch_size", "gradient_accumulation_steps", "seed"),
+    "Optimizer": (
+        *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr"),
+        *("weight_decay", "betas", "grad_clip"),
+    ),
+    "Evaluation, logging and checkpoints": (
+        *("out_dir", "eval_interval", "eval_iters", "eval_only", "log_interval"),
+        *("always_save_checkpoint", "keep_checkpoints", "wandb", "tensorboard"),
+    ),
+    "Device": ("device", "dtype", "threads", "compile", "gradient_checkpointing"),
+}
+TRAIN_SECTIONS: Sections = {
+    "Data": ("data_path", "dataset", "tokenizer", "train_val_split"),
+    "Model": ("init_from", "preset", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"),
+    **RUN_SECTIONS,
+}
+
+RECIPE_CONFIGS: dict[str, type[RunConfig]] = {"pretrain": TrainConfig}
+RECIPE_SECTIONS: dict[str, Sections] = {"pretrain": TRAIN_SECTIONS}
+
+
+def config_of(values: dict[str, Any]) -> RunConfig:
+    """The config in a mapping, of the class that its key `recipe` names ("pretrain" without one). ConfigError."""
+    recipe = values.get("recipe", "pretrain")
+    if recipe not in RECIPE_CONFIGS:
+        raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPE_CONFIGS)}")
+    return validated(RECIPE_CONFIGS[recipe], values)
+
+
+def resumed_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The saved config of the run in `out_dir`, with the given values on top. NotFound where there is no run."""
+    saved = Path(values.get("out_dir") or "out") / RUN_CONFIG
+    if not saved.is_file():
+        raise NotFound(f"nothing to resume: {saved} does not exist; give the run's folder as --out-dir")
+    return {**read_config_file(saved), **values}
+
+
+def out_dir_of(config: RunConfig) -> Path:
+    """The run's folder: as given, or `out`, or `out-MODEL` when it starts from a model."""
+    if config.out_dir is not None:
+        return Path(config.out_dir)
+    base = config.base_model
+    return Path("out" if base is None else f"out-{Path(base.removeprefix('hf:')).name}")
+
+
+def learning_rates(config: RunConfig, peak: float, num_steps: int) -> tuple[float, float, int, int]:
+    """(peak, floor, warm-up steps, step at which decay ends) of a run's schedule, the open ones filled in."""
+    floor = peak / 10 if config.min_lr is None else config.min_lr
+    warmup = min(100, num_steps // 20) if config.warmup_iters is None else config.warmup_iters
+    decay_end = num_steps if config.lr_decay_iters is None else config.lr_decay_iters
+    return peak, floor if config.decay_lr else peak, warmup, decay_end
