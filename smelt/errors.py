@@ -191,5 +191,9 @@ class TrainingError(SmeltError, RuntimeError):
     """A run cannot go on."""
 
 
+class LostRank(TrainingError):
+    """Another process of a distributed run has ended, or cannot be reached; the last checkpoint stands."""
+
+
 class NonFiniteLoss(TrainingError):
     """The loss became NaN or infinite; names the step, the documents and the last good checkpoint."""

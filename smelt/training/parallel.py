@@ -1,6 +1,7 @@
-"""Data-parallel ranks as torchrun, SLURM or nobody starts them; knows no model, no data and no optimizer."""
+"""Data-parallel ranks as our launcher, torchrun, SLURM or nobody starts them; knows no model and no optimizer."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smelt.errors import ConfigError
+from smelt.errors import ConfigError, LostRank
 
 TIMEOUT = timedelta(seconds=120)  # a lost rank ends the others instead of leaving them waiting
+PATIENCE = timedelta(days=1)  # while rank 0 downloads and tokenizes; whoever starts ranks ends them where one dies
+RENDEZVOUS = "SMELT_RENDEZVOUS"  # where ranks of our own launcher meet; torchrun's meet where its variables say
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the ranks' tensors in place, in the tensor's own dtype."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with lost_ranks_explained():
+                dist.all_reduce(tensor)
         return tensor
 
     def agree_on(self, flag: bool, device: torch.device) -> bool:
@@ -50,9 +54,34 @@ class Ranks:
         return bool(self.sum_(torch.tensor(float(flag), device=device)) > 0)
 
     def wait_for_main(self) -> None:
-        """Return when rank 0 has come here too."""
+        """Return when every rank has come here."""
         if self.world_size > 1:
-            dist.barrier()
+            with lost_ranks_explained():
+                dist.barrier(dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+@contextmanager
+def lost_ranks_explained() -> Iterator[None]:
+    """LostRank in place of what the backends raise when another rank does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise LostRank(
+            f"another rank has ended or cannot be reached ({reason}); what it said last tells why. "
+            f"Continue from the last checkpoint with --init-from resume"
+        ) from error
+
+
+def describe_rank(rank: int, num_ranks: int, rendezvous: str) -> None:
+    """Tell this process who it is among ranks of one machine, in torchrun's variables.
+
+    They meet at `rendezvous`, a `file://` URL, and talk over the loopback alone: neither opens a port to others.
+    """
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, RENDEZVOUS: rendezvous}
 
 
 def read_ranks() -> Ranks:
@@ -72,17 +101,21 @@ def join(ranks: Ranks, device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world_size)
+    place = os.environ.get(RENDEZVOUS, "env://")
+    with lost_ranks_explained():
+        dist.init_process_group(
+            backend, init_method=place, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world_size
+        )
     try:
         yield
-        dist.barrier()  # who leaves while another still talks to it is aborted on its way out
+        ranks.wait_for_main()  # who leaves while another still talks to it is aborted on its way out
     finally:
         dist.destroy_process_group()
 
 
 def threads_per_rank(ranks: Ranks, asked: int | None) -> int:
-    """CPU threads of this process: what was asked for, or an equal share of the machine's cores."""
-    return asked or max(1, num_cores() // ranks.local_world_size)
+    """CPU threads of this process: its share of those that were asked for, or of the machine's cores."""
+    return max(1, (asked or num_cores()) // ranks.local_world_size)
 
 
 def num_cores() -> int:

@@ -1,0 +1,143 @@
+"""The sum of gradients over ranks against one process that sees all rows; what a lost rank looks like."""
+
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from smelt.errors import LostRank
+from smelt.training.gradient_sum import BUCKET_BYTES, GradientSum, buckets_of
+from smelt.training.optim import Optimizer, flatten
+from smelt.training.parallel import Ranks, describe_rank, join, lost_ranks_explained, read_ranks, threads_per_rank
+
+WIDTH = 1500  # three layers of 9 MB, so that there are several buckets
+
+
+class Net(nn.Module):
+    """Three wide layers, of which the middle one counts twice; one more is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.shared, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.unused = nn.Linear(WIDTH, 2)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.last(self.shared(self.shared(self.first(rows)).tanh()).tanh())
+
+
+def rows_of(number: int) -> torch.Tensor:
+    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(number))
+
+
+def summed(ranks: Ranks, dtype: torch.dtype, num_steps: int = 2) -> list[torch.Tensor]:
+    """The flat gradients of the last of some steps, each over 2 micro-batches of 2 rows per two ranks."""
+    torch.set_num_threads(1)
+    net = Net().to(dtype)
+    optimizer = Optimizer(net, dtype, (0.9, 0.95), 0.0, 0.0)
+    gradient_sum = GradientSum(net, optimizer, ranks)
+    for number in range(num_steps):
+        optimizer.zero_gradients()
+        own = rows_of(number).to(dtype)[ranks.rows(4)].split(1)
+        for index, rows in enumerate(own):
+            if index == len(own) - 1:
+                gradient_sum.begin()
+            net(rows).float().square().sum().backward()
+        gradient_sum.finish()
+    return [gradients.clone() for gradients in optimizer.gradients()]
+
+
+def rank_main(rank: int, rendezvous: str, dtype: torch.dtype, leaves_early: bool, answer: Connection) -> None:
+    describe_rank(rank, 2, rendezvous)
+    ranks = read_ranks()
+    with join(ranks, torch.device("cpu")):
+        if not leaves_early:
+            answer.send([tensor.numpy() for tensor in summed(ranks, dtype)])
+        elif rank == 1:
+            os._exit(1)
+        else:
+            try:
+                summed(ranks, dtype)
+            except LostRank as error:
+                answer.send(str(error))
+                os._exit(0)  # no barrier with a rank that is gone
+
+
+def on_two_ranks(folder: Path, dtype: torch.dtype, leaves_early: bool = False) -> list[object]:
+    """What each rank sends; None of one that says nothing."""
+    context = multiprocessing.get_context("spawn")
+    processes, answers = [], []
+    for rank in range(2):
+        receiver, sender = context.Pipe(duplex=False)
+        given = (rank, (folder / "meeting").as_uri(), dtype, leaves_early, sender)
+        process = context.Process(target=rank_main, args=given)
+        process.start()
+        sender.close()
+        processes.append(process)
+        answers.append(receiver)
+    heard = [receive(answer) for answer in answers]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode is not None
+    return heard
+
+
+def receive(answer: Connection) -> object:
+    try:
+        return answer.recv() if answer.poll(120) else None
+    except EOFError:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_two_ranks_have_the_gradients_of_one(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+    """In bf16 too: each row's gradient is rounded alone, and added in fp32, however many ranks there are."""
+    alone = summed(Ranks(), dtype)
+    one, other = on_two_ranks(tmp_path, dtype)
+    for index, expected in enumerate(alone):
+        for found in (one, other):
+            tensor = torch.from_numpy(found[index])  # type: ignore[index]
+            torch.testing.assert_close(tensor, expected, atol=tolerance, rtol=1e-5)
+    assert float(alone[0].abs().max()) > 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_gone_is_named_as_the_reason(tmp_path: Path) -> None:
+    heard, nothing = on_two_ranks(tmp_path, torch.float32, leaves_early=True)
+    assert nothing is None
+    assert "another rank has ended or cannot be reached" in str(heard)
+    assert "--init-from resume" in str(heard)
+
+
+def test_buckets_cover_each_parameter_once_from_the_end() -> None:
+    net = Net()
+    group = flatten({name: p for name, p in net.named_parameters() if p.dim() >= 2}, torch.float32)
+    buckets = buckets_of(group)
+    assert [name for bucket in buckets for name in bucket.names] == list(reversed(group.slices))
+    assert sum(len(bucket.gradients) for bucket in buckets) == len(group.gradients)
+    assert all(bucket.gradients.numel() * 4 >= BUCKET_BYTES for bucket in buckets[:-1])
+    assert buckets[0].gradients.data_ptr() > buckets[-1].gradients.data_ptr() == group.gradients.data_ptr()
+
+
+def test_one_rank_sums_nothing() -> None:
+    net = Net()
+    gradient_sum = GradientSum(net, Optimizer(net, torch.float32, (0.9, 0.95), 0.0, 0.0), Ranks())
+    gradient_sum.begin()
+    gradient_sum.finish()
+    assert gradient_sum.buckets == []
+
+
+def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
+    assert threads_per_rank(Ranks(0, 2, 0, 2), 8) == 4
+    assert threads_per_rank(Ranks(0, 2, 0, 2), 1) == 1
+    assert threads_per_rank(Ranks(0, 2), 8) == 8, "the other rank is on another machine"
+
+
+def test_other_errors_of_the_machine_pass_the_explanation() -> None:
+    with pytest.raises(KeyError), lost_ranks_explained():
+        raise KeyError("no rank's fault")
