@@ -3,6 +3,9 @@
 Made anew for each process and each test: what the routes stand on comes in as `Services`.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
@@ -10,6 +13,7 @@ from smelt import __version__
 from smelt.api import (
     bans,
     completions_by_query,
+    datasets,
     docs,
     failures,
     health,
@@ -26,6 +30,7 @@ from smelt.api import (
 from smelt.api.gate import Gate
 from smelt.api.services import Services
 from smelt.api.sessions import Sessions
+from smelt.control.dataset_requests import DatasetRequests
 from smelt.control.imports import Imports
 from smelt.control.keyring import KeyRing
 from smelt.dashboard import pages
@@ -41,10 +46,15 @@ def create_app(services: Services) -> ASGIApp:
 def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> FastAPI:
     """The routes without the gate; nobody serves these."""
     imports = Imports(services.settings, services.ledger)
+    dataset_requests = DatasetRequests(services.settings, services.ledger, services.uploads)
+
+    @asynccontextmanager
+    async def working(_app: FastAPI) -> AsyncIterator[None]:
+        async with imports.running(), dataset_requests.running():
+            yield
+
     # FastAPI's own pages load their scripts from somebody else's server.
-    app = FastAPI(
-        title="smelt", version=__version__, docs_url=None, redoc_url=None, lifespan=lambda _app: imports.running()
-    )
+    app = FastAPI(title="smelt", version=__version__, docs_url=None, redoc_url=None, lifespan=working)
     failures.install(app)
     for routes in (
         openai.router(services),
@@ -56,6 +66,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         models.router(services, imports),
         loaded_model.router(services, imports),
         resources.router(services),
+        datasets.router(services, dataset_requests),
         bans.router(services),
         health.router(services),
         pages.router(),

@@ -64,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     "/completions": Family(INFERENCE, "status_code"),
     "/api/generate": Family(INFERENCE, "success"),
     "/v1/runs": TRAINING,
+    "/v1/datasets": Family(frozenset({"training"}), uploads=True),
     "/api/v1": Family(frozenset({"training", "inference"})),
     **{
         f"/api/v1/{name}": TRAINING

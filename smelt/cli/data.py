@@ -1,17 +1,14 @@
 """`smelt data`: add, list, show and remove datasets; knows no file formats."""
 
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from smelt.cli.data_progress import data_progress
-from smelt.errors import DataError
 from smelt.settings import load_settings
 
 if TYPE_CHECKING:
-    from smelt.data.datasets import Dataset
+    from smelt.control.datasets import DatasetInfo
 
 SHOWN_CHARS = 600  # of a document
 
@@ -84,6 +81,7 @@ def add(
     errors: str,
 ) -> None:
     """Tokenize SOURCE into the dataset NAME. Interrupted or failed, it leaves nothing behind."""
+    from smelt.control.datasets import info
     from smelt.data.preparation import PrepareOptions, prepare
 
     options = PrepareOptions(
@@ -97,7 +95,7 @@ def add(
         dataset = prepare(
             source, load_settings().datasets, name, tokenizer=tokenizer, options=options, progress=progress
         )
-    _describe(dataset)
+    _describe(info(dataset.folder.parent, name))
     click.echo(f"\ntrain on it: smelt train --dataset {name}", err=True)
 
 
@@ -108,11 +106,11 @@ def ls() -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from smelt.data.datasets import list_datasets, open_dataset
+    from smelt.control.datasets import infos
 
     folder = load_settings().datasets
-    names = list_datasets(folder)
-    if not names:
+    found = infos(folder)
+    if not found:
         click.echo(f"no datasets in {folder}; make one: smelt data add NAME --from SOURCE", err=True)
         return
     table = Table(box=None, pad_edge=False)
@@ -121,14 +119,12 @@ def ls() -> None:
     for heading in ("train tokens", "val tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("source", overflow="fold")
-    for name in names:
-        try:
-            dataset = open_dataset(folder / name)
-        except DataError:
-            table.add_row(name, "", "damaged", "", f"smelt data show {name} says how")
+    for info in found:
+        if info.problem is not None:
+            table.add_row(info.name, "", "damaged", "", f"smelt data show {info.name} says how")
             continue
-        sizes = [f"{dataset.split(split).num_tokens:,}" for split in ("train", "val")]
-        table.add_row(name, escape(dataset.manifest.tokenizer), *sizes, escape(dataset.manifest.source))
+        sizes = [f"{num_tokens:,}" for num_tokens in (info.num_train_tokens, info.num_val_tokens)]
+        table.add_row(info.name, escape(info.tokenizer), *sizes, escape(info.source))
     Console().print(table)
 
 
@@ -145,49 +141,42 @@ Examples:
 @click.option("--verify", is_flag=True, help="Compare every file with its hash.")
 def show(name: str, documents: int, verify: bool) -> None:
     """Show where the dataset NAME came from, its tokenizer, counts and shards."""
-    from smelt.data.datasets import dataset_folder, open_dataset
-    from smelt.data.tokenizers import StreamDecoder
+    from smelt.control.datasets import info, open_for, rows
 
-    dataset = open_dataset(dataset_folder(load_settings().datasets, name))
-    _describe(dataset)
+    folder = load_settings().datasets
+    dataset = open_for(folder, name, owner=None)
+    _describe(info(folder, name))
     for shard in (*dataset.manifest.train, *dataset.manifest.val):
         click.echo(f"  {shard.name}  {shard.num_tokens:>15,} tokens  sha256 {shard.sha256[:16]}")
     if verify:
         dataset.verify()
         click.echo("every file is as its hash says")
-    for number, tokens in enumerate(islice(dataset.split("train").documents(), documents)):
-        click.secho(f"\n--- document {number} of train, {len(tokens):,} tokens", fg="cyan")
-        text = StreamDecoder(dataset.tokenizer).push(tokens[:SHOWN_CHARS].tolist())
-        click.echo(text[:SHOWN_CHARS] + ("..." if len(tokens) > SHOWN_CHARS or len(text) > SHOWN_CHARS else ""))
+    for row in rows(dataset, "train", limit=documents, max_chars=SHOWN_CHARS):
+        click.secho(f"\n--- document {row.index} of train, {row.num_tokens:,} tokens", fg="cyan")
+        click.echo(row.text + ("..." if row.is_cut else ""))
 
 
 @command.command(short_help="Remove a dataset.")
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(name: str, yes: bool) -> None:
-    """Remove the dataset NAME and its files."""
-    from smelt.data.datasets import dataset_folder, remove_dataset
+    """Remove the dataset NAME and its files, unless a run trains on it now."""
+    from smelt.control.datasets import info, remove
 
     folder = load_settings().datasets
-    path = dataset_folder(folder, name)
-    if path.is_dir() and not yes:
-        click.confirm(f"remove {path} ({_size(path)})?", abort=True)
-    remove_dataset(folder, name)
+    found = info(folder, name)
+    if not yes:
+        click.confirm(f"remove {found.folder} ({found.num_bytes / 1e6:,.1f} MB)?", abort=True)
+    remove(folder, name)
     click.echo(f"removed {name}", err=True)
 
 
-def _describe(dataset: "Dataset") -> None:
-    manifest = dataset.manifest
-    click.echo(f"dataset     {dataset.name}")
-    click.echo(f"folder      {dataset.folder} ({_size(dataset.folder)})")
-    click.echo(f"source      {manifest.source} ({manifest.num_source_bytes / 1e6:,.1f} MB)")
-    click.echo(f"tokenizer   {manifest.tokenizer} ({manifest.vocab_size:,} ids, {manifest.dtype} on disk)")
-    train, val = dataset.split("train"), dataset.split("val")
-    click.echo(f"train       {train.num_tokens:,} tokens in {train.num_documents:,} documents")
-    click.echo(f"val         {val.num_tokens:,} tokens in {val.num_documents:,} documents")
-    if manifest.num_skipped:
-        click.echo(f"skipped     {manifest.num_skipped:,} bad records")
-
-
-def _size(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.rglob('*')) / 1e6:,.1f} MB"
+def _describe(info: "DatasetInfo") -> None:
+    click.echo(f"dataset     {info.name}")
+    click.echo(f"folder      {info.folder} ({info.num_bytes / 1e6:,.1f} MB)")
+    click.echo(f"source      {info.source} ({info.num_source_bytes / 1e6:,.1f} MB)")
+    click.echo(f"tokenizer   {info.tokenizer} ({info.vocab_size:,} ids, {info.dtype} on disk)")
+    click.echo(f"train       {info.num_train_tokens:,} tokens in {info.num_train_documents:,} documents")
+    click.echo(f"val         {info.num_val_tokens:,} tokens in {info.num_val_documents:,} documents")
+    if info.num_skipped:
+        click.echo(f"skipped     {info.num_skipped:,} bad records")
