@@ -108,6 +108,20 @@ class Conversation:
         return Conversation([*self.messages[:first], *self.messages[end:]], self.tools, kept | moved)
 
 
+@dataclass(frozen=True, slots=True)
+class ChatExample:
+    """A conversation that is to become one datum.
+
+    With `reply_ids` it ends where the assistant is to answer, and these tokens are the answer, for each of which
+    `inputs` have a value. With `rejected` it is the better one of a preference.
+    """
+
+    conversation: Conversation
+    reply_ids: Sequence[int] | None = None
+    inputs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    rejected: Conversation | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Datum:
     """One example to train on: tokens, and what the loss wants to know at each of them.

@@ -13,8 +13,12 @@ import msgspec
 from gated import services_in
 from smelt.api.services import Services
 from smelt.control.model_server import WorkerInfo
+from smelt.data.characters import ByteTokenizer
+from smelt.data.chat_format import ChatFormat
+from smelt.data.chat_training import examples_data
 from smelt.storage.futures import Ledger
-from smelt.transport.messages import Embed, Embedded, Finish, Generate, TextChunk
+from smelt.transport.messages import Embed, Embedded, Finish, Generate, Render, Rendered, TextChunk
+from smelt.transport.tinker_wire import encode_data
 from smelt.types import TokenLogprob
 
 Script = Callable[[Generate], AsyncGenerator[str | TextChunk | Finish, None]]
@@ -37,6 +41,7 @@ class Scripted:
         self.script = script
         self.asked: list[Generate] = []
         self.embedded: list[Embed] = []
+        self.rendered: list[Render] = []
         self.num_running = 0
         self.num_written = 0
         self._ledger = ledger
@@ -77,6 +82,12 @@ class Scripted:
         )
         num_tokens = sum(map(len, request.inputs))
         return Embedded(request.request_id, vectors, WIDTH), Finish(request.request_id, "stop", num_tokens, 0)
+
+    async def render(self, request: Render) -> Rendered:
+        """By bytes, as a worker whose model has no template would."""
+        self.rendered.append(request)
+        chat_format = ChatFormat.of(None, ByteTokenizer())
+        return Rendered(request.request_id, encode_data(examples_data(chat_format, request.examples, CONTEXT, 257)))
 
     async def load_model(self, model: str) -> None:
         self.workers = [replace(worker, models=(*worker.models, model)) for worker in self.workers]

@@ -13,7 +13,7 @@ import msgspec
 from smelt.cluster.samples import encoded
 from smelt.cluster.training_lanes import Note, Told, TrainingLanes
 from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TooLarge, TransportError, Unavailable
-from smelt.inference.events import End, Piece, Samples, Vectors
+from smelt.inference.events import End, Piece, RenderedData, Samples, Vectors
 from smelt.inference.server import InferenceServer
 from smelt.transport.failures import failure_of
 from smelt.transport.frames import MAX_FRAME_BYTES
@@ -30,6 +30,8 @@ from smelt.transport.messages import (
     Message,
     Ping,
     Pong,
+    Render,
+    Rendered,
     Result,
     SnapshotKept,
     TextChunk,
@@ -38,6 +40,7 @@ from smelt.transport.messages import (
 )
 from smelt.transport.operations import SAMPLE, TRAINING_KINDS, Sample
 from smelt.transport.streams import Connection
+from smelt.transport.tinker_wire import encode_data
 from smelt.types import TokenLogprob
 
 STALLED_SECONDS = 15.0  # a server that reads nothing for so long is gone, and answers must not pile up for it
@@ -124,7 +127,7 @@ class Uplink:
             self._is_idle.clear()
             await self._is_idle.wait()
 
-    def take(self, event: Piece | End | Vectors | Samples) -> None:
+    def take(self, event: Piece | End | Vectors | RenderedData | Samples) -> None:
         """Pass on what came of this connection's requests; what is of an earlier one finds nobody."""
         work = self._work.get(event.key)
         if work is None:
@@ -169,7 +172,7 @@ class Uplink:
     async def _receive(self) -> None:
         async for message in self._connection:
             match message:
-                case Generate() | Embed() | LoadModel() | UnloadModel():
+                case Generate() | Embed() | Render() | LoadModel() | UnloadModel():
                     self._begin_live(message)
                 case Grant():
                     self._begin_granted(message)
@@ -184,7 +187,7 @@ class Uplink:
                 case _:
                     raise TransportError(f"the server sends a worker no {type(message).__name__}")
 
-    def _begin_live(self, request: Generate | Embed | LoadModel | UnloadModel) -> None:
+    def _begin_live(self, request: Generate | Embed | Render | LoadModel | UnloadModel) -> None:
         work = Work(request.request_id)
         if self._status.leaving:  # sent before the server had heard of it
             error = Unavailable("the worker is going down; ask again")
@@ -197,6 +200,8 @@ class Uplink:
                 self._server.submit(key, request)
             case Embed():
                 self._server.embed(key, request)
+            case Render():
+                self._server.render(key, request)
             case LoadModel():
                 self._server.load(key, request.model)
             case UnloadModel():
@@ -256,7 +261,9 @@ class Uplink:
                 self._is_idle.set()
 
 
-def _piece(work: Work, event: Piece | Vectors) -> Message:
+def _piece(work: Work, event: Piece | Vectors | RenderedData) -> Message:
+    if isinstance(event, RenderedData):
+        return Rendered(work.request_id, encode_data(event.data))
     if isinstance(event, Vectors):
         return Embedded(work.request_id, event.vectors, event.width)
     return TextChunk(work.request_id, event.text, tuple(event.token_ids), event.index, event.logprobs)

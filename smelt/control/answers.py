@@ -9,15 +9,26 @@ from dataclasses import dataclass, field
 
 from smelt.errors import SmeltError, Unavailable
 from smelt.transport.failures import error_of
-from smelt.transport.messages import Embed, Embedded, Finish, Generate, LoadModel, TextChunk, UnloadModel
+from smelt.transport.messages import (
+    Embed,
+    Embedded,
+    Finish,
+    Generate,
+    LoadModel,
+    Render,
+    Rendered,
+    TextChunk,
+    UnloadModel,
+)
 from smelt.types import TokenLogprob
 
 # Of each answer. What comes at once is always taken: it was asked for.
 MAX_HELD_CHARS = 2**18
 MAX_HELD_TOKENS = 2**16
 
-LiveRequest = Generate | Embed | LoadModel | UnloadModel
-LivePiece = TextChunk | Embedded | Finish
+LiveRequest = Generate | Embed | Render | LoadModel | UnloadModel
+Whole = Embedded | Rendered  # what comes in one piece
+LivePiece = TextChunk | Whole | Finish
 
 
 @dataclass(slots=True)
@@ -27,7 +38,7 @@ class Held:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    vectors: Embedded | None = None
+    whole: Whole | None = None
     finish: Finish | None = None
 
 
@@ -52,7 +63,7 @@ class LiveAnswer:
         """Whether nothing more will come."""
         return self._end is not None or self._num_left == 0
 
-    def push(self, piece: TextChunk | Embedded) -> bool:
+    def push(self, piece: TextChunk | Whole) -> bool:
         """Keep a piece for the reader; False where it is too much, which ends the answer."""
         if self.has_ended:
             return True  # it comes late, and nobody misses it
@@ -62,8 +73,8 @@ class LiveAnswer:
         ):
             self.end(Unavailable("the answer was given up: its reader takes it more slowly than it is written"))
             return False
-        if isinstance(piece, Embedded):
-            self._news_of(0).vectors = piece
+        if isinstance(piece, Whole):
+            self._news_of(0).whole = piece
         else:
             self._hold(piece)
         return True
@@ -119,10 +130,10 @@ class LiveAnswer:
         piece: LivePiece
         if held.texts:
             piece = self._text(index, held)
-        elif held.vectors is not None:
-            piece, held.vectors = held.vectors, None
+        elif held.whole is not None:
+            piece, held.whole = held.whole, None
         else:
-            assert held.finish is not None, "news is text, vectors or an end"
+            assert held.finish is not None, "news is text, something whole or an end"
             piece, held.finish = held.finish, None
         if held.finish is None:
             del self._held[index]

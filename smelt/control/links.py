@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from smelt.control.answers import LiveAnswer, LiveRequest
+from smelt.control.answers import LiveAnswer, LiveRequest, Whole
 from smelt.control.lane_logs import keep_snapshot, log_parts
 from smelt.errors import ConnectionClosed, OutOfSpace, StaleEpoch, StorageError, TransportError, WorkerLost
 from smelt.storage.futures import Granted, Ledger
@@ -31,6 +31,7 @@ from smelt.transport.messages import (
     Message,
     Ping,
     Pong,
+    Rendered,
     Result,
     SnapshotTaken,
     TextChunk,
@@ -141,7 +142,7 @@ class Link:
         if self._keeping:
             await asyncio.wait(self._keeping)
         died = self._duty.answers_for_death and not self.status.leaving
-        await _stored("cannot take work back", partial(self._ledger.release, self.connection.epoch, died=died))
+        await stored("cannot take work back", partial(self._ledger.release, self.connection.epoch, died=died))
 
     def hang_up(self, reason: BaseException) -> None:
         """End `run` with this reason; all live answers end now."""
@@ -218,7 +219,7 @@ class Link:
             await self._rooms[share].wait()
             limit = share.max_granted - self._num_granted(share)
             ask = partial(self._ledger.next_grants, self.connection.epoch, limit, share.kinds, self._duty.kinds)
-            rows = await _stored("cannot grant work", ask)
+            rows = await stored("cannot grant work", ask)
             self.granted |= {row.id: row for row in rows}
             self._update_room()
             for row in rows:
@@ -252,7 +253,7 @@ class Link:
         async for message in self.connection:
             self._num_unanswered = 0
             match message:
-                case TextChunk() | Embedded():
+                case TextChunk() | Embedded() | Rendered():
                     self._take_piece(message)
                 case Finish():
                     if answer := self._answers.get(message.request_id):
@@ -270,7 +271,7 @@ class Link:
                 case _:
                     raise TransportError(f"a {self.connection.role} does not send {type(message).__name__}")
 
-    def _take_piece(self, piece: TextChunk | Embedded) -> None:
+    def _take_piece(self, piece: TextChunk | Whole) -> None:
         answer = self._answers.get(piece.request_id)
         if answer is not None and not answer.push(piece):
             self.cancel(piece.request_id)
@@ -283,7 +284,7 @@ class Link:
         """What was done before it is kept first: it was sent first."""
         if self._keeping:
             await asyncio.wait(self._keeping)
-        await self.send(await _stored("cannot keep a snapshot", partial(keep_snapshot, self._ledger, taken)))
+        await self.send(await stored("cannot keep a snapshot", partial(keep_snapshot, self._ledger, taken)))
 
     def _take_status(self, status: WorkerStatus) -> None:
         self.status = status
@@ -310,7 +311,7 @@ class Link:
             # A session's results come of its log, again if need be. A failure may not.
             durable = category is not None or row.kind not in TRAINING_KINDS
             finish = partial(self._ledger.finish, result.future_id, result.epoch, body, category, durable=durable)
-            await _stored("cannot keep a result", finish)
+            await stored("cannot keep a result", finish)
         except StaleEpoch as stale:
             log.info("%s: %s", self.connection.name, stale)
         else:
@@ -325,7 +326,7 @@ async def _stop(tasks: set[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _stored(complaint: str, change: Callable[[], Awaitable[T]]) -> T:
+async def stored(complaint: str, change: Callable[[], Awaitable[T]]) -> T:
     """What a change of the ledger gives, as soon as the disk takes it."""
     while True:
         try:

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from smelt.transport.messages import Embed, Embedded, Finish, Generate, TextChunk
+from smelt.transport.messages import Embed, Embedded, Finish, Generate, Render, Rendered, TextChunk
 from smelt.types import ModelLoad
 
 
@@ -38,6 +38,10 @@ class ModelServer(Protocol):
 
     async def embed(self, request: Embed) -> tuple[Embedded, Finish]:
         """Vectors of texts, and the number of tokens. Raises what the work has failed with; cancelling it ends it."""
+        ...
+
+    async def render(self, request: Render) -> Rendered:
+        """Conversations as data to train on. Raises what is wrong with them; cancelling it ends the work."""
         ...
 
     async def load_model(self, model: str) -> None:

@@ -23,7 +23,18 @@ from smelt.errors import (
     WorkerLost,
 )
 from smelt.storage.futures import Granted, Ledger
-from smelt.transport.messages import Embed, Embedded, Finish, Generate, LoadModel, Result, TextChunk, UnloadModel
+from smelt.transport.messages import (
+    Embed,
+    Embedded,
+    Finish,
+    Generate,
+    LoadModel,
+    Render,
+    Rendered,
+    Result,
+    TextChunk,
+    UnloadModel,
+)
 from smelt.transport.streams import Connection
 
 PATIENCE_SECONDS = 10.0  # for a worker to come: a restart takes that long
@@ -72,7 +83,7 @@ class Workers:
         """Pieces of the answers, and one Finish for each. Closing the generator cancels the work; see ModelServer."""
         async with self._answering(request) as answer:
             while (piece := await answer.take()) is not None:
-                assert not isinstance(piece, Embedded), "texts come of texts"
+                assert isinstance(piece, TextChunk | Finish), "texts come of texts"
                 self._waiting.discard(request.request_id)
                 yield piece
 
@@ -83,6 +94,13 @@ class Workers:
             assert isinstance(vectors, Embedded), "vectors come first"
             assert isinstance(finish, Finish), "and then the end"
             return vectors, finish
+
+    async def render(self, request: Render) -> Rendered:
+        """Conversations as data to train on; see ModelServer."""
+        async with self._answering(request) as answer:
+            rendered, _ = await answer.whole()
+            assert isinstance(rendered, Rendered), "the data come first"
+            return rendered
 
     async def load_model(self, model: str) -> None:
         """Have the worker that holds a model, or else the least busy one, hold it now."""

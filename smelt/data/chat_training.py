@@ -15,10 +15,34 @@ from numpy.typing import NDArray
 
 from smelt.data.chat_format import ChatFormat, Rendering
 from smelt.errors import InvalidInput
-from smelt.types import ASSISTANT, Conversation, Datum
+from smelt.types import ASSISTANT, ChatExample, Conversation, Datum
 
 INTRODUCTIONS = ("system", "developer")  # roles of turns that stay when old ones are left out
 MAX_TURNS = 512  # of a conversation: each of the assistant's is rendered with all that came before it
+
+
+def examples_data(
+    chat_format: ChatFormat, examples: Sequence[ChatExample], max_tokens: int, vocab_size: int
+) -> list[Datum]:
+    """What each example becomes, by one of the functions below. InvalidInput says which one cannot be."""
+    data = []
+    for number, example in enumerate(examples):
+        try:
+            data.append(_example_datum(chat_format, example, max_tokens, vocab_size))
+        except InvalidInput as error:
+            raise InvalidInput(f"data[{number}]: {error}", error.param or "data") from None
+    return data
+
+
+def _example_datum(chat_format: ChatFormat, example: ChatExample, max_tokens: int, vocab_size: int) -> Datum:
+    conversation = example.conversation
+    if example.reply_ids is not None:
+        return reply_datum(chat_format, conversation, example.reply_ids, example.inputs, max_tokens=max_tokens)
+    chosen = chat_datum(chat_format, conversation, max_tokens=max_tokens, vocab_size=vocab_size)
+    if example.rejected is None:
+        return chosen
+    rejected = chat_datum(chat_format, example.rejected, max_tokens=max_tokens, vocab_size=vocab_size)
+    return preference_datum(chosen, rejected)
 
 
 def chat_datum(chat_format: ChatFormat, conversation: Conversation, *, max_tokens: int, vocab_size: int) -> Datum:

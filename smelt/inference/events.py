@@ -4,7 +4,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from smelt.types import ChatMessage, FinishReason, ModelLoad, SamplingParams, TokenLogprob, ToolCall
+from smelt.types import ChatExample, ChatMessage, Datum, FinishReason, ModelLoad, SamplingParams, TokenLogprob, ToolCall
 
 if TYPE_CHECKING:
     from smelt.inference.sequence import Alternatives, PromptWishes
@@ -65,6 +65,15 @@ class EmbedRequest(Protocol):
     def inputs(self) -> tuple[str | tuple[int, ...], ...]: ...
 
 
+class RenderRequest(Protocol):
+    """Conversations that are to become data to train on."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def examples(self) -> Items[ChatExample]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """More of an answer."""
@@ -113,6 +122,14 @@ class Vectors:
 
 
 @dataclass(frozen=True, slots=True)
+class RenderedData:
+    """What conversations were turned into, one datum for each. An End follows."""
+
+    key: str
+    data: Items[Datum]
+
+
+@dataclass(frozen=True, slots=True)
 class SampledTokens:
     """Tokens with their log-probabilities, those of the likeliest ones there, and whether a stop ended them."""
 
@@ -135,4 +152,4 @@ class Samples:
     wishes: "PromptWishes | None"
 
 
-Event: TypeAlias = Piece | End | Vectors | Samples | Load
+Event: TypeAlias = Piece | End | Vectors | RenderedData | Samples | Load

@@ -13,14 +13,25 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from smelt.data.chat_training import examples_data
 from smelt.errors import SmeltError, Unavailable
 from smelt.inference.answer import Answer
 from smelt.inference.embeddings import Slice, embed_in_slices
-from smelt.inference.events import EmbedRequest, End, Event, Piece, Request, Vectors
+from smelt.inference.events import (
+    EmbedRequest,
+    End,
+    Event,
+    Piece,
+    RenderedData,
+    RenderRequest,
+    Request,
+    Vectors,
+)
 from smelt.inference.prompts import LONG_TEXT
 from smelt.inference.sample_jobs import Holding, Sampling
 from smelt.inference.service import TextModel
 from smelt.models.adapter_folders import Adapter, adapter_stamp, read_adapter
+from smelt.types import Datum
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +167,31 @@ class Embedding:
 
 
 @dataclass(eq=False, slots=True)
+class Rendering:
+    """Conversations on their way to data to train on: all of the work is done beside the server's thread."""
+
+    key: str
+    request: RenderRequest
+    data: list[Datum] = field(default_factory=list)
+    has_begun: bool = False
+
+    is_long = True  # a template takes milliseconds for each turn
+
+    def prepare(self, model: TextModel) -> None:
+        """Render them. InvalidInput says which one cannot be."""
+        config = model.config
+        self.data = examples_data(model.chat_format, self.request.examples, config.block_size, config.vocab_size)
+
+    def events(self) -> list[Event]:
+        """What to tell once it is prepared."""
+        return [RenderedData(self.key, self.data), End(self.key, "stop")]
+
+    def aborted(self, error: Exception | None = None) -> End:
+        """Its end without data."""
+        return End(self.key, "aborted", error=error)
+
+
+@dataclass(eq=False, slots=True)
 class Loading:
     """Somebody waits for a model to be ready."""
 
@@ -167,7 +203,7 @@ class Loading:
         return End(self.key, "aborted", error=error)
 
 
-Job: TypeAlias = Writing | Sampling | Embedding | Loading | Holding
+Job: TypeAlias = Writing | Sampling | Embedding | Rendering | Loading | Holding
 
 
 def explained(error: BaseException, key: str) -> Exception:

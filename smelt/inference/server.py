@@ -21,8 +21,8 @@ from typing import Protocol
 
 from smelt.errors import Overloaded, SmeltError
 from smelt.inference.answer import Answer
-from smelt.inference.events import EmbedRequest, End, Event, Load, Request
-from smelt.inference.jobs import Embedding, Job, Loading, Writing, explained
+from smelt.inference.events import EmbedRequest, End, Event, Load, RenderRequest, Request
+from smelt.inference.jobs import Embedding, Job, Loading, Rendering, Writing, explained
 from smelt.inference.memory import Upkeep
 from smelt.inference.residents import Resident, Residents
 from smelt.inference.sample_jobs import Holding, Sampling
@@ -87,6 +87,10 @@ class InferenceServer:
     def embed(self, key: str, request: EmbedRequest) -> None:
         """Have texts turned into vectors: Vectors, then one End."""
         self._commands.put(partial(self._accept, Embedding(key, request), request.model))
+
+    def render(self, key: str, request: RenderRequest) -> None:
+        """Have conversations turned into data to train on: RenderedData, then one End."""
+        self._commands.put(partial(self._accept, Rendering(key, request), request.model))
 
     def load(self, key: str, model: str) -> None:
         """Have a model ready to answer. An End says when it is, or why it cannot be."""
@@ -279,12 +283,17 @@ class InferenceServer:
         prepared = encoder.submit(job.prepare, model)
         prepared.add_done_callback(lambda done: self._commands.put(partial(self._begin, job, resident, done)))
 
-    def _begin(self, job: Writing | Sampling | Embedding, resident: Resident, prepared: "Future[None]") -> None:
+    def _begin(
+        self, job: Writing | Sampling | Embedding | Rendering, resident: Resident, prepared: "Future[None]"
+    ) -> None:
         if job.key not in self._jobs:
             return  # cancelled meanwhile
         error = prepared.exception()
         if error is None and isinstance(job, Embedding):
             resident.embedding.append(job)
+        elif error is None and isinstance(job, Rendering):
+            self._events += job.events()
+            self._forget(job)
         elif error is None and isinstance(job, Writing | Sampling):
             error = self._begin_writing(job, resident)
         if error is not None:

@@ -6,6 +6,7 @@ them and what they answer:
     work of the ledger      Grant, Cancel ->     <- Result
     live requests           Generate, Cancel ->  <- TextChunk ..., Finish for each answer
                             Embed, Cancel ->     <- Embedded, Finish
+                            Render, Cancel ->    <- Rendered, Finish
                             LoadModel, UnloadModel -> <- Finish
     training sessions       LogPart, SnapshotKept -> <- LogWanted, SnapshotTaken
     what is going on        Ping ->              <- Pong, WorkerStatus
@@ -23,7 +24,7 @@ from typing import Any
 import msgspec
 
 from smelt.transport.operations import LogEntry
-from smelt.types import ChatMessage, FinishReason, ModelLoad, SamplingParams, TokenLogprob, ToolCall
+from smelt.types import ChatExample, ChatMessage, FinishReason, ModelLoad, SamplingParams, TokenLogprob, ToolCall
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -76,7 +77,7 @@ class TrainRequest(msgspec.Struct, frozen=True):
     """The body of a Grant of the kind "train", which a launcher does in a process of its own."""
 
     run_id: str
-    config: dict[str, Any]  # the values of a TrainConfig, its out_dir among them
+    config: dict[str, Any]  # the values of a RunConfig, its recipe and its out_dir among them
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -140,6 +141,22 @@ class Embedded(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     request_id: str
     vectors: bytes
     width: int
+
+
+class Render(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Turn conversations into data to train on, by a model's chat template."""
+
+    request_id: str
+    owner: str
+    model: str
+    examples: tuple[ChatExample, ...]
+
+
+class Rendered(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The data, one for each example: a ForwardBackwardRequest that has nothing else. A Finish follows."""
+
+    request_id: str
+    data: bytes
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -241,6 +258,8 @@ Message = (
     | Finish
     | Embed
     | Embedded
+    | Render
+    | Rendered
     | LoadModel
     | UnloadModel
     | LogWanted

@@ -74,6 +74,32 @@ def decode_forward_backward(body: bytes) -> ForwardBackward:
     )
 
 
+def encode_data(data: Sequence[Datum]) -> bytes:
+    """A request that has nothing but its data; `with_loss` says what is to be done with them."""
+    return pb.ForwardBackwardRequest(data=[_encoded(datum) for datum in data]).SerializeToString(deterministic=True)
+
+
+def with_loss(data: bytes, model_id: str, loss_name: str, settings: Mapping[str, float], forward_only: bool) -> bytes:
+    """The request for a loss on such data."""
+    message = _forward_backward(data)
+    message.model_id, message.loss_fn, message.forward_only = model_id, loss_name, forward_only
+    message.loss_fn_config.update(settings)
+    return message.SerializeToString(deterministic=True)
+
+
+def decode_outputs(body: bytes) -> tuple[list[Floats], dict[str, float]]:
+    """(each datum's log-probabilities, metrics) of an answer of ours."""
+    message = pb.ForwardBackwardOutput()
+    message.ParseFromString(body)
+    logprobs: list[Floats] = []
+    for record in message.loss_fn_outputs:
+        field = record.fields["logprobs"]
+        offsets = _numbers(field.offsets, "<i8", "an answer")
+        for start, end in zip(offsets, offsets[1:], strict=False):
+            logprobs.append(np.frombuffer(field.data[start:end], "<f4").reshape(-1, *field.trailing_shape))
+    return logprobs, dict(message.metrics)
+
+
 def encode_outputs(logprobs: Sequence[Floats], metrics: Mapping[str, float]) -> bytes:
     """The answer: each datum's log-probabilities, (N,) or (N, K), in the order of the request.
 
@@ -128,6 +154,17 @@ def _forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
     except DecodeError as error:
         raise InvalidInput(f"the body is no ForwardBackwardRequest: {error}") from None
     return message
+
+
+def _encoded(datum: Datum) -> pb.Datum:
+    chunk = pb.Chunk(encoded_text=pb.EncodedTextChunk(tokens=_bytes(datum.tokens, "<i4")))
+    inputs = {
+        name: _tensor(values, "<i8", pb.DTYPE_INT64)
+        if np.issubdtype(values.dtype, np.integer)
+        else _tensor(values, "<f4", pb.DTYPE_FLOAT32)
+        for name, values in datum.inputs.items()
+    }
+    return pb.Datum(model_input=[chunk], loss_fn_inputs=inputs)
 
 
 def _datum(message: pb.Datum, place: str) -> Datum:

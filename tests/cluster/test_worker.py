@@ -33,12 +33,14 @@ from smelt.transport.messages import (
     Grant,
     Ping,
     Pong,
+    Render,
     Result,
     TextChunk,
     WorkerStatus,
 )
 from smelt.transport.streams import Connection, listen
-from smelt.types import ChatMessage, SamplingParams, TokenLogprob
+from smelt.transport.tinker_wire import decode_forward_backward
+from smelt.types import ChatExample, ChatMessage, Conversation, SamplingParams, TokenLogprob
 from spine import letting_in, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -199,6 +201,21 @@ async def test_texts_become_vectors(workers: Workers, ledger: Ledger, socket_fil
             await workers.embed(Embed("long", "ann", "tiny", ("x" * 99,)))
         with pytest.raises(NotFound):
             await workers.embed(Embed("gone", "ann", "gone", ("x",)))
+
+
+async def test_conversations_become_data(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    talk = Conversation([ChatMessage("user", "1+1?"), ChatMessage("assistant", "2")])
+    pair = ChatExample(talk, rejected=talk)
+    async with letting_in(workers, ledger, socket_file), working(socket_file):
+        rendered = await workers.render(Render("r", "ann", "tiny", (ChatExample(talk), pair)))
+        one, two = decode_forward_backward(rendered.data).data
+        assert bytes(one.tokens.tolist()) == b"User: 1+1?\n\nAssistant: 2"
+        assert len(two.tokens) == 2 * len(one.tokens)
+        wrong = Conversation([ChatMessage("user", "1+1?")])
+        with pytest.raises(InvalidInput, match=r"data\[1\]: there is no turn of the role `assistant`"):
+            await workers.render(Render("w", "ann", "tiny", (ChatExample(talk), ChatExample(wrong))))
+        with pytest.raises(NotFound):
+            await workers.render(Render("g", "ann", "gone", (ChatExample(talk),)))
 
 
 async def test_models_come_and_go_as_they_are_told(workers: Workers, ledger: Ledger, socket_file: Path) -> None:

@@ -103,7 +103,7 @@ async def test_a_listener_that_returns_our_own_proof_is_left(socket_file: Path) 
 
 async def test_a_listener_of_another_version_is_left(socket_file: Path) -> None:
     async with await answer_as_listener(socket_file, Challenge(PROTOCOL_VERSION + 1, b"")):
-        with pytest.raises(TransportError, match="the other side speaks protocol 2, this one 1"):
+        with pytest.raises(TransportError, match="the other side speaks protocol 3, this one 2"):
             await connect(socket_file, "worker", "w")
 
 
@@ -121,7 +121,7 @@ async def test_a_listener_that_says_nothing_is_left(socket_file: Path, monkeypat
 @pytest.mark.parametrize(
     ("hello", "reason"),
     [
-        (Hello(PROTOCOL_VERSION + 1, "worker", "w", b"", b""), "the other side speaks protocol 2, this one 1"),
+        (Hello(PROTOCOL_VERSION + 1, "worker", "w", b"", b""), "the other side speaks protocol 3, this one 2"),
         (Hello(PROTOCOL_VERSION, "king", "w", b"", b""), "there is no role 'king'"),
     ],
 )

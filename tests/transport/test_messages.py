@@ -23,6 +23,8 @@ from smelt.transport.messages import (
     Message,
     Ping,
     Pong,
+    Render,
+    Rendered,
     Result,
     SnapshotKept,
     SnapshotTaken,
@@ -31,12 +33,13 @@ from smelt.transport.messages import (
     WorkerStatus,
 )
 from smelt.transport.operations import LogEntry
-from smelt.types import ChatMessage, Grammar, SamplingParams, TokenLogprob, ToolCall
+from smelt.types import ChatExample, ChatMessage, Conversation, Grammar, SamplingParams, TokenLogprob, ToolCall
 
 PARAMS = SamplingParams(
     max_tokens=3, temperature=0.0, top_k=5, seed=7, stop=("\n", "end"), stop_token_ids=frozenset({2})
 )
 GUIDED = SamplingParams(logit_bias=((5, -100.0),), num_logprobs=2, grammar=Grammar("regex", "[0-9]+"))
+TALK = Conversation([ChatMessage("user", "1+1?"), ChatMessage("assistant", "2")], [{"type": "function"}], {1: 0.5})
 EXAMPLES = [
     Grant("f1", 3, "alice", "model-1", 4, "optim_step", 2, b"\x00\xff"),
     Grant("f2", 3, "alice", None, None, "completion"),
@@ -53,6 +56,8 @@ EXAMPLES = [
     Finish("r1", "stop", 5, 20, index=1, num_cached_tokens=4, tool_calls=(ToolCall("c1", "add", '{"a": 2}'),)),
     Embed("r5", "bob", "gpt", ("to be", (5, 6))),
     Embedded("r5", b"\x00\x00\x80\x3f", 1),
+    Render("r8", "bob", "gpt", (ChatExample(TALK), ChatExample(TALK, [5], {"advantages": [0.5]}, TALK))),
+    Rendered("r8", b"\x00\xff"),
     LoadModel("r6", "gpt"),
     UnloadModel("r7", "gpt"),
     LogWanted("s:train:0", 4, 9),

@@ -14,10 +14,14 @@ from smelt.errors import InvalidInput, TooLarge
 from smelt.transport.tinker_wire import (
     Sampled,
     decode_forward_backward,
+    decode_outputs,
+    encode_data,
     encode_outputs,
     encode_samples,
     padded_top,
+    with_loss,
 )
+from smelt.types import Datum
 
 TARGETS, WEIGHTS = np.array([5, 6, 7]), np.array([0.0, 1.0, -4.5], np.float32)
 
@@ -158,3 +162,21 @@ def test_the_client_reads_our_samples() -> None:
     assert answer.prompt_logprobs == [None, -1.0]
     assert answer.topk_prompt_logprobs == [None, [(4, -0.75)]]
     assert answer.prompt_cache_hit_tokens == 16
+
+
+def test_data_of_our_own_become_a_request() -> None:
+    tokens = np.array([1, 2, 3], np.int32)
+    data = encode_data([Datum(tokens, {"target_tokens": TARGETS, "weights": WEIGHTS})])
+    request = decode_forward_backward(with_loss(data, "s:train:0", "dpo", {"beta": 0.2}, forward_only=True))
+    assert (request.model_id, request.loss_name, request.forward_only) == ("s:train:0", "dpo", True)
+    assert dict(request.loss_settings) == {"beta": 0.2}
+    (only,) = request.data
+    assert (only.tokens.tolist(), only.inputs["target_tokens"].tolist()) == ([1, 2, 3], [5, 6, 7])
+    assert only.inputs["weights"].dtype == np.float32
+
+
+def test_an_answer_of_ours_is_read_again() -> None:
+    parts = [np.float32([1, 2]), np.float32([3]), np.ones((2, 3), np.float32), np.zeros((0,), np.float32)]
+    logprobs, metrics = decode_outputs(encode_outputs(parts, {"loss:sum": 2.5}))
+    assert [each.tolist() for each in logprobs] == [each.tolist() for each in parts]
+    assert metrics == {"loss:sum": 2.5}
