@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -25,6 +25,9 @@ MAX_RECORD_BYTES = 32 << 20  # one line of JSON or one row of CSV is held in mem
 ROWS_AT_ONCE = 256
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+Records = Iterator[tuple[str, Any]]  # where it stands, for messages, and its value
+Choose = Callable[[Sequence[str]], Sequence[str]]  # of a file's columns those that are wanted; DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,24 +162,31 @@ def text_of(record: Any, column: str) -> str:
     return text
 
 
-def read_jsonl(file: InputFile, reading: Reading) -> Documents:
-    """A document per line: a JSON object with the text column, or with `messages`."""
+def jsonl_records(file: InputFile, reading: Reading) -> Records:
+    """The value of each line, whatever it is."""
     for number, line in _lines(file, reading):
         if not line.strip():
             continue
         where = f"{file.label}, line {number:,}"
         try:
-            yield from whole(text_of(json.loads(line), reading.column))
-        except DataError as error:
-            reading.reject(f"{where}: {error}")
+            yield where, json.loads(line)
         except json.JSONDecodeError as error:
             reading.reject(f"{where} is not JSON: {error.msg} at column {error.colno:,}")
         except (ValueError, RecursionError) as error:  # numbers of too many digits, brackets nested too deep
             reading.reject(f"{where} is not JSON that can be read: {error}")
 
 
-def read_csv(file: InputFile, reading: Reading) -> Documents:
-    """A document per row: the text column, which the first row names."""
+def read_jsonl(file: InputFile, reading: Reading) -> Documents:
+    """A document per line: a JSON object with the text column, or with `messages`."""
+    for where, record in jsonl_records(file, reading):
+        try:
+            yield from whole(text_of(record, reading.column))
+        except DataError as error:
+            reading.reject(f"{where}: {error}")
+
+
+def csv_records(file: InputFile, reading: Reading, choose: Choose) -> Records:
+    """The chosen columns of each row; the first row names them all."""
     csv.field_size_limit(MAX_RECORD_BYTES)
     lines = (line for _, line in _lines(file, reading))
     rows = csv.reader(lines, delimiter="\t" if file.kind == ".tsv" else ",", strict=True)
@@ -184,8 +194,7 @@ def read_csv(file: InputFile, reading: Reading) -> Documents:
         header = next(rows, [])
     except csv.Error as error:
         raise DataError(f"{file.label}, line {rows.line_num:,}: {error}") from None
-    _check_column(file, header, reading.column)
-    index = header.index(reading.column)
+    indices = {column: header.index(column) for column in choose(header)}
     while True:
         first_line = rows.line_num + 1
         try:
@@ -195,13 +204,25 @@ def read_csv(file: InputFile, reading: Reading) -> Documents:
         except csv.Error as error:
             reading.reject(f"{file.label}, row that begins on line {first_line:,}: {error}")
             continue
+        where = f"{file.label}, line {first_line:,}"
         if row and len(row) != len(header):
-            reading.reject(f"{file.label}, line {first_line:,} has {len(row)} fields, but the header {len(header)}")
+            reading.reject(f"{where} has {len(row)} fields, but the header {len(header)}")
         elif row:
-            yield from whole(row[index])
+            yield where, {column: row[index] for column, index in indices.items()}
 
 
-def _check_column(file: InputFile, columns: list[str], column: str) -> None:
+def read_csv(file: InputFile, reading: Reading) -> Documents:
+    """A document per row: the text column, which the first row names."""
+
+    def choose(columns: Sequence[str]) -> list[str]:
+        _check_column(file, columns, reading.column)
+        return [reading.column]
+
+    for _, record in csv_records(file, reading, choose):
+        yield from whole(record[reading.column])
+
+
+def _check_column(file: InputFile, columns: Sequence[str], column: str) -> None:
     if column not in columns:
         raise DataError(
             f"{file.label} has no column {column!r}; its columns are {', '.join(columns)[:500]}; choose with --column"
@@ -211,29 +232,39 @@ def _check_column(file: InputFile, columns: list[str], column: str) -> None:
 # --- Parquet ---------------------------------------------------------------------------------------------
 
 
-def read_parquet(file: InputFile, reading: Reading) -> Documents:
-    """A document per row: the text column, or `messages`."""
+def parquet_records(file: InputFile, reading: Reading, choose: Choose) -> Records:
+    """The chosen columns of each row."""
     num_rows = 0
     try:
         with _seekable(file, reading) as content:
-            for record in _rows(file, content, reading):
+            for record in _rows(file, content, reading, choose):
                 num_rows += 1
-                try:
-                    yield from whole(text_of(record, reading.column))
-                except DataError as error:
-                    reading.reject(f"{file.label}, row {num_rows:,}: {error}")
+                yield f"{file.label}, row {num_rows:,}", record
     except (pa.ArrowException, OSError) as error:
         reading.reject(f"{file.label} is damaged Parquet, after row {num_rows:,}: {error}")
 
 
-def _rows(file: InputFile, content: IO[bytes], reading: Reading) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(content, buffer_size=CHUNK_BYTES) as parquet:
-        columns = parquet.schema_arrow.names
+def read_parquet(file: InputFile, reading: Reading) -> Documents:
+    """A document per row: the text column, or `messages`."""
+
+    def choose(columns: Sequence[str]) -> list[str]:
         column = "messages" if reading.column not in columns and "messages" in columns else reading.column
         _check_column(file, columns, column)
+        return [column]
+
+    for where, record in parquet_records(file, reading, choose):
+        try:
+            yield from whole(text_of(record, reading.column))
+        except DataError as error:
+            reading.reject(f"{where}: {error}")
+
+
+def _rows(file: InputFile, content: IO[bytes], reading: Reading, choose: Choose) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(content, buffer_size=CHUNK_BYTES) as parquet:
+        columns = choose(parquet.schema_arrow.names)
         num_bytes_before, size = reading.num_bytes, file.path.stat().st_size
         num_rows = 0
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[column]):
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
             yield from batch.to_pylist()
             num_rows += batch.num_rows
             reading.num_bytes = num_bytes_before + size * num_rows // parquet.metadata.num_rows

@@ -7,7 +7,7 @@ import email.message
 import http.client
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -124,6 +124,11 @@ def _refuse(error: OSError) -> None:
 
 def url_source(spec: str, scratch: Path, progress: Progress, opened: Callable[..., Any] = urlopen) -> Source:
     """A file behind an http(s) address, downloaded into `scratch`; `opened` is urllib's urlopen or its like."""
+    return source_of([download(spec, scratch, progress, opened)])
+
+
+def download(spec: str, scratch: Path, progress: Progress, opened: Callable[..., Any] = urlopen) -> InputFile:
+    """What lies behind an http(s) address, as a file in `scratch`. DataError where it cannot be fetched."""
     request = Request(spec, headers={"User-Agent": f"smelt/{__version__}"})
     target = scratch / "download"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -137,7 +142,7 @@ def url_source(spec: str, scratch: Path, progress: Progress, opened: Callable[..
         raise DataError(f"{spec} is not an address that can be fetched: {error}") from None
     except (URLError, TimeoutError, http.client.HTTPException, ConnectionError) as error:
         raise DataError(f"{spec} cannot be fetched: {getattr(error, 'reason', None) or error}") from None
-    return source_of([input_file(target, label=spec, name=name)])
+    return input_file(target, label=spec, name=name)
 
 
 def remote_name(url: str, headers: email.message.Message) -> str:
@@ -170,28 +175,33 @@ def _download(response: Any, target: Path, url: str, progress: Progress) -> None
 
 def hub_source(spec: str, _scratch: Path, _progress: Progress) -> Source:
     """A dataset of the hub, `hf:ORG/NAME[:config][:split]`, streamed: it is not kept on the disk."""
-    name, config, split = parse_hub_spec(spec)
-    library = _datasets_library()
+    parse_hub_spec(spec)
+    _datasets_library()  # what is missing is said before anything is read
 
     def read(reading: Reading) -> Documents:
-        try:
-            rows = library.load_dataset(name, config, split=split, streaming=True)
-            for number, row in enumerate(rows, start=1):
-                try:
-                    text = text_of(row, reading.column)
-                except DataError as error:
-                    reading.reject(f"{spec}, row {number:,}: {error}")
-                    continue
-                reading.num_bytes += len(text)
-                yield from whole(text)
-        except DataError:
-            raise
-        except (OSError, ValueError, LookupError) as error:
-            raise DataError(
-                f"{spec} cannot be read: {error} (offline, the hub's cache is what HF_HOME points to)"
-            ) from None
+        for where, row, _ in hub_rows(spec):
+            try:
+                text = text_of(row, reading.column)
+            except DataError as error:
+                reading.reject(f"{where}: {error}")
+                continue
+            reading.num_bytes += len(text)
+            yield from whole(text)
 
     return Source(read)
+
+
+def hub_rows(spec: str) -> Iterator[tuple[str, dict[str, Any], Mapping[str, Any] | None]]:
+    """(where, row, what the columns are) of a dataset of the hub, streamed. DataError where it cannot be read."""
+    name, config, split = parse_hub_spec(spec)
+    try:
+        rows = _datasets_library().load_dataset(name, config, split=split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"{spec}, row {number:,}", row, getattr(rows, "features", None)
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(
+            f"{spec} cannot be read: {error} (offline, the hub's cache is what HF_HOME points to)"
+        ) from None
 
 
 def parse_hub_spec(spec: str) -> tuple[str, str | None, str]:
