@@ -17,6 +17,7 @@ from smelt.inference.adapters import AdapterPool
 from smelt.inference.block_tables import BlockTables
 from smelt.inference.kv_cache import KVCache, default_num_blocks, num_blocks_in
 from smelt.inference.prompt_logprobs import rate_prompt
+from smelt.inference.recorded_steps import RecordedSteps
 from smelt.inference.sampler import check_params, sample
 from smelt.inference.scheduler import Chunk, Scheduler
 from smelt.inference.sequence import Sequence, Status
@@ -76,6 +77,7 @@ class Engine:
         self.scheduler = Scheduler(self.tables, max_running, max(max_step_tokens, max_running))
         self.max_length = min(model.config.block_size, num_blocks * block_size)
         self.adapters = AdapterPool(model)
+        self._recorded = RecordedSteps(model, self.cache, -(-self.max_length // block_size))
         self._batch_size = 0
 
     @property
@@ -138,16 +140,25 @@ class Engine:
         if not plan.chunks:
             return []
         self.cache.copy(plan.copies)
+        self._batch_size = sum(chunk.num_tokens for chunk in plan.chunks)
+        if all(_is_newest(chunk) for chunk in plan.chunks) and (outcome := self._recorded.run(plan.chunks)) is not None:
+            hidden_NC, logits_NV = outcome
+            self._note_computed(plan.chunks, hidden_NC)
+            return self._draw([chunk.sequence for chunk in plan.chunks], logits_NV)
         attend = attend_chunks(self.cache, plan.chunks, self.model.config.sliding_window)
         hidden_NC = self.model(self._batch(plan.chunks), attend)[0]
         self._note_computed(plan.chunks, hidden_NC)
-        return self._draw(plan.chunks, hidden_NC)
+        ends = np.cumsum([chunk.num_tokens for chunk in plan.chunks])
+        rows = [int(end) - 1 for chunk, end in zip(plan.chunks, ends, strict=True) if chunk.is_last]
+        own = [chunk for chunk in plan.chunks if chunk.is_last]
+        if not own:
+            return []
+        return self._draw([chunk.sequence for chunk in own], self.adapters.logits(hidden_NC[rows], self._slots(own)))
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
         """One row with the tokens of all chunks."""
         tokens = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.end)]
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        self._batch_size = len(tokens)
         return Batch(
             torch.tensor([tokens], device=self.device),
             positions=torch.from_numpy(positions)[None].to(self.device),
@@ -182,15 +193,9 @@ class Engine:
         slots = self._slots([chunk]).repeat(len(hidden_TC))
         return self.adapters.logits(hidden_TC, slots).float()[:, : self.vocab_size]
 
-    def _draw(self, chunks: list[Chunk], hidden_NC: Tensor) -> list[tuple[Sequence, int]]:
-        """The next token of each sequence whose newest one was computed."""
-        ends = np.cumsum([chunk.num_tokens for chunk in chunks])
-        rows = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
-        own = [chunk for chunk in chunks if chunk.is_last]
-        sequences = [chunk.sequence for chunk in own]
-        if not sequences:
-            return []
-        logits_BV = self.adapters.logits(hidden_NC[rows], self._slots(own)).float()[:, : self.vocab_size]
+    def _draw(self, sequences: list[Sequence], logits_BV: Tensor) -> list[tuple[Sequence, int]]:
+        """The next token of each sequence, whose newest one was computed."""
+        logits_BV = logits_BV.float()[:, : self.vocab_size]
         drawn = sample(logits_BV, sequences)
         for sequence, (token, logprob, top) in zip(sequences, drawn, strict=True):
             sequence.append(token, logprob, top, self.max_length)
@@ -210,3 +215,8 @@ class Engine:
             f"{self.tables.block_size} tokens, and the answer needs one of these; shorten the prompt or enlarge the "
             f"cache"
         )
+
+
+def _is_newest(chunk: Chunk) -> bool:
+    """Whether it is the last token of a sequence that uses no adapter."""
+    return chunk.num_tokens == 1 and chunk.is_last and chunk.sequence.adapter is None

@@ -81,6 +81,11 @@ class Sequence:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def newest_token(self) -> int:
+        """The last one of prompt and output together."""
+        return self.output_ids[-1] if self.output_ids else self.prompt_ids[-1]
+
+    @property
     def lacks_prompt_logprobs(self) -> bool:
         """Whether it asks for some that it does not have yet."""
         wants = self.params.num_prompt_logprobs is not None

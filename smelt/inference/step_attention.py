@@ -9,10 +9,12 @@ width of a head, B chunks of a single token.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smelt.inference.kv_cache import KVCache
@@ -30,19 +32,37 @@ class Span:
     mask_TL: Tensor | None  # None: plain causal attention
 
 
+class Places(NamedTuple):
+    """Where single tokens go to in the cache, and where what they look at lies."""
+
+    new_ids_BG: Tensor  # vectors of the cache, int64
+    tables_BN: Tensor  # blocks, int32; beyond a row's length any block's number
+    lengths_B: Tensor  # positions, the token's own included, int32
+
+
+def attend_singles(cache: KVCache, places: Places, window: int | None) -> Attend:
+    """For `Decoder.forward`, with one token of each of several sequences."""
+
+    def attend(layer: int, q_1BHD: Tensor, k_1BGD: Tensor, v_1BGD: Tensor) -> Tensor:
+        cache.write(layer, places.new_ids_BG, k_1BGD[0], v_1BGD[0])
+        return attend_paged(q_1BHD[0], *cache.layers[layer], places.tables_BN, places.lengths_B, window)[None]
+
+    return attend
+
+
 def attend_chunks(cache: KVCache, chunks: list[Chunk], window: int | None) -> Attend:
     """For `Decoder.forward`, with the tokens of these chunks: those of a single token come first."""
     new_ids = _new_ids(cache, chunks)
     num_singles = sum(chunk.num_tokens == 1 for chunk in chunks)
     tables_BN, lengths_B = _tables(chunks[:num_singles], cache.device)
     spans = _spans(cache, chunks[num_singles:], num_singles, window)
+    if not spans:
+        return attend_singles(cache, Places(new_ids, tables_BN, lengths_B), window)
 
     def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
         q_NHD, k_NGD, v_NGD = q_1NHD[0], k_1NGD[0], v_1NGD[0]
         cache.write(layer, new_ids, k_NGD, v_NGD)
         keys, values = cache.layers[layer]
-        if not spans:
-            return attend_paged(q_NHD, keys, values, tables_BN, lengths_B, window)[None]
         mixed_NHD = q_NHD.new_empty(q_NHD.shape)
         if num_singles:
             single_q = q_NHD[:num_singles]
@@ -87,12 +107,18 @@ def _places(chunk: Chunk, start: int, block_size: int) -> tuple[np.ndarray, np.n
 
 def _tables(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, most blocks of one), and lengths (B,), both int32."""
-    tables = [chunk.sequence.block_ids for chunk in chunks]
-    tables_BN = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int32)
-    for row, blocks in enumerate(tables):
-        tables_BN[row, : len(blocks)] = blocks
+    width = max((len(chunk.sequence.block_ids) for chunk in chunks), default=0)
+    tables_BN = np.zeros((len(chunks), width), dtype=np.int32)
+    fill_tables(tables_BN, chunks)
     lengths_B = np.array([chunk.end for chunk in chunks], dtype=np.int32)
     return torch.from_numpy(tables_BN).to(device), torch.from_numpy(lengths_B).to(device)
+
+
+def fill_tables(tables_BN: NDArray[np.int32], chunks: list[Chunk]) -> None:
+    """Write the chunks' blocks to the beginnings of the rows."""
+    for row, chunk in zip(tables_BN, chunks, strict=True):
+        blocks = chunk.sequence.block_ids
+        row[: len(blocks)] = blocks
 
 
 def _spans(cache: KVCache, chunks: list[Chunk], begin: int, window: int | None) -> list[Span]:

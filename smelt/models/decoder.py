@@ -15,6 +15,7 @@ from smelt.configs import DecoderConfig
 from smelt.models.batch import NO_TARGET, Batch
 from smelt.models.layers import Attend, Block, attend_within, make_norm, rotary_tables
 from smelt.models.linear import Linear, product
+from smelt.models.rowwise import Embedding, add
 
 
 class Decoder(nn.Module):
@@ -25,9 +26,9 @@ class Decoder(nn.Module):
         self.config = config
         self.dropout = dropout
         self.gradient_checkpointing = False
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
-            self.positions = nn.Embedding(config.block_size, config.n_embd)
+            self.positions = Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer, dropout) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
         self.head: nn.Module | None = None  # tied: the embedding again
@@ -41,7 +42,7 @@ class Decoder(nn.Module):
         x_BTC = self.embedding(batch.tokens)
         rotary = None
         if self.config.position == "learned":
-            x_BTC = x_BTC + self._position_vectors(batch)
+            x_BTC = add(x_BTC, self._position_vectors(batch))
         else:
             rotary = self._rotary_tables(batch, x_BTC.dtype)
         x_BTC = F.dropout(x_BTC, self.dropout, self.training)

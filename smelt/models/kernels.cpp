@@ -481,3 +481,5 @@ void attend_bf16(const bf16 *q, int64_t q_stride, const bf16 *keys, const bf16 *
     attend<Bf16Pairs>(q, q_stride, cache, tables, table_width, lengths, window, out, num_rows, num_heads, threads);
 }
 }
+
+#include "recording.h"

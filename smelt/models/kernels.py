@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("kernels.cpp", "lora.h", "rowwise.h"))
+from smelt.models.recording import current_recording, empty
+
+_FILES = ("kernels.cpp", "lora.h", "rowwise.h", "recording.h")
+SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in _FILES)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 120.0
 WHOLE_ROW = 1 << 62  # as a window: no limit
@@ -36,9 +39,35 @@ _LINEAR_INT8 = [Address] * 5 + [Count] * 3 + [Threads]
 _ATTEND = [Address, Count, Address, Address, Count, Address, Count, Address, Count, Address] + [Count] * 5 + [Threads]
 _LORA = [Address] * 8 + [Count, Address] + [Count] * 4 + [Threads]
 _RMS_NORM = [Address] * 3 + [Count] * 2 + [ctypes.c_float, Threads]
+_LAYER_NORM = [Address] * 4 + [Count] * 2 + [ctypes.c_float]
+_NORM_HEADS = [Address, Count] + [Address] * 3 + [Count] * 4 + [ctypes.c_float]
+_GELU = [Address] * 2 + [Count]
+_ADD = [Address] * 3 + [Count]
+_LOOK_UP = [Address] * 3 + [Count] * 2
+_ROTARY_TABLES = [Address] * 4 + [Count] * 2
 _SWIGLU = [Address] * 2 + [Count] * 2 + [Threads]
 _ROTATE = [Address, Count, Address, Address, Address, Count, Count, Count, Threads]
 _WRITE_CACHE: list[Any] = [Address, Count] * 2 + [Address] * 3 + [Count] * 3
+
+
+class Function:
+    """One function of the library; its calls are noted where a pass is being recorded."""
+
+    def __init__(self, functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> None:
+        self._call = functions[name]
+        self._call.argtypes, self._call.restype = types, None
+        self._of_words = ctypes.cast(functions[f"{name}_of_words"], Address).value or 0
+
+    def __call__(self, *arguments: float | None) -> None:
+        """Pointers are numbers here, and None is one to nothing."""
+        self._call(*arguments)
+        if (recording := current_recording()) is not None:
+            recording.note(self._of_words, arguments)
+
+
+def _by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> dict[torch.dtype, Function]:
+    suffixes = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    return {dtype: Function(functions, f"{name}_{suffix}", types) for dtype, suffix in suffixes.items()}
 
 
 class Kernels:
@@ -51,10 +80,17 @@ class Kernels:
         self._attend = _by_dtype(functions, "attend", _ATTEND)
         self._lora = _by_dtype(functions, "lora", _LORA)
         self._rms_norm = _by_dtype(functions, "rms_norm", _RMS_NORM)
+        self._layer_norm = _by_dtype(functions, "layer_norm", _LAYER_NORM)
+        self._norm_heads = _by_dtype(functions, "norm_heads", _NORM_HEADS)
+        self._gelu_tanh = _by_dtype(functions, "gelu_tanh", _GELU)
         self._swiglu = _by_dtype(functions, "swiglu", _SWIGLU)
         self._rotate = _by_dtype(functions, "rotate", _ROTATE)
-        self._write_cache = functions.write_cache
-        self._write_cache.argtypes, self._write_cache.restype = _WRITE_CACHE, None
+        self._rotary_tables = _by_dtype(functions, "rotary_tables", _ROTARY_TABLES)
+        self._look_up = Function(functions, "look_up", _LOOK_UP)
+        self._add = _by_dtype(functions, "add", _ADD)
+        self._write_cache = Function(functions, "write_cache", _WRITE_CACHE)
+        self.replay = functions.replay  # what a `Recording` wants
+        self.replay.argtypes, self.replay.restype = [Address, Count], None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out): x W^T + b, all of one dtype, summed in fp32."""
@@ -69,7 +105,7 @@ class Kernels:
     ) -> Tensor:
         """As `paged_attention.attend_paged`, whose `suits_kernel` says what it takes."""
         num_rows, num_heads, width = q_BHD.shape
-        out_BHD = q_BHD.new_empty(q_BHD.shape)
+        out_BHD = empty(q_BHD.shape, q_BHD.dtype)
         self._attend[q_BHD.dtype](
             q_BHD.data_ptr(),
             q_BHD.stride(0),
@@ -121,23 +157,74 @@ class Kernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """(..., C): `torch.nn.functional.rms_norm` over the last dimension."""
-        y = torch.empty_like(x)
+        y = empty(x.shape, x.dtype)
         width = x.shape[-1]
         self._rms_norm[x.dtype](
             x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps, torch.get_num_threads()
         )
         return y
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """(..., C): `torch.nn.functional.layer_norm` over the last dimension."""
+        y = empty(x.shape, x.dtype)
+        width = x.shape[-1]
+        bias_at = None if bias is None else bias.data_ptr()
+        addresses = x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr()
+        self._layer_norm[x.dtype](*addresses, x.numel() // width, width, eps)
+        return y
+
+    def norm_heads(self, x_NHD: Tensor, of_queries: Tensor, of_keys: Tensor, num_queries: int, eps: float) -> Tensor:
+        """(N, H, D): RMSNorm of each head, the first ones by the queries' weight; a token's heads in one piece."""
+        y_NHD = empty(x_NHD.shape, x_NHD.dtype)
+        num_tokens, num_heads, width = x_NHD.shape
+        addresses = of_queries.data_ptr(), of_keys.data_ptr(), y_NHD.data_ptr()
+        sizes = num_tokens, num_queries, num_heads, width
+        self._norm_heads[x_NHD.dtype](x_NHD.data_ptr(), x_NHD.stride(0), *addresses, *sizes, eps)
+        return y_NHD
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """GELU in its tanh form."""
+        y = empty(x.shape, x.dtype)
+        self._gelu_tanh[x.dtype](x.data_ptr(), y.data_ptr(), x.numel())
+        return y
+
+    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """(V, C), int64 (...) below V -> (..., C): the rows of these numbers."""
+        rows = empty((*ids.shape, table.shape[1]), table.dtype)
+        width = table.shape[1] * table.element_size()
+        self._look_up(table.data_ptr(), ids.data_ptr(), rows.data_ptr(), ids.numel(), width)
+        return rows
+
+    def rotary_tables(self, positions_N: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(N, D) each, as `layers.rotary_tables`, for int64 positions and fp32 frequencies (D/2,)."""
+        shape = (len(positions_N), 2 * len(frequencies))
+        cos, sin = empty(shape, dtype), empty(shape, dtype)
+        self._rotary_tables[dtype](
+            positions_N.data_ptr(),
+            frequencies.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            len(positions_N),
+            len(frequencies),
+        )
+        return cos, sin
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, of one shape."""
+        total = empty(x.shape, x.dtype)
+        self._add[x.dtype](x.data_ptr(), y.data_ptr(), total.data_ptr(), x.numel())
+        return total
+
     def swiglu(self, x: Tensor) -> Tensor:
         """(..., 2F) -> (..., F): silu(first half) * second half."""
         width = x.shape[-1] // 2
-        y = x.new_empty((*x.shape[:-1], width))
+        y = empty((*x.shape[:-1], width), x.dtype)
         self._swiglu[x.dtype](x.data_ptr(), y.data_ptr(), y.numel() // width, width, torch.get_num_threads())
         return y
 
     def rotate(self, x_NHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(N, H, D): as `layers.rotate`; each token's heads in one piece, `cos` and `sin` (N, D) in all."""
-        y_NHD = x_NHD.new_empty(x_NHD.shape)
+        y_NHD = empty(x_NHD.shape, x_NHD.dtype)
         self._rotate[x_NHD.dtype](
             x_NHD.data_ptr(),
             x_NHD.stride(0),
@@ -168,10 +255,10 @@ class Kernels:
 
 
 def _product(
-    function: Callable[..., None], x: Tensor, weight: Tensor, weight_addresses: tuple[int, ...], bias: Tensor | None
+    function: Function, x: Tensor, weight: Tensor, weight_addresses: tuple[int, ...], bias: Tensor | None
 ) -> Tensor:
     num_out, width = weight.shape
-    y = x.new_empty((*x.shape[:-1], num_out))
+    y = empty((*x.shape[:-1], num_out), x.dtype)
     function(
         x.data_ptr(),
         *weight_addresses,
@@ -183,15 +270,6 @@ def _product(
         torch.get_num_threads(),
     )
     return y
-
-
-def _by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[type]) -> dict[torch.dtype, Callable[..., None]]:
-    found: dict[torch.dtype, Callable[..., None]] = {}
-    for dtype, suffix in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        function = functions[f"{name}_{suffix}"]
-        function.argtypes, function.restype = types, None
-        found[dtype] = function
-    return found
 
 
 class _Build:

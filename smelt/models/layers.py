@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, C width, H query heads, G key/value heads, D width of 
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from smelt.configs import DecoderConfig
 from smelt.models.batch import Batch
 from smelt.models.linear import Linear
-from smelt.models.rowwise import RMSNorm, rotate, swiglu
+from smelt.models.rowwise import LayerNorm, RMSNorm, add, gelu_tanh, kernels_for, norm_heads, rotate, swiglu
 
 # (layer, q_BTHD, k_BTGD, v_BTGD) -> out_BTHD: how queries meet keys. Training attends within the
 # batch; the inference engine passes one that reads and writes its cache.
@@ -23,7 +24,7 @@ def make_norm(config: DecoderConfig, width: int) -> nn.Module:
     """The LayerNorm or RMSNorm that the config names."""
     if config.norm == "rmsnorm":
         return RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
@@ -42,8 +43,18 @@ def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
     return frequencies * (blend + (1 - blend) / scaling.factor)
 
 
+@cache
+def _kept_frequencies(config: DecoderConfig) -> Tensor:
+    """`rope_frequencies` on the CPU, where every step of an engine asks for them."""
+    with torch.inference_mode(mode=False):
+        return rope_frequencies(config, torch.device("cpu"))
+
+
 def rotary_tables(config: DecoderConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What `rotate` takes for tokens at these positions, (B, T, 1, D) each, computed in fp32 whatever `dtype` is."""
+    if len(positions_BT) == 1 and (fast := kernels_for(positions_BT, dtype)) is not None:
+        cos_ND, sin_ND = fast.rotary_tables(positions_BT[0], _kept_frequencies(config), dtype)
+        return cos_ND[None, :, None], sin_ND[None, :, None]
     angles = positions_BT[..., None].float() * rope_frequencies(config, positions_BT.device)
     cos, sin = angles.cos(), angles.sin()
     tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -122,8 +133,7 @@ class Attention(nn.Module):
         # Queries and keys stay side by side until they are rotated: one pass instead of two.
         qk_BTHD, v_BTGD = packed.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHD, k_BTGD = qk_BTHD.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
-            qk_BTHD = torch.cat((self.q_norm(q_BTHD), self.k_norm(k_BTGD)), dim=2)
+            qk_BTHD = norm_heads(qk_BTHD, self.q_norm, self.k_norm, self.num_heads)
         if rotary is not None:
             qk_BTHD = rotate(qk_BTHD, *rotary)
         q_BTHD, k_BTGD = qk_BTHD.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
@@ -137,7 +147,7 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        self.gelu_form = "none" if config.mlp == "gelu_exact" else "tanh"
+        self.gelu = F.gelu if config.mlp == "gelu_exact" else gelu_tanh
         self.up = Linear(config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.bias)
         self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
 
@@ -146,7 +156,7 @@ class MLP(nn.Module):
         hidden = self.up(x_BTC)
         if self.gated:
             return self.down(swiglu(hidden))
-        return self.down(F.gelu(hidden, approximate=self.gelu_form))
+        return self.down(self.gelu(hidden))
 
 
 class Block(nn.Module):
@@ -162,8 +172,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x_BTC = x_BTC + self._drop(self.attention(self.attention_norm(x_BTC), rotary, attend))
-        return x_BTC + self._drop(self.mlp(self.mlp_norm(x_BTC)))
+        x_BTC = add(x_BTC, self._drop(self.attention(self.attention_norm(x_BTC), rotary, attend)))
+        return add(x_BTC, self._drop(self.mlp(self.mlp_norm(x_BTC))))
 
     def _drop(self, x_BTC: Tensor) -> Tensor:
         return F.dropout(x_BTC, self.dropout) if self.training and self.dropout > 0 else x_BTC

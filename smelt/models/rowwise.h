@@ -12,19 +12,49 @@ template <class X> inline float rounded(float x) {
     return to_float(kept);
 }
 
+template <class X> inline void rms_norm_row(const X *x, const X *weight, X *y, int64_t width, float eps) {
+    float sums[LANES] = {}, sum = 0.0f;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) sums[lane] += to_float(x[i + lane]) * to_float(x[i + lane]);
+    for (; i < width; i++) sums[0] += to_float(x[i]) * to_float(x[i]);
+    for (float part : sums) sum += part;
+    const float scale = 1.0f / std::sqrt(sum / float(width) + eps);
+    for (i = 0; i < width; i++) assign(y[i], to_float(x[i]) * scale * to_float(weight[i]));
+}
+
 template <class X>
 void rms_norm(const X *x, const X *weight, X *y, int64_t num_rows, int64_t width, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (num_rows >= 2 * ROWS_PER_THREAD)
-    for (int64_t r = 0; r < num_rows; r++) {
-        const X *from = x + r * width;
-        float sums[LANES] = {}, sum = 0.0f;
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES)
-            for (int lane = 0; lane < LANES; lane++) sums[lane] += to_float(from[i + lane]) * to_float(from[i + lane]);
-        for (; i < width; i++) sums[0] += to_float(from[i]) * to_float(from[i]);
+    for (int64_t r = 0; r < num_rows; r++) rms_norm_row(x + r * width, weight, y + r * width, width, eps);
+}
+
+// Each head of a row by itself: the first `num_queries` by one weight, the others by another.
+template <class X>
+void norm_heads(const X *x, int64_t x_stride, const X *of_queries, const X *of_keys, X *y, int64_t num_rows,
+                int64_t num_queries, int64_t num_heads, int64_t width, float eps) {
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t h = 0; h < num_heads; h++)
+            rms_norm_row(x + r * x_stride + h * width, h < num_queries ? of_queries : of_keys,
+                         y + (r * num_heads + h) * width, width, eps);
+}
+
+// bias may be null.
+template <class X>
+void layer_norm(const X *x, const X *weight, const X *bias, X *y, int64_t num_rows, int64_t width, float eps) {
+    for (int64_t r = 0; r < num_rows; r++, x += width, y += width) {
+        float sums[LANES] = {}, squares[LANES] = {}, sum = 0.0f, square = 0.0f;
+        for (int64_t i = 0; i < width; i++) sums[i % LANES] += to_float(x[i]);
         for (float part : sums) sum += part;
-        const float scale = 1.0f / std::sqrt(sum / float(width) + eps);
-        for (i = 0; i < width; i++) assign(y[r * width + i], to_float(from[i]) * scale * to_float(weight[i]));
+        const float mean = sum / float(width);
+        for (int64_t i = 0; i < width; i++) {
+            const float apart = to_float(x[i]) - mean;
+            squares[i % LANES] += apart * apart;
+        }
+        for (float part : squares) square += part;
+        const float scale = 1.0f / std::sqrt(square / float(width) + eps);
+        for (int64_t i = 0; i < width; i++)
+            assign(y[i], (to_float(x[i]) - mean) * scale * to_float(weight[i]) + (bias ? to_float(bias[i]) : 0.0f));
     }
 }
 
@@ -49,6 +79,12 @@ void rotate(const X *x, int64_t x_stride, const X *cos, const X *sin, X *y, int6
         }
 }
 
+// x / (1 + exp(-z)), with z = x for SiLU.
+inline floats gated(floats x, floats z) {
+    const floats power = exponential(z < 0.0f ? z : -z);
+    return x * (z < 0.0f ? power : floats{} + 1.0f) / (power + 1.0f);
+}
+
 // y = silu(gate) * up, where each row of x has all gates first.
 template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) if (num_rows >= ROWS_PER_THREAD)
@@ -57,8 +93,7 @@ template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width
         X *to = y + r * width;
         int64_t i = 0;
         for (; i + LANES <= width; i += LANES) {
-            const floats gate = widen(gates + i), power = exponential(gate < 0.0f ? gate : -gate);
-            const floats silu = gate * (gate < 0.0f ? power : floats{} + 1.0f) / (power + 1.0f);
+            const floats gate = widen(gates + i), silu = gated(gate, gate);
             for (int lane = 0; lane < LANES; lane++)
                 assign(to[i + lane], rounded<X>(silu[lane]) * to_float(ups[i + lane]));
         }
@@ -69,9 +104,79 @@ template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width
     }
 }
 
+// GELU in its tanh form: (1 + tanh(z / 2)) / 2 = 1 / (1 + exp(-z)).
+template <class X> void gelu_tanh(const X *x, X *y, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int64_t num = std::min<int64_t>(LANES, count - i);
+        floats value = {};
+        for (int64_t lane = 0; lane < num; lane++) value[lane] = to_float(x[i + lane]);
+        const floats gate = gated(value, 1.5957691216f * (value + 0.044715f * value * value * value));
+        for (int64_t lane = 0; lane < num; lane++) assign(y[i + lane], gate[lane]);
+    }
+}
+
+// What `rotate` takes: cosines and signed sines of position times frequency, each frequency for both halves of a head.
+template <class X>
+void rotary_tables(const int64_t *positions, const float *frequencies, X *cos, X *sin, int64_t num_rows,
+                   int64_t half) {
+    for (int64_t r = 0; r < num_rows; r++, cos += 2 * half, sin += 2 * half)
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = float(positions[r]) * frequencies[i], c = std::cos(angle), s = std::sin(angle);
+            assign(cos[i], c), assign(cos[half + i], c);
+            assign(sin[i], -s), assign(sin[half + i], s);
+        }
+}
+
+template <class X> void add(const X *a, const X *b, X *sum, int64_t count) {
+    for (int64_t i = 0; i < count; i++) assign(sum[i], to_float(a[i]) + to_float(b[i]));
+}
+
 }  // namespace
 
 extern "C" {
+
+void rotary_tables_fp32(const int64_t *positions, const float *frequencies, float *cos, float *sin, int64_t num_rows,
+                        int64_t half) {
+    rotary_tables(positions, frequencies, cos, sin, num_rows, half);
+}
+
+void rotary_tables_bf16(const int64_t *positions, const float *frequencies, bf16 *cos, bf16 *sin, int64_t num_rows,
+                        int64_t half) {
+    rotary_tables(positions, frequencies, cos, sin, num_rows, half);
+}
+
+// Rows of a table, `width` bytes each, by their numbers.
+void look_up(const char *table, const int64_t *ids, char *rows, int64_t num_rows, int64_t width) {
+    for (int64_t r = 0; r < num_rows; r++) std::memcpy(rows + r * width, table + ids[r] * width, width);
+}
+
+void norm_heads_fp32(const float *x, int64_t x_stride, const float *of_queries, const float *of_keys, float *y, int64_t num_rows,
+                     int64_t num_queries, int64_t num_heads, int64_t width, float eps) {
+    norm_heads(x, x_stride, of_queries, of_keys, y, num_rows, num_queries, num_heads, width, eps);
+}
+
+void layer_norm_fp32(const float *x, const float *weight, const float *bias, float *y, int64_t num_rows, int64_t width,
+                     float eps) {
+    layer_norm(x, weight, bias, y, num_rows, width, eps);
+}
+
+void gelu_tanh_fp32(const float *x, float *y, int64_t count) { gelu_tanh(x, y, count); }
+
+void add_fp32(const float *a, const float *b, float *sum, int64_t count) { add(a, b, sum, count); }
+
+void norm_heads_bf16(const bf16 *x, int64_t x_stride, const bf16 *of_queries, const bf16 *of_keys, bf16 *y, int64_t num_rows,
+                     int64_t num_queries, int64_t num_heads, int64_t width, float eps) {
+    norm_heads(x, x_stride, of_queries, of_keys, y, num_rows, num_queries, num_heads, width, eps);
+}
+
+void layer_norm_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, int64_t num_rows, int64_t width,
+                     float eps) {
+    layer_norm(x, weight, bias, y, num_rows, width, eps);
+}
+
+void gelu_tanh_bf16(const bf16 *x, bf16 *y, int64_t count) { gelu_tanh(x, y, count); }
+
+void add_bf16(const bf16 *a, const bf16 *b, bf16 *sum, int64_t count) { add(a, b, sum, count); }
 
 void swiglu_fp32(const float *x, float *y, int64_t num_rows, int64_t width, int threads) {
     swiglu(x, y, num_rows, width, threads);

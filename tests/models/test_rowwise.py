@@ -57,6 +57,58 @@ def test_rotations(compiled: None, monkeypatch: pytest.MonkeyPatch, num_tokens: 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 768), (2, 3, 7), (1, 1, 2)])
+def test_layer_norms(
+    compiled: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], with_bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    norm = rowwise.LayerNorm(shape[-1], eps=1e-5, bias=with_bias).to(dtype)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = 5 + torch.randn(shape).to(dtype)
+    found = norm(x)
+    by_torch(monkeypatch)
+    torch.testing.assert_close(found, norm(x))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_of_heads(compiled: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    of_queries, of_keys = (rowwise.RMSNorm(24, eps=1e-6).to(dtype) for _ in range(2))
+    for norm in (of_queries, of_keys):
+        torch.nn.init.normal_(norm.weight)
+    x = torch.randn(1, 3, 7, 24).to(dtype)[:, :, :5]
+    found = rowwise.norm_heads(x, of_queries, of_keys, 3)
+    by_torch(monkeypatch)
+    torch.testing.assert_close(found, rowwise.norm_heads(x, of_queries, of_keys, 3))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 2, 37), (3,)])
+def test_gelu(compiled: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (10 * torch.randn(shape)).to(dtype)
+    found = rowwise.gelu_tanh(x)
+    by_torch(monkeypatch)
+    torch.testing.assert_close(found, rowwise.gelu_tanh(x))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_and_looked_up_vectors_are_torchs(compiled: None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 1, 3, 37).to(dtype)
+    assert torch.equal(rowwise.add(x, y), x + y)
+    assert torch.equal(rowwise.add(x, y[0, 0]), x + y[0, 0])
+    table, ids = rowwise.Embedding(50, 37).to(dtype), torch.tensor([[0, 49, 7]])
+    assert torch.equal(table(ids), table.weight[ids])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_writing_into_a_cache(compiled: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     packed = torch.randn(6, 5, 16).to(dtype)
