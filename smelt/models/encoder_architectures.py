@@ -35,6 +35,7 @@ EncoderName = Literal["distilbert", "bert", "roberta"]
 T = TypeVar("T")
 
 MAX_LABELS = 1000
+NGRAMS = "smelt-ngrams"
 CLASSIFIES = "ForSequenceClassification"  # the end of the class names of Hugging Face's classifiers
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
@@ -65,10 +66,21 @@ class EncoderConfig(Config):
         return self.n_embd // self.n_head
 
 
+class NgramConfig(Config):
+    """The shape of a text as tokens and pairs of them, which is our own: other programs do not read it."""
+
+    architecture: Literal["smelt-ngrams"] = Field("smelt-ngrams", description="the model_type in its config.json")
+    vocab_size: int = Field(ge=1, description="number of token ids")
+    num_buckets: int = Field(ge=0, description="rows that pairs of tokens share")
+    n_embd: int = Field(ge=1, description="width of a text's vector")
+    block_size: int = Field(ge=1, description="longest text in tokens")
+    lowercase: bool = Field(True, description="texts are put in lower case before they become tokens")
+
+
 class ClassifierShape(Config):
     """A model that says which label a text has. Without labels it has no head yet and is there to be trained."""
 
-    backbone: EncoderConfig | DecoderConfig
+    backbone: EncoderConfig | NgramConfig | DecoderConfig
     labels: tuple[str, ...] = ()
 
     @property
@@ -256,12 +268,15 @@ ENCODERS: dict[EncoderName, EncoderArchitecture] = {
 def is_classifier(hf: HfConfig) -> bool:
     """Whether a `config.json` is of a model that classifies texts, or of an encoder that can learn to."""
     classes = hf.get("architectures") or []
-    return hf.get("model_type") in ENCODERS or any(str(name).endswith(CLASSIFIES) for name in classes)
+    return hf.get("model_type") in (*ENCODERS, NGRAMS) or any(str(name).endswith(CLASSIFIES) for name in classes)
 
 
 def classifier_shape(hf: HfConfig) -> ClassifierShape:
     """The shape of what such a `config.json` describes; UnsupportedModel names what we do not have."""
     labels = _read_labels(hf) if any(str(name).endswith(CLASSIFIES) for name in hf.get("architectures") or []) else ()
+    if hf.get("model_type") == NGRAMS:
+        values = {name: hf[name] for name in NgramConfig.model_fields if name in hf}
+        return ClassifierShape(backbone=validated(NgramConfig, values), labels=labels)
     if hf.get("model_type") not in ENCODERS:
         return ClassifierShape(backbone=from_hf_config(hf), labels=labels)
     kind = hf["model_type"]
@@ -303,6 +318,8 @@ def classifier_hf_config(shape: ClassifierShape) -> HfConfig:
         kind = ENCODERS[backbone.architecture]
         hf = {"model_type": backbone.architecture, "problem_type": None, **kind.write_config(backbone)}
         hf["architectures"] = [f"{kind.class_name}{CLASSIFIES if shape.labels else 'Model'}"]
+    elif isinstance(backbone, NgramConfig):
+        hf = {"model_type": NGRAMS, **backbone.model_dump(), "architectures": [f"Ngrams{CLASSIFIES}"]}
     else:
         hf = to_hf_config(backbone)
         hf["architectures"] = [
@@ -323,6 +340,8 @@ def classifier_layout(shape: ClassifierShape) -> Layout:
     if isinstance(backbone, EncoderConfig):
         layout = {f"backbone.{name}": stored for name, stored in _encoder_layout(backbone).items()}
         return layout | _head_layout(backbone, num_labels)
+    if isinstance(backbone, NgramConfig):
+        return _ngram_layout(backbone, num_labels)
     own = {name: stored for name, stored in layout_of(backbone).items() if name != "head.weight"}
     layout = {f"backbone.{name}": stored for name, stored in own.items()}
     return layout | (stored_linear("out", {"score": num_labels}, backbone.n_embd, bias=False) if num_labels else {})
@@ -352,6 +371,15 @@ def _encoder_layout(config: EncoderConfig) -> Layout:
     return layout
 
 
+def _ngram_layout(config: NgramConfig, num_labels: int) -> Layout:
+    num_rows = config.vocab_size + config.num_buckets
+    layout = {
+        "backbone.embedding.weight": Stored(("ngrams.embedding.weight",), ((num_rows, config.n_embd),)),
+        "backbone.token_weights": Stored(("ngrams.token_weights",), ((num_rows,),)),
+    }
+    return layout | stored_linear("out", {"classifier": num_labels}, config.n_embd, bias=True)
+
+
 def _head_layout(config: EncoderConfig, num_labels: int) -> Layout:
     if not num_labels:
         return {}
@@ -365,7 +393,7 @@ def named_for(shape: ClassifierShape, tensors: Mapping[str, T]) -> dict[str, T]:
 
     Files of the bare model leave out the prefix, and old ones call a norm's weights gamma and beta.
     """
-    is_encoder = isinstance(shape.backbone, EncoderConfig)
+    is_encoder = not isinstance(shape.backbone, DecoderConfig)
     prefix = _prefix_of(shape)
     found = {_new_name(name): value for name, value in tensors.items() if not name.endswith(BUFFERS)}
     wanted = {name for stored in classifier_layout(shape).values() for name in stored.names}
@@ -382,6 +410,8 @@ def _prefix_of(shape: ClassifierShape) -> str:
     backbone = shape.backbone
     if isinstance(backbone, EncoderConfig):
         return ENCODERS[backbone.architecture].names.prefix
+    if isinstance(backbone, NgramConfig):
+        return "ngrams."
     return ARCHITECTURES[backbone.architecture].prefix
 
 
@@ -395,5 +425,5 @@ def _new_name(name: str) -> str:
 def classifier_file_shapes(shape: ClassifierShape) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Shapes that a weights file must hold, and those that it may: GPT-2's biases that the model has not."""
     expected = shapes_in_file(classifier_layout(shape))
-    optional = {} if isinstance(shape.backbone, EncoderConfig) else zero_biases_of(shape.backbone)
+    optional = zero_biases_of(shape.backbone) if isinstance(shape.backbone, DecoderConfig) else {}
     return expected, optional

@@ -18,7 +18,7 @@ from smelt.models.classifier_folders import (
     read_classifier_state,
     write_classifier,
 )
-from smelt.models.encoder_architectures import ClassifierShape, EncoderConfig
+from smelt.models.encoder_architectures import ClassifierShape, EncoderConfig, NgramConfig
 from smelt.models.folders import read_classifier_shape
 
 TEXTS = texts_of((9, 8, 30, 29, 28, 3, 1))
@@ -93,7 +93,7 @@ def test_an_encoder_without_our_head_is_read_and_given_one(kind: str, auto_class
     encoder = reference if auto_class == "AutoModel" else reference.base_model
     with torch.inference_mode():
         states = encoder(torch.tensor([TEXTS[0]])).last_hidden_state
-        hidden = model.backbone(pack_texts(TEXTS[:1]), model._attend([len(TEXTS[0])], torch.device("cpu")))
+        hidden = model.backbone(pack_texts(TEXTS[:1]), model._attend(torch.tensor([len(TEXTS[0])])))
         assert hidden == pytest.approx(states, abs=1e-5)
         assert model(pack_texts(TEXTS)).shape == (len(TEXTS), 2)
 
@@ -143,3 +143,44 @@ def test_dropout_drops_only_in_training() -> None:
         model.eval()
         assert torch.equal(model(batch), model(batch))
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def ngrams(num_buckets: int = 50) -> Classifier:
+    backbone = NgramConfig(vocab_size=61, num_buckets=num_buckets, n_embd=6, block_size=40)
+    model = Classifier(ClassifierShape(backbone=backbone, labels=LABELS)).eval()
+    model.initialize(1)
+    return model
+
+
+def test_a_text_of_ngrams_is_the_weighted_mean_of_tokens_and_pairs() -> None:
+    model = ngrams()
+    encoder = model.backbone
+    encoder.weigh([[1, 2, 2], [2, 3]])
+    seen_once = torch.log(torch.tensor(3 / 2)) + 1
+    assert encoder.token_weights[[1, 2, 3, 4]] == pytest.approx(
+        torch.tensor([seen_once, 1.0, seen_once, torch.log(torch.tensor(3.0)) + 1])
+    )
+    pairs = [61 + (a * 0x9E3779B1 + b * 0x85EBCA6B) % 50 for a, b in ((5, 6), (6, 7))]
+    rows = torch.tensor([5, 6, 7, *pairs])
+    weights = encoder.token_weights[rows]
+    expected = (encoder.embedding.weight[rows] * weights[:, None]).sum(0) / weights.sum()
+    batch = pack_texts([[9], [5, 6, 7], [7, 6]])
+    found = encoder(batch, torch.tensor([1, 3, 2]))[1]
+    assert found.detach() == pytest.approx(expected.detach(), abs=1e-6)
+
+
+def test_ngrams_do_not_reach_across_texts_and_come_back_from_disk(tmp_path: Path) -> None:
+    model = ngrams()
+    model.backbone.weigh(TEXTS)
+    with torch.inference_mode():
+        logits = model(pack_texts(TEXTS))
+        assert logits == pytest.approx(torch.cat([model(pack_texts([text])) for text in TEXTS]), abs=1e-6)
+        write_classifier(model.config, model.state_dict(), tmp_path)
+        again = read_classifier(tmp_path)
+        assert again.config == model.config
+        assert torch.equal(again(pack_texts(TEXTS)), logits)
+        assert ngrams(0)(pack_texts(TEXTS)).shape == logits.shape
+    model.train()
+    model.backbone.dropout = 0.99
+    with torch.no_grad():
+        assert model(pack_texts(TEXTS)).isfinite().all()  # also where nothing is left
