@@ -59,6 +59,7 @@ class TrainState:
     torch_version: str
     loss_scale: float | None = None
     num_good_steps: int = 0
+    num_worse: int = 0  # evaluations since the best one
 
 
 class WeightFiles(NamedTuple):

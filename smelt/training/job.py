@@ -74,6 +74,7 @@ class Job:
     dtype: torch.dtype
     sinks: list[Sink]
     flops_per_token: float | None = None  # of forward and backward, where it is known
+    patience: int | None = None  # evaluations in a row without a better one, after which the run ends
     figures: tuple[str, ...] = ()  # which metrics of the loss, each a sum over the targets, are shown as means
 
 

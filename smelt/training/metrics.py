@@ -71,7 +71,7 @@ class RunSummary:
 
     out_dir: str
     step: int
-    stop_reason: str  # done, interrupted, max_time or eval_only
+    stop_reason: str  # done, no_better, interrupted, max_time or eval_only
     val_loss: float | None  # over the whole validation split; None where the run was interrupted
     best_val_loss: float | None
     num_tokens: int  # trained on by this process's run, not counting what was resumed from
@@ -126,7 +126,13 @@ def _describe_evaluation(metrics: EvalMetrics) -> str:
 
 
 def _describe_summary(summary: RunSummary) -> str:
-    ended = {"done": "done", "interrupted": "interrupted", "max_time": "time is up", "eval_only": "evaluated"}
+    ended = {
+        "done": "done",
+        "no_better": "stopped early, since it got no better,",
+        "interrupted": "interrupted",
+        "max_time": "time is up",
+        "eval_only": "evaluated",
+    }
     loss = "" if summary.val_loss is None else f", val loss {summary.val_loss:.4f}"
     pace = "" if not summary.num_tokens else f", {summary.tokens_per_second:,.0f} tokens/s{_share(summary.mfu)}"
     return f"{ended[summary.stop_reason]} at step {summary.step:,}{loss}{pace}, {summary.seconds:.0f} s"

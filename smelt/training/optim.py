@@ -25,6 +25,14 @@ def cosine_with_warmup(step: int, peak: float, floor: float, warmup: int, decay_
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def linear_with_warmup(step: int, peak: float, floor: float, warmup: int, decay_end: int) -> float:
+    """Learning rate of a step: linear warm-up to the peak, then a straight line down to the floor."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, decay_end - warmup))
+    return peak + (floor - peak) * progress
+
+
 @dataclass
 class ParameterGroup:
     """Some of the parameters as slices of flat fp32 buffers of equal length."""
