@@ -47,7 +47,13 @@ template <class V> inline V load(const void *at) {  // one instruction; the addr
 inline void store(float *at, floats value) { std::memcpy(at, &value, sizeof value); }
 
 inline floats widen(const float *at) { return load<floats>(at); }
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+inline floats widen(const bf16 *at) {
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
+}
+#else
 inline floats widen(const bf16 *at) { return (floats)(__builtin_convertvector(load<halves>(at), words) << 16); }
+#endif
 inline floats widen(const int8_t *at) { return __builtin_convertvector(load<bytes>(at), floats); }
 
 inline float to_float(float x) { return x; }
@@ -65,6 +71,18 @@ inline void assign(bf16 &to, float x) {
         to.bits = uint16_t((bits >> 16) | 0x40);  // a NaN stays one
     else
         to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+inline void round_to(float *at, floats value) { store(at, value); }
+inline void round_to(bf16 *at, floats value) {  // as `assign`, LANES at a time
+#ifdef HAS_BF16_PAIRS
+    const __m256bh result = _mm512_cvtneps_pbh((__m512)value);  // numbers below 1e-38 become 0
+#else
+    const words bits = (words)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const words kept = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+    const halves result = __builtin_convertvector(kept, halves);
+#endif
+    std::memcpy(at, &result, sizeof result);
 }
 
 // Adds up the lanes of each of SUMS vectors, all in the same way: lanes half a vector apart, then a quarter, ...
@@ -429,7 +447,7 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
                     for (int64_t task = first_task[b]; task < first_task[b + 1]; task++)
                         value += load<floats>(mixed + (task * num_heads + h) * width + d) *
                                  (std::exp(largest[task * num_heads + h] - most) / sum);
-                    for (int lane = 0; lane < LANES; lane++) assign(to[d + lane], value[lane]);
+                    round_to(to + d, value);
                 }
             }
     }

@@ -13,14 +13,15 @@ template <class X> inline float rounded(float x) {
 }
 
 template <class X> inline void rms_norm_row(const X *x, const X *weight, X *y, int64_t width, float eps) {
-    float sums[LANES] = {}, sum = 0.0f;
+    floats sums = {};
+    float sum = 0.0f;
     int64_t i = 0;
-    for (; i + LANES <= width; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) sums[lane] += to_float(x[i + lane]) * to_float(x[i + lane]);
+    for (; i + LANES <= width; i += LANES) sums += widen(x + i) * widen(x + i);
     for (; i < width; i++) sums[0] += to_float(x[i]) * to_float(x[i]);
-    for (float part : sums) sum += part;
+    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
     const float scale = 1.0f / std::sqrt(sum / float(width) + eps);
-    for (i = 0; i < width; i++) assign(y[i], to_float(x[i]) * scale * to_float(weight[i]));
+    for (i = 0; i + LANES <= width; i += LANES) round_to(y + i, widen(x + i) * scale * widen(weight + i));
+    for (; i < width; i++) assign(y[i], to_float(x[i]) * scale * to_float(weight[i]));
 }
 
 template <class X>
@@ -43,24 +44,41 @@ void norm_heads(const X *x, int64_t x_stride, const X *of_queries, const X *of_k
 template <class X>
 void layer_norm(const X *x, const X *weight, const X *bias, X *y, int64_t num_rows, int64_t width, float eps) {
     for (int64_t r = 0; r < num_rows; r++, x += width, y += width) {
-        float sums[LANES] = {}, squares[LANES] = {}, sum = 0.0f, square = 0.0f;
-        for (int64_t i = 0; i < width; i++) sums[i % LANES] += to_float(x[i]);
-        for (float part : sums) sum += part;
+        floats sums = {}, squares = {};
+        float sum = 0.0f, square = 0.0f;
+        const int64_t whole = width / LANES * LANES;
+        for (int64_t i = 0; i < whole; i += LANES) sums += widen(x + i);
+        for (int64_t i = whole; i < width; i++) sums[0] += to_float(x[i]);
+        for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
         const float mean = sum / float(width);
-        for (int64_t i = 0; i < width; i++) {
-            const float apart = to_float(x[i]) - mean;
-            squares[i % LANES] += apart * apart;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const floats apart = widen(x + i) - mean;
+            squares += apart * apart;
         }
-        for (float part : squares) square += part;
+        for (int64_t i = whole; i < width; i++) squares[0] += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
+        for (int lane = 0; lane < LANES; lane++) square += squares[lane];
         const float scale = 1.0f / std::sqrt(square / float(width) + eps);
-        for (int64_t i = 0; i < width; i++)
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const floats shift = bias ? widen(bias + i) : floats{};
+            round_to(y + i, (widen(x + i) - mean) * scale * widen(weight + i) + shift);
+        }
+        for (int64_t i = whole; i < width; i++)
             assign(y[i], (to_float(x[i]) - mean) * scale * to_float(weight[i]) + (bias ? to_float(bias[i]) : 0.0f));
     }
 }
 
+template <class X> inline floats rounded(floats x) {
+    X kept[LANES];
+    round_to(kept, x);
+    return widen(kept);
+}
+
 template <class X>
-inline void turn(const X *x, const X *other, const X *c, const X *s, X *__restrict to, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
+inline void turn(const X *x, const X *other, const X *c, const X *s, X *to, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        round_to(to + i, rounded<X>(widen(x + i) * widen(c + i)) + widen(other + i) * widen(s + i));
+    for (; i < count; i++)
         assign(to[i], rounded<X>(to_float(x[i]) * to_float(c[i])) + to_float(other[i]) * to_float(s[i]));
 }
 
@@ -94,8 +112,7 @@ template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width
         int64_t i = 0;
         for (; i + LANES <= width; i += LANES) {
             const floats gate = widen(gates + i), silu = gated(gate, gate);
-            for (int lane = 0; lane < LANES; lane++)
-                assign(to[i + lane], rounded<X>(silu[lane]) * to_float(ups[i + lane]));
+            round_to(to + i, rounded<X>(silu) * widen(ups + i));
         }
         for (; i < width; i++) {
             const float gate = to_float(gates[i]);
@@ -106,13 +123,10 @@ template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width
 
 // GELU in its tanh form: (1 + tanh(z / 2)) / 2 = 1 / (1 + exp(-z)).
 template <class X> void gelu_tanh(const X *x, X *y, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t num = std::min<int64_t>(LANES, count - i);
-        floats value = {};
-        for (int64_t lane = 0; lane < num; lane++) value[lane] = to_float(x[i + lane]);
-        const floats gate = gated(value, 1.5957691216f * (value + 0.044715f * value * value * value));
-        for (int64_t lane = 0; lane < num; lane++) assign(y[i + lane], gate[lane]);
-    }
+    const auto gelu = [](floats v) { return gated(v, 1.5957691216f * (v + 0.044715f * v * v * v)); };
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) round_to(y + i, gelu(widen(x + i)));
+    for (; i < count; i++) assign(y[i], gelu(floats{} + to_float(x[i]))[0]);
 }
 
 // What `rotate` takes: cosines and signed sines of position times frequency, each frequency for both halves of a head.
@@ -128,7 +142,9 @@ void rotary_tables(const int64_t *positions, const float *frequencies, X *cos, X
 }
 
 template <class X> void add(const X *a, const X *b, X *sum, int64_t count) {
-    for (int64_t i = 0; i < count; i++) assign(sum[i], to_float(a[i]) + to_float(b[i]));
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) round_to(sum + i, widen(a + i) + widen(b + i));
+    for (; i < count; i++) assign(sum[i], to_float(a[i]) + to_float(b[i]));
 }
 
 }  // namespace
