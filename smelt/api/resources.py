@@ -18,7 +18,7 @@ from smelt.control.model_server import WorkerInfo
 from smelt.control.run_changes import RunChange, RunFollowers
 from smelt.control.run_metrics import Curves
 from smelt.control.run_requests import RunRequests
-from smelt.control.runs import MAX_LOG_LINES, Log, RunDetails, RunStatus
+from smelt.control.runs import MAX_LOG_LINES, Checkpoint, Log, RunDetails, RunStatus
 
 # Proxies must hand events on as they come.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -37,6 +37,13 @@ class RunList:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointList:
+    """Checkpoints, newest first."""
+
+    data: list[Checkpoint]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerList:
     """The workers that are connected."""
 
@@ -46,23 +53,24 @@ class WorkerList:
 def router(services: Services) -> APIRouter:
     """The routes of runs and workers."""
     requests = RunRequests(services.settings, services.ledger, services.model_server)
-    followers = RunFollowers(requests)
     routes = APIRouter(prefix="/v1", tags=["runs"])
+    _add_streams(routes, requests)
+    _add_runs(routes, requests)
+    _add_changes(routes, requests)
 
+    @routes.get("/workers", tags=["workers"])
+    async def list_workers() -> WorkerList:
+        """Who computes answers now."""
+        return WorkerList(services.model_server.workers)
+
+    return routes
+
+
+def _add_runs(routes: APIRouter, requests: RunRequests) -> None:
     @routes.get("/runs")
     async def list_runs(request: Request) -> RunList:
         """Every run, newest first."""
         return RunList(await requests.all(visible_to(request)))
-
-    @routes.post("/runs", status_code=status.HTTP_201_CREATED)
-    async def create_run(request: Request, config: RunConfig) -> RunDetails:
-        """Train by a config: the keys of `smelt train --config`. It is queued, on the disk, when this answers."""
-        return await requests.create(config, request.state.caller.owner)
-
-    @routes.get("/runs/events", response_class=StreamingResponse)
-    async def follow_runs(request: Request) -> StreamingResponse:
-        """All runs, then changes: events `runs` (a list of those that are new or other) and `removed`."""
-        return event_stream(followers.follow_all(visible_to(request)))
 
     @routes.get("/runs/{run_id}")
     async def show_run(request: Request, run_id: str) -> RunDetails:
@@ -79,6 +87,37 @@ def router(services: Services) -> APIRouter:
         """The last lines of the run's log."""
         return requests.runs.log(run_id, lines, visible_to(request))
 
+    @routes.get("/runs/{run_id}/checkpoints")
+    def list_checkpoints(request: Request, run_id: str) -> CheckpointList:
+        """What is kept of the run, newest first: each can be a model (`POST /v1/imports`) or be gone on from."""
+        return CheckpointList(requests.runs.checkpoints(run_id, visible_to(request)))
+
+
+def _add_changes(routes: APIRouter, requests: RunRequests) -> None:
+    @routes.post("/runs", status_code=status.HTTP_201_CREATED)
+    async def create_run(request: Request, config: RunConfig) -> RunDetails:
+        """Train by a config: the keys of `smelt train --config`. It is queued, on the disk, when this answers."""
+        return await requests.create(config, request.state.caller.owner)
+
+    @routes.post("/runs/{run_id}/resume")
+    async def resume_run(request: Request, run_id: str) -> RunStatus:
+        """Have a run that was cancelled, has failed or was lost go on from its last checkpoint."""
+        return await requests.resume(run_id, visible_to(request))
+
+    @routes.post("/runs/{run_id}/cancel")
+    async def cancel_run(request: Request, run_id: str) -> RunStatus:
+        """Take a queued run back, or have a running one stop after its step, with a checkpoint."""
+        return await requests.cancel(run_id, visible_to(request))
+
+
+def _add_streams(routes: APIRouter, requests: RunRequests) -> None:
+    followers = RunFollowers(requests)
+
+    @routes.get("/runs/events", response_class=StreamingResponse)
+    async def follow_runs(request: Request) -> StreamingResponse:
+        """All runs, then changes: events `runs` (a list of those that are new or other) and `removed`."""
+        return event_stream(followers.follow_all(visible_to(request)))
+
     @routes.get("/runs/{run_id}/events", response_class=StreamingResponse)
     async def follow_run(
         request: Request,
@@ -92,18 +131,6 @@ def router(services: Services) -> APIRouter:
         """
         await requests.status(run_id, visible_to(request))  # a 404 must come before the stream
         return event_stream(followers.follow(run_id, visible_to(request), last_event_id or after))
-
-    @routes.post("/runs/{run_id}/cancel")
-    async def cancel_run(request: Request, run_id: str) -> RunStatus:
-        """Take a queued run back, or have a running one stop after its step, with a checkpoint."""
-        return await requests.cancel(run_id, visible_to(request))
-
-    @routes.get("/workers", tags=["workers"])
-    async def list_workers() -> WorkerList:
-        """Who computes answers now."""
-        return WorkerList(services.model_server.workers)
-
-    return routes
 
 
 def visible_to(request: Request) -> str | None:

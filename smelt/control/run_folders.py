@@ -38,7 +38,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     started: float | None = None  # of the last start; None: asked of a server, and not begun
     pid: int | None = None  # of the last start; tells people where to look, proves nothing
     command: str | None = None
-    future_id: str | None = None  # of the request in a server's ledger
+    future_id: str | None = None  # of the last request in a server's ledger
+    num_requests: int = 0  # so often it was asked for there; each but the first resumes it
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -69,6 +70,7 @@ def register(config: RunConfig, runs_folder: Path) -> Entry:
         pid=os.getpid(),
         command=shlex.join(sys.argv),
         future_id=before.future_id if before else None,
+        num_requests=before.num_requests if before else 0,
     )
     write_entry(entry, out_dir, runs_folder)
     _forget_others(entry, out_dir, runs_folder)

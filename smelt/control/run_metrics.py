@@ -104,6 +104,8 @@ class Glance:
         """Take one more event into account."""
         if line.kind in ENDINGS:
             self.ending = line
+        elif line.kind in ("start", "queued"):
+            self.ending = None
         if line.kind == "start":
             self.num_steps = line.num_steps
         elif line.kind == "step":

@@ -1,4 +1,4 @@
-"""Runs that are asked of a server: checked, accepted into the ledger, cancelled; knows no HTTP and no torch.
+"""Runs that are asked of a server: checked, accepted into the ledger, cancelled, resumed; knows no HTTP and no torch.
 
 What such a run may use is what the server has: registered datasets and models, built-in text. A path or a URL in a
 request would make the server read what its sender cannot.
@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from smelt.configs import RUN_METRICS
+from smelt.control.dataset_requests import check_tokenizer
+from smelt.control.datasets import open_for
 from smelt.control.model_server import ModelServer
-from smelt.control.run_folders import Entry, new_run_id, write_entry
-from smelt.control.runs import RunDetails, Runs, RunStatus
-from smelt.data.bpe import is_tiktoken_name
-from smelt.data.datasets import dataset_folder, open_dataset
-from smelt.errors import InvalidInput, NotFound
+from smelt.control.run_folders import Entry, is_training, new_run_id, write_entry
+from smelt.control.runs import LOST, STOPPED, RunDetails, Runs, RunStatus
+from smelt.errors import InUse, InvalidInput, NotFound
 from smelt.models.registry import registered_name, registered_names
 from smelt.run_configs import RunConfig, TrainConfig, config_of
 from smelt.settings import Settings
@@ -29,7 +29,8 @@ from smelt.transport.messages import Failure, TrainRequest
 
 KIND = "train"
 NOT_ASKED = ("out_dir", "eval_only", "wandb", "tensorboard")
-WILL_GO_ON = "its process was lost; it waits to go on from its last checkpoint"
+WILL_GO_ON = "it waits to go on from its last checkpoint"
+NEVER_ACCEPTED = "the server went down before it accepted this run; ask for it again"
 
 
 S = TypeVar("S", bound=RunStatus)
@@ -63,23 +64,39 @@ class RunRequests:
         """
         run_id = new_run_id()
         out_dir = self._settings.runs / run_id
-        config = await asyncio.to_thread(self._checked, values, out_dir)
+        config = await asyncio.to_thread(self._checked, values, out_dir, owner)
         config_values = config.model_dump(mode="json")
-        # A lane of its own, so that the future's id is known, and on the disk, before the ledger has the run.
-        entry = Entry(
-            id=run_id,
-            owner=owner,
-            recipe=config.recipe,
-            config=config_values,
-            created=time.time(),
-            future_id=future_id(run_id, 1),
-        )
-        await asyncio.to_thread(write_entry, entry, out_dir, self._settings.runs)
-        body = msgspec.msgpack.encode(TrainRequest(run_id, config_values))
-        fingerprint = hashlib.sha256(body).hexdigest()
-        accepted = await self._ledger.accept(Submission(owner, KIND, fingerprint, body, lane=run_id, seq=1))
-        assert accepted == entry.future_id
+        entry = Entry(id=run_id, owner=owner, recipe=config.recipe, config=config_values, created=time.time())
+        await self._ask(entry, out_dir)
         return await self.show(run_id)
+
+    async def resume(self, run_id: str, owner: str | None = None) -> RunStatus:
+        """Have a run that was cancelled, has failed or was lost go on from its last checkpoint, or begin without one.
+
+        InUse while it is trained or waits to be, InvalidInput where it has succeeded, NotFound where the owner has
+        none of that id.
+        """
+        entry, out_dir = await asyncio.to_thread(self.runs.find, run_id, owner)
+        status = await self.status(run_id)
+        if status.state in ("queued", "running"):
+            raise InUse(f"run {run_id!r} is {status.state} already; cancel it first, or let it go on")
+        if status.state == "succeeded":
+            raise InvalidInput(f"run {run_id!r} has succeeded: there is nothing left to do")
+        await asyncio.to_thread(_note, out_dir, "queued")
+        await self._ask(entry, out_dir)
+        return await self.status(run_id)
+
+    async def _ask(self, entry: Entry, out_dir: Path) -> None:
+        """Write down that a run is asked for, once more, and have the ledger accept it."""
+        # A lane of its own, so that the future's id is known, and on the disk, before the ledger has the run.
+        seq = entry.num_requests + 1
+        entry = msgspec.structs.replace(entry, future_id=future_id(entry.id, seq), num_requests=seq)
+        await asyncio.to_thread(write_entry, entry, out_dir, self._settings.runs)
+        body = msgspec.msgpack.encode(TrainRequest(entry.id, {**entry.config, "out_dir": str(out_dir)}))
+        fingerprint = hashlib.sha256(body).hexdigest()
+        submission = Submission(entry.owner, KIND, fingerprint, body, lane=entry.id, seq=seq)
+        accepted = await self._ledger.accept(submission)
+        assert accepted == entry.future_id
 
     async def cancel(self, run_id: str, owner: str | None = None) -> RunStatus:
         """Take a queued run back, or have a running one stop after its step, with a checkpoint.
@@ -90,18 +107,18 @@ class RunRequests:
         if entry.future_id is None:
             raise InvalidInput(f"run {run_id!r} was started in a terminal; stop it there with Ctrl-C")
         was_cancelled = await self._model_server.cancel(entry.owner, entry.future_id)
-        if was_cancelled and entry.started is None:
-            await asyncio.to_thread(_note_cancelled, out_dir)
+        if was_cancelled and not await asyncio.to_thread(is_training, out_dir):
+            await asyncio.to_thread(_note, out_dir, "cancelled")
         return await self.status(run_id)
 
-    def _checked(self, values: dict[str, Any], out_dir: Path) -> RunConfig:
+    def _checked(self, values: dict[str, Any], out_dir: Path, owner: str) -> RunConfig:
         given = [name for name in NOT_ASKED if name in values]
         if given:
             raise InvalidInput(f"{given[0]} cannot be set for a run on a server; leave it out", param=given[0])
         machine = {name: getattr(self._settings, name) for name in ("device", "dtype", "threads")}
         config = config_of({**machine, **values, "out_dir": str(out_dir)})
         if isinstance(config, TrainConfig):
-            self._check_source(config)
+            self._check_source(config, owner)
         if config.init_from == "scratch":
             return config
         name = registered_name(config.init_from, self._settings.models)
@@ -110,10 +127,10 @@ class RunRequests:
             raise NotFound(f"init_from {config.init_from!r} is no registered model; registered: {known}")
         return config.replace(init_from=name)
 
-    def _check_source(self, config: TrainConfig) -> None:
-        """The text and its tokenizer must be the server's own."""
+    def _check_source(self, config: TrainConfig, owner: str) -> None:
+        """The text and its tokenizer must be the server's own, and the owner's to use."""
         if config.dataset is not None:
-            open_dataset(dataset_folder(self._settings.datasets, config.dataset))
+            open_for(self._settings.datasets, config.dataset, owner)
         elif config.data_path is None:
             raise InvalidInput("no data to train on: give dataset, the name of a registered one", param="dataset")
         elif not config.data_path.startswith("builtin:"):
@@ -122,14 +139,12 @@ class RunRequests:
                 f"the name of a registered one",
                 param="data_path",
             )
-        name = config.tokenizer
-        if name is None or name in ("bytes", "char") or name.startswith("bpe:") or is_tiktoken_name(name):
-            return
-        raise InvalidInput(f"tokenizer {name!r} is unknown; use bytes, char, bpe:N or gpt2", param="tokenizer")
+        if config.tokenizer is not None:
+            check_tokenizer(config.tokenizer)
 
     async def _settled(self, status: S) -> S:
         """The status, where its folder cannot tell, as the ledger knows it."""
-        if status.state not in ("queued", "lost"):
+        if status.state != "queued" and status.reason not in (LOST, STOPPED):
             return status
         entry, _ = await asyncio.to_thread(self.runs.find, status.id)
         if entry.future_id is None:
@@ -137,7 +152,7 @@ class RunRequests:
         try:
             future = await self._ledger.read(entry.owner, entry.future_id)
         except NotFound:  # the server died before it accepted the run, so nobody was told of it
-            return replace(status, state="lost", reason="the server went down before it accepted this run")
+            return replace(status, state="failed", reason=NEVER_ACCEPTED)
         return _as_in_ledger(status, future)
 
 
@@ -146,8 +161,8 @@ def _as_in_ledger(status: S, future: Future) -> S:
         return replace(status, state="failed", reason=_failure_of(future))
     if future.state == "cancelled":
         return replace(status, state="cancelled", reason="")
-    if future.state in ("queued", "granted") and status.state == "lost":
-        return replace(status, state="queued", reason=WILL_GO_ON)
+    if future.state in ("queued", "granted"):
+        return replace(status, state="queued", reason="" if status.started is None else WILL_GO_ON)
     return status
 
 
@@ -158,6 +173,7 @@ def _failure_of(future: Future) -> str:
         return "the server could not run it; its log says more"
 
 
-def _note_cancelled(out_dir: Path) -> None:
+def _note(out_dir: Path, kind: str) -> None:
+    """Say in the run's own file what became of it while nobody trained."""
     with (out_dir / RUN_METRICS).open("a", encoding="utf-8") as file:
-        file.write('{"kind": "cancelled"}\n')
+        file.write(f'{{"kind": "{kind}"}}\n')

@@ -6,6 +6,7 @@ A run's folder is the truth: the lock says whether it is trained now, `metrics.j
 import shlex
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +16,15 @@ import yaml
 from smelt.configs import RUN_LOG, RUN_METRICS, flag_text
 from smelt.control.run_folders import Entry, find_run, find_runs, is_training, no_such_run
 from smelt.control.run_metrics import Curves, Glance, Glances, LineFile, read_curves, text_of
+from smelt.models.registry import RUN_LINKS
 from smelt.run_configs import RECIPE_CONFIGS, RECIPE_SECTIONS
 
-State = Literal["queued", "running", "finished", "interrupted", "cancelled", "failed", "lost"]
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 LOST = "its process ended without a word, as after kill -9 or a power loss; it can be resumed"
+STOPPED = "it was stopped before its end; it can be resumed"
+ENDED = ("succeeded", "failed", "cancelled")
 MAX_LOG_LINES = 2000
-VERBS = {"pretrain": "train"}  # the command of each recipe
+VERBS = {"pretrain": "train", "fine-tune": "finetune"}  # the command of each recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +36,7 @@ class RunStatus:
     name: str
     recipe: str
     state: State
-    reason: str  # why it failed or was lost; else empty
+    reason: str  # why it failed or has stopped, or what it waits for; else empty
     out_dir: str
     created: float  # seconds since 1970, as are the others
     started: float | None
@@ -53,6 +57,19 @@ class RunDetails(RunStatus):
     config: dict[str, Any]
     config_yaml: str
     command_line: str  # runs the same again, into a folder of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state of a run that it, or another one, can go on from. A model's folder, unless it is an adapter's."""
+
+    step: int
+    name: str  # of its folder
+    path: str
+    created: float  # seconds since 1970
+    num_bytes: int
+    is_best: bool
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +119,10 @@ class Runs:
         """A run's curves. NotFound where the owner has none of that id."""
         return read_curves(self.find(run_id, owner)[1] / RUN_METRICS)
 
+    def checkpoints(self, run_id: str, owner: str | None = None) -> list[Checkpoint]:
+        """What is kept of a run, newest first. NotFound where the owner has none of that id."""
+        return checkpoints_in(self.find(run_id, owner)[1])
+
     def log(self, run_id: str, num_lines: int, owner: str | None = None) -> Log:
         """The end of a run's log. NotFound where the owner has none of that id."""
         file = LineFile(self.find(run_id, owner)[1] / RUN_LOG)
@@ -144,8 +165,24 @@ def state_of(entry: Entry, glance: Glance, is_held: bool) -> tuple[State, str]:
             return "failed", glance.ending.message
         if glance.ending.kind == "cancelled":
             return "cancelled", ""
-        return ("interrupted" if glance.ending.stop_reason == "interrupted" else "finished"), ""
-    return ("queued", "") if entry.started is None else ("lost", LOST)
+        return ("cancelled", STOPPED) if glance.ending.stop_reason == "interrupted" else ("succeeded", "")
+    return ("queued", "") if entry.started is None else ("failed", LOST)
+
+
+def checkpoints_in(out_dir: Path) -> list[Checkpoint]:
+    """The checkpoints of a run's folder, newest first; one that is removed meanwhile is left out."""
+    best, last = ((out_dir / link).resolve().name for link in RUN_LINKS)
+    found = []
+    for folder in sorted((out_dir / "checkpoints").glob("step-*"), reverse=True):
+        with suppress(FileNotFoundError):
+            sizes = [path.stat().st_size for path in folder.iterdir()]
+            step, created = int(folder.name.removeprefix("step-")), folder.stat().st_mtime
+            found.append(
+                Checkpoint(
+                    step, folder.name, str(folder), created, sum(sizes), folder.name == best, folder.name == last
+                )
+            )
+    return found
 
 
 def num_steps(entry: Entry, glance: Glance) -> int:

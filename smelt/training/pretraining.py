@@ -3,7 +3,9 @@
 Knows which data, tokenizer and weights a config means; what all recipes share is in `run_setup`.
 """
 
+import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smelt.configs import DecoderConfig
-from smelt.data.datasets import MANIFEST_FILE, Dataset, dataset_folder, open_dataset
+from smelt.data.datasets import MANIFEST_FILE, Dataset, dataset_folder, kept, open_dataset
 from smelt.data.packing import BlockOrder
 from smelt.data.preparation import PrepareOptions, dataset_for, retokenize
 from smelt.data.sources import Progress
@@ -20,6 +22,7 @@ from smelt.errors import ConfigError
 from smelt.models.decoder import Decoder
 from smelt.models.devices import pick_dtype
 from smelt.models.folders import read_config, read_tokenizer
+from smelt.models.hub import TOKENIZER_FILES
 from smelt.models.loading import load_model
 from smelt.models.registry import resolve
 from smelt.models.tensor_file import Pause
@@ -63,12 +66,15 @@ def pretrain(
     the run's folder is now its own. Raises ConfigError, NotFound, NotEnoughData and what `run_prepared` raises.
     """
 
-    def prepare(config: TrainConfig, ranks: Ranks, device: torch.device) -> Prepared:
-        start = read_start(config, models_folder)
-        dataset = open_data_in_turn(config, datasets_folder, start, ranks, progress)
-        return prepare_job(config, start, dataset, ranks, device)
+    with ExitStack() as until_end:
 
-    return run_prepared(config, prepare, sinks, started)
+        def prepare(config: TrainConfig, ranks: Ranks, device: torch.device) -> Prepared:
+            start = read_start(config, models_folder)
+            dataset = open_data_in_turn(config, datasets_folder, start, ranks, progress)
+            until_end.enter_context(kept(dataset.folder))
+            return prepare_job(config, start, dataset, ranks, device)
+
+        return run_prepared(config, prepare, sinks, started)
 
 
 def prepare_job(
@@ -107,6 +113,7 @@ def prepare_job(
         loss=compiled(loss, sinks) if state.compiled else loss,
         train_batches=BlockBatches(train, order, ranks, num_rows, config.batch_size),
         evaluate=evaluate,
+        eval_interval=config.eval_interval,
         final_eval_batches=max(1, FINAL_EVAL_TOKENS // (config.batch_size * block_size)),
         checkpoints=Checkpoints(out_dir_of(config), config.keep_checkpoints, weight_files),
         state=state,
@@ -119,15 +126,25 @@ def prepare_job(
     return Prepared(job, train.num_tokens, val.num_tokens, checkpoint=checkpoint)
 
 
-def model_files(shape: DecoderConfig, tokenizer: Tokenizer | None) -> WeightFiles:
-    """A decoder and its tokenizer as a model folder."""
+def model_files(shape: DecoderConfig, tokenizer: Tokenizer | None, base: Path | None = None) -> WeightFiles:
+    """A decoder and its tokenizer as a model folder; of the model that it began as it keeps what else is there."""
 
     def write(tensors: dict[str, Tensor], folder: Path, pause: Pause) -> None:
         write_model(shape, tensors, folder, pause=pause)
         if tokenizer is not None:
             tokenizer.save(folder)
+        if base is not None:
+            keep_companions(base, folder)
 
     return WeightFiles(write, lambda folder: from_hf_tensors(shape, read_tensors(folder, shape)))
+
+
+def keep_companions(base: Path, folder: Path) -> None:
+    """Copy what else came with a model's tokenizer, such as its chat template."""
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file() and not (folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(base / name, folder / name)
 
 
 def read_start(config: TrainConfig, models_folder: Path) -> Start | None:

@@ -76,7 +76,7 @@ def next_event(lines: Iterator[str], kind: str) -> tuple[str, Any]:
 def test_a_run_has_a_list_a_page_curves_and_a_log(client: TestClient, run: tuple[str, Path]) -> None:
     run_id, out_dir = run
     (listed,) = client.get("/v1/runs").json()["data"]
-    assert (listed["id"], listed["state"], listed["step"], listed["spark"]) == (run_id, "lost", 3, [1, 0.5, 1 / 3])
+    assert (listed["id"], listed["state"], listed["step"], listed["spark"]) == (run_id, "failed", 3, [1, 0.5, 1 / 3])
     shown = client.get(f"/v1/runs/{run_id}").json()
     assert shown.items() >= listed.items()
     assert shown["config"]["out_dir"] == str(out_dir)
@@ -159,7 +159,8 @@ def test_every_route_is_in_the_openapi_document_with_what_it_answers(app: FastAP
     document = app.openapi()
     assert set(document["paths"]) == {
         "/v1/runs", "/v1/runs/events", "/v1/runs/{run_id}", "/v1/runs/{run_id}/metrics", "/v1/runs/{run_id}/log",
-        "/v1/runs/{run_id}/events", "/v1/runs/{run_id}/cancel", "/v1/workers",
+        "/v1/runs/{run_id}/events", "/v1/runs/{run_id}/cancel", "/v1/runs/{run_id}/resume",
+        "/v1/runs/{run_id}/checkpoints", "/v1/workers",
     }  # fmt: skip
     assert all(operation["description"] for path in document["paths"].values() for operation in path.values())
     assert "RunDetails" in document["components"]["schemas"]

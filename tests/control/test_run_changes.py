@@ -17,7 +17,8 @@ from smelt.control import run_changes
 from smelt.control.run_changes import RunChange, RunFollowers
 from smelt.control.run_folders import Entry, register, write_entry
 from smelt.control.run_requests import RunRequests
-from smelt.errors import ConfigError, InvalidInput, NotFound, StorageError
+from smelt.data.preparation import Maker, prepare
+from smelt.errors import ConfigError, InUse, InvalidInput, NotFound, StorageError
 from smelt.run_configs import TrainConfig
 from smelt.settings import Settings, load_settings
 from smelt.storage.futures import Ledger
@@ -276,13 +277,60 @@ async def test_a_queued_run_is_cancelled_and_one_of_a_terminal_is_left_alone(
         await requests.cancel(run[0])
 
 
+async def test_a_run_that_was_stopped_is_resumed_under_its_id(
+    requests: RunRequests, ledger: Ledger, settings: Settings
+) -> None:
+    created = await requests.create(PYDOC, "ada")
+    with pytest.raises(InUse, match="queued already"):
+        await requests.resume(created.id, "ada")
+    epoch = await ledger.open_epoch()
+    (granted,) = await ledger.next_grants(epoch, 1, ("train",))
+    register(TrainConfig(**created.config), settings.runs)
+    append(settings.runs / created.id / RUN_METRICS, step(3))
+    append(settings.runs / created.id / RUN_METRICS, '{"kind": "summary", "stop_reason": "interrupted"}\n')
+    assert (await requests.cancel(created.id, "ada")).state == "cancelled"
+    with pytest.raises(NotFound):
+        await requests.resume(created.id, "eve")
+    resumed = await requests.resume(created.id, "ada")
+    assert (resumed.id, resumed.state, resumed.step, "checkpoint" in resumed.reason) == (created.id, "queued", 3, True)
+    (again,) = await ledger.next_grants(epoch, 1, ("train",))
+    assert (again.lane, again.seq, again.request, again.id != granted.id) == (granted.lane, 2, granted.request, True)
+    failure = msgspec.msgpack.encode(Failure("NonFiniteLoss", "the loss became nan"))
+    await ledger.finish(again.id, epoch, failure, "user")
+    assert (await requests.status(created.id)).reason == "the loss became nan"
+    assert (await requests.resume(created.id)).state == "queued"
+    assert (await requests.cancel(created.id)).state == "cancelled"
+
+
+async def test_a_run_of_a_terminal_is_resumed_by_the_server_and_one_that_has_succeeded_is_not(
+    requests: RunRequests, ledger: Ledger, run: tuple[str, Path]
+) -> None:
+    run_id, out_dir = run
+    assert (await requests.resume(run_id)).state == "queued"
+    (granted,) = await ledger.next_grants(await ledger.open_epoch(), 1, ("train",))
+    asked = msgspec.msgpack.decode(granted.request, type=TrainRequest)
+    assert (asked.run_id, asked.config["out_dir"], granted.owner) == (run_id, str(out_dir), "local")
+    await requests.cancel(run_id)
+    append(out_dir / RUN_METRICS, '{"kind": "summary", "stop_reason": "done"}\n')
+    with pytest.raises(InvalidInput, match="has succeeded"):
+        await requests.resume(run_id)
+
+
+async def test_nobody_trains_on_the_dataset_of_another(requests: RunRequests, settings: Settings) -> None:
+    ada = Maker("ada")
+    prepare("builtin:pydoc", settings.datasets, "hers", tokenizer="bytes", maker=ada)
+    assert (await requests.create({"dataset": "hers"}, "ada")).state == "queued"
+    with pytest.raises(NotFound, match="no dataset 'hers'"):
+        await requests.create({"dataset": "hers"}, "eve")
+
+
 async def test_a_run_whose_server_died_before_it_was_accepted_is_lost(
     requests: RunRequests, settings: Settings
 ) -> None:
     entry = Entry(id="run-00000000000a", owner="ada", recipe="pretrain", config={}, created=1.0, future_id="unknown")
     write_entry(entry, settings.runs / entry.id, settings.runs)
     status = await requests.status(entry.id)
-    assert (status.state, "before it accepted" in status.reason) == ("lost", True)
+    assert (status.state, "before it accepted" in status.reason) == ("failed", True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import yaml
 from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS
 from smelt.control.run_folders import Entry, find_runs, is_training, register, write_entry
 from smelt.control.run_metrics import LineFile, read_curves, thinned
-from smelt.control.runs import Runs
+from smelt.control.runs import STOPPED, Runs
 from smelt.errors import NotFound
 from smelt.run_configs import TrainConfig
 
@@ -67,16 +67,16 @@ def test_a_run_is_running_while_its_folder_is_held_and_lost_when_it_is_let_go_wi
         assert (status.id, status.state, status.step, status.loss) == (entry.id, "running", 20, 1.5)
         assert (status.val_loss, status.tokens_per_second, status.seconds_left) == (2.5, 100.0, 40.0)
     status = lab.runs.status(entry.id)
-    assert (status.state, status.seconds_left) == ("lost", None)
+    assert (status.state, status.seconds_left) == ("failed", None)
     assert "resumed" in status.reason
 
 
 @pytest.mark.parametrize(
     ("ending", "state", "reason"),
     [
-        ({"kind": "summary", "stop_reason": "done"}, "finished", ""),
-        ({"kind": "summary", "stop_reason": "max_time"}, "finished", ""),
-        ({"kind": "summary", "stop_reason": "interrupted"}, "interrupted", ""),
+        ({"kind": "summary", "stop_reason": "done"}, "succeeded", ""),
+        ({"kind": "summary", "stop_reason": "max_time"}, "succeeded", ""),
+        ({"kind": "summary", "stop_reason": "interrupted"}, "cancelled", STOPPED),
         ({"kind": "failure", "message": "the loss became nan"}, "failed", "the loss became nan"),
         ({"kind": "cancelled"}, "cancelled", ""),
     ],
@@ -180,12 +180,12 @@ def test_a_glance_follows_a_file_that_is_written_anew(lab: Home) -> None:
     entry, out_dir = lab.start()
     append(out_dir, *(step(number) for number in range(1, 501)), {"kind": "summary", "stop_reason": "interrupted"})
     before = lab.runs.status(entry.id)
-    assert (before.step, before.state) == (500, "interrupted")
+    assert (before.step, before.state) == (500, "cancelled")
     assert 30 <= len(before.spark) <= 60
     (out_dir / RUN_METRICS).write_text("")
     append(out_dir, step(1), step(2, loss=9.0))
     after = lab.runs.status(entry.id)
-    assert (after.step, after.state, after.spark) == (2, "lost", [2.0, 9.0])
+    assert (after.step, after.state, after.spark) == (2, "failed", [2.0, 9.0])
 
 
 def test_lines_are_read_whole_and_a_rewrite_is_noticed_even_when_the_file_has_outgrown_the_old_one(
@@ -237,3 +237,20 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends_its_dips_and_its_peaks() -> 
     assert {0, 31_415, 92_653, 99_999} <= set(kept)
     assert kept == sorted(set(kept))
     assert thinned([None] * 3000, 2000) == [0, 2999]
+
+
+def test_what_is_kept_of_a_run_is_listed_newest_first(lab: Home) -> None:
+    entry, out_dir = lab.start()
+    assert lab.runs.checkpoints(entry.id) == []
+    for number in (10, 20):
+        folder = out_dir / "checkpoints" / f"step-{number:07}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"12345")
+    (out_dir / "checkpoints" / ".tmp-step-0000030").mkdir()
+    (out_dir / "best").symlink_to("checkpoints/step-0000010")
+    (out_dir / "last").symlink_to("checkpoints/step-0000020")
+    newest, oldest = lab.runs.checkpoints(entry.id)
+    assert (newest.step, newest.num_bytes, newest.is_best, newest.is_last) == (20, 5, False, True)
+    assert (oldest.step, oldest.name, oldest.is_best, oldest.is_last) == (10, "step-0000010", True, False)
+    with pytest.raises(NotFound):
+        lab.runs.checkpoints(entry.id, "eve")

@@ -50,14 +50,14 @@ def test_a_run_is_found_with_its_end_and_its_log_and_keeps_its_id_when_it_goes_o
     smelt.train(TINY, data_path=text)
     (first,) = runs_of(home)
     assert (first.state, first.step, first.owner, first.out_dir) == (
-        "finished",
+        "succeeded",
         4,
         "local",
         str(Path("out").absolute()),
     )
     smelt.train(out_dir="out", init_from="resume", max_iters=6)
     (resumed,) = runs_of(home)
-    assert (resumed.id, resumed.state, resumed.step) == (first.id, "finished", 6)
+    assert (resumed.id, resumed.state, resumed.step) == (first.id, "succeeded", 6)
     log = Path("out", RUN_LOG).read_text()
     assert [number for number in range(1, 7) if f"step {number}: loss" in log] == [1, 2, 3, 4, 5, 6]
     assert log.count("done at step") == 2
@@ -123,4 +123,4 @@ def test_somebody_who_looks_at_the_lock_does_not_keep_a_run_from_starting(tmp_pa
 def test_two_ranks_are_one_run(home: Path, text: str) -> None:
     flags = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     train_on_two_ranks(["--data-path", text, *flags], home)
-    assert [(status.state, status.step) for status in runs_of(home)] == [("finished", 4)]
+    assert [(status.state, status.step) for status in runs_of(home)] == [("succeeded", 4)]

@@ -52,11 +52,9 @@ export function ago(seconds) {
 const STATES = {
   queued: "Queued",
   running: "Running",
-  finished: "Finished",
-  interrupted: "Interrupted",
+  succeeded: "Succeeded",
   cancelled: "Cancelled",
   failed: "Failed",
-  lost: "Lost",
 };
 
 // Writes a run's state into an element; CSS draws the mark beside it.
