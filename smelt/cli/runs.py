@@ -29,7 +29,7 @@ A run may be named by its id, the beginning of it, or the name of its folder."""
 
 @click.group(epilog=EXAMPLES)
 def command() -> None:
-    """List, show, follow, cancel and resume runs, whoever started them."""
+    """List, show, follow, cancel and resume runs."""
 
 
 @command.command("ls")
