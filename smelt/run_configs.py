@@ -58,7 +58,8 @@ class RunConfig(Config):
     # Device
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = Field("auto", description="auto picks the fastest that is safe on the device")
-    threads: PositiveInt | None = Field(None, description="CPU threads (all the machine's cores)")
+    ranks: PositiveInt = Field(1, description="processes on this machine that train together, one per GPU")
+    threads: PositiveInt | None = Field(None, description="CPU threads of all ranks together (the machine's cores)")
     compile: Literal["auto", "true", "false"] = Field("auto", description="torch.compile; auto: when the run repays it")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
 
@@ -166,7 +167,7 @@ RUN_SECTIONS: Sections = {
         *("out_dir", "eval_interval", "eval_iters", "eval_only", "log_interval"),
         *("always_save_checkpoint", "keep_checkpoints", "wandb", "tensorboard"),
     ),
-    "Device": ("device", "dtype", "threads", "compile", "gradient_checkpointing"),
+    "Device": ("device", "dtype", "ranks", "threads", "compile", "gradient_checkpointing"),
 }
 TRAIN_SECTIONS: Sections = {
     "Data": ("data_path", "dataset", "tokenizer", "train_val_split"),

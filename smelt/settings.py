@@ -179,3 +179,8 @@ def _file_values() -> dict[str, Any]:
     if named:
         return read_config_file(named)
     return read_config_file(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else {}
+
+
+def is_rank() -> bool:
+    """Whether torchrun, SLURM or our own launcher has started this process as one rank of a run."""
+    return "WORLD_SIZE" in os.environ

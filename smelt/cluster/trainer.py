@@ -1,16 +1,17 @@
-"""One run in a process of its own, forked for it by the launcher; knows no server and no connection.
+"""One rank of a run in a process of its own, forked for it by a launcher; knows no server and no connection.
 
-It stops cleanly on SIGINT, with a checkpoint, and never outlives the launcher. What it would have shown on a terminal
-goes to `log.txt` in the run's folder.
+It stops cleanly on SIGINT, with a checkpoint, and never outlives the launcher. What a run that was granted would have
+shown on a terminal goes to `log.txt` in its folder.
 """
 
 import logging
 import multiprocessing
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,26 +23,46 @@ from smelt.library import run, run_config
 from smelt.transport.failures import failure_of
 from smelt.transport.messages import Grant, Result, TrainRequest
 
+if TYPE_CHECKING:
+    from smelt.training.metrics import RunSummary
+
 # What the launcher's forkserver imports, so that each run finds it ready.
 PRELOADED = ("smelt.cluster.trainer", "smelt.training.recipes")
 
 log = logging.getLogger(__name__)
 
 
-def main(grant: Grant, answer: Connection) -> None:
-    """Do what was granted, and send one encoded Result."""
+def main(work: Callable[[], Result], rank: int, num_ranks: int, rendezvous: str, answer: Connection) -> None:
+    """Do one rank's work, and send its encoded Result.
+
+    It leads a process group: Ctrl-C in a terminal reaches the launcher alone, which tells all ranks, each once.
+    """
     launcher = multiprocessing.parent_process()
-    assert launcher is not None, "the launcher starts this"
+    assert launcher is not None, "a launcher starts this"
+    os.setpgid(0, 0)
     die_at_end_of_file(launcher.sentinel)
-    answer.send_bytes(msgspec.msgpack.encode(result_of(grant)))
+    if num_ranks > 1:
+        from smelt.training.parallel import describe_rank  # noqa: PLC0415 torch: launchers import this module too
+
+        describe_rank(rank, num_ranks, rendezvous)
+    answer.send_bytes(msgspec.msgpack.encode(work()))
 
 
 def result_of(grant: Grant) -> Result:
-    """Train, and put into a Result what came of it."""
-    try:
+    """Train what was granted, and put into a Result what came of it."""
+
+    def train() -> "RunSummary":
         request = msgspec.msgpack.decode(grant.body, type=TrainRequest)
         log_to(Path(request.config["out_dir"]))
-        summary = run(run_config(values_of(request)))
+        return run(run_config(values_of(request)))
+
+    return result_from(train, grant.future_id, grant.epoch)
+
+
+def result_from(train: Callable[[], "RunSummary"], future_id: str = "", epoch: int = 0) -> Result:
+    """What a function that trains returns or raises, as a Result."""
+    try:
+        summary = train()
     except KeyboardInterrupt:
         error: Exception = TrainingError("the run was stopped before its first step")
     except SmeltError as mistake:
@@ -51,8 +72,8 @@ def result_of(grant: Grant) -> Result:
         log.exception("the run ends here, because of a bug")
         error = bug
     else:
-        return Result(grant.future_id, grant.epoch, body=msgspec.msgpack.encode(asdict(summary)))
-    return Result(grant.future_id, grant.epoch, failure=failure_of(error))
+        return Result(future_id, epoch, body=msgspec.msgpack.encode(asdict(summary)))
+    return Result(future_id, epoch, failure=failure_of(error))
 
 
 def values_of(request: TrainRequest) -> dict[str, Any]:

@@ -50,7 +50,6 @@ class GradientSum:
     def begin(self) -> None:
         """The backward pass that comes is the step's last one: its gradients leave as soon as they are complete."""
         self._is_last = True
-        self._num_sent = 0
         for bucket in self.buckets:
             bucket.num_missing = len(bucket.names)
 
@@ -64,6 +63,7 @@ class GradientSum:
                 assert bucket.work is not None, "all have been sent"
                 bucket.work.wait()
                 bucket.work = None
+        self._num_sent = 0
 
     def _noting(self, bucket: Bucket) -> Callable[[Tensor], None]:
         def note(_parameter: Tensor) -> None:

@@ -6,20 +6,24 @@ What is trained on what is settled by a recipe, in its `Job`; what happens to th
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from smelt.errors import NonFiniteLoss
 from smelt.models.devices import matmul_peak, synchronize
+from smelt.training.gradient_sum import GradientSum
 from smelt.training.job import Evaluation, Job
 from smelt.training.metrics import EvalMetrics, Event, RunSummary, StepMetrics
 from smelt.training.step import step
+
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -72,6 +76,7 @@ class Loop:
         first = job.state.step
         self.progress = Progress(first, job.state.best_val_loss, first or None)
         self.started = time.perf_counter()
+        self.gradient_sum = GradientSum(job.model, job.optimizer, job.ranks)
         self.peak_flops = matmul_peak(job.device, job.dtype) * job.ranks.world_size
 
     def run(self) -> RunSummary:
@@ -146,14 +151,15 @@ class Loop:
         scale = 1.0 / num_targets
         loss_scale = job.optimizer.loss_scale.value if job.optimizer.loss_scale else 1.0
         totals = torch.zeros(1 + len(job.figures), device=job.device)
-        for batch in job.train_batches.micro_batches(now, job.device):
+        for batch, is_last in told_the_last(job.train_batches.micro_batches(now, job.device)):
+            if is_last:
+                self.gradient_sum.begin()
             value = step(job.model, batch, job.loss, scale * loss_scale)
             totals += torch.stack([value.total, *(value.metrics[name] for name in job.figures)])
+        self.gradient_sum.finish()
         loss, *figures = (total * scale for total in job.ranks.sum_(totals).tolist())
         if not math.isfinite(loss):
             raise self._non_finite("loss", loss)
-        for gradients in job.optimizer.gradients():
-            job.ranks.sum_(gradients)
         return loss, dict(zip(job.figures, figures, strict=True))
 
     def _non_finite(self, what: str, value: float) -> NonFiniteLoss:
@@ -236,6 +242,13 @@ class Loop:
     def _send(self, event: Event) -> None:
         for sink in self.job.sinks:
             sink(event)
+
+
+def told_the_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last."""
+    end: Any = object()
+    for item, following in pairwise(chain(items, [end])):
+        yield item, following is end
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

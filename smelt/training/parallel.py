@@ -84,8 +84,15 @@ def describe_rank(rank: int, num_ranks: int, rendezvous: str) -> None:
     os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, RENDEZVOUS: rendezvous}
 
 
-def read_ranks() -> Ranks:
-    """The ranks that torchrun describes in the environment; a single one without it."""
+def read_ranks(num_asked: int = 1) -> Ranks:
+    """The ranks that torchrun or our launcher describe in the environment; a single one without them.
+
+    ConfigError where a config asks for several and nobody has started them.
+    """
+    if num_asked > 1 and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"ranks: {num_asked} needs as many processes; start them with `smelt train --ranks {num_asked}` or torchrun"
+        )
     return Ranks(
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),

@@ -63,7 +63,7 @@ def run_prepared(
     now this run's. Raises what `prepare` raises; AlreadyExists and OutOfSpace before the first step; NonFiniteLoss,
     OutOfSpace and CheckpointError later on.
     """
-    ranks = read_ranks()
+    ranks = read_ranks(config.ranks)
     torch.set_num_threads(threads_per_rank(ranks, config.threads))
     device = rank_device(config, ranks)
     config = config.replace(out_dir=str(out_dir_of(config)))

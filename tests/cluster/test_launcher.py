@@ -229,6 +229,25 @@ async def test_a_killed_trainer_is_replaced_and_continues(folder: Path, start: C
         assert (await server.result())["stop_reason"] == "interrupted"
 
 
+async def test_a_run_on_two_ranks_loses_one_and_ends_with_the_bits_of_an_undisturbed_one(
+    folder: Path, start: Callable[[], Process]
+) -> None:
+    launcher = start()
+    both = {**TINY, "ranks": 2, "max_iters": 1000, "eval_interval": 200}
+    async with dialled_in(folder) as server:
+        whole = await server.grant("whole pair", folder, **both)
+        await server.result()
+        broken = await server.grant("broken pair", folder, **both)
+        await first_checkpoint(broken)
+        ranks = [pid for child in children_of(launcher.pid) for pid in children_of(child)]
+        assert len(ranks) == 2
+        os.kill(max(ranks), signal.SIGKILL)
+        summary = await server.result()
+    assert (summary["step"], summary["stop_reason"]) == (1000, "done")
+    assert digest(broken) == digest(whole)
+    assert steps(broken) == steps(whole)
+
+
 async def test_a_run_that_only_dies_is_given_up(folder: Path, start: Callable[[], Process]) -> None:
     launcher = start()
     async with dialled_in(folder) as server:
@@ -242,7 +261,7 @@ async def test_a_run_that_only_dies_is_given_up(folder: Path, start: Callable[[]
             killed = trainer
         heard = await server.hear()
     assert heard.failure.error == "TrainingError"
-    assert "died 3 times without getting further" in heard.failure.message
+    assert "processes died 3 times without getting further" in heard.failure.message
 
 
 def newer(launcher: Process, old: int | None) -> int | None:
