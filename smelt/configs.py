@@ -166,6 +166,8 @@ def _explain(error: Any, config_class: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {where!r}; known keys: {', '.join(sorted(config_class.model_fields))}"
+    if error["type"] == "missing" and where in config_class.model_fields:
+        return f"{where} is missing: {config_class.model_fields[where].description}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message} (got {error['input']!r})" if where else message
 

@@ -4,7 +4,7 @@ Knows no torch, and opens no file but the config of a run that is to go on.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -46,7 +46,7 @@ class RunConfig(Config):
 
     # Evaluation, logging and checkpoints
     out_dir: str | None = Field(None, description="where checkpoints and metrics go (out, or out-MODEL from a model)")
-    eval_interval: PositiveInt = Field(250, description="steps between evaluations")
+    eval_interval: PositiveInt | None = Field(None, description="steps between evaluations")
     eval_iters: PositiveInt = Field(20, description="validation batches per evaluation while training")
     eval_only: bool = Field(False, description="evaluate the model on the whole validation split and stop")
     log_interval: PositiveInt = Field(10, description="steps between lines of metrics")
@@ -114,10 +114,11 @@ class TrainConfig(RunConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="fraction of activations dropped while training")
     bias: bool = Field(True, description="biases in linear layers and LayerNorm (GPT-2 family)")
 
-    # Steps and optimizer
+    # Steps, optimizer and evaluation
     max_iters: int = Field(2000, ge=0, description="optimizer steps")
     batch_size: PositiveInt = Field(16, description="rows of block-size tokens in one forward pass")
     learning_rate: float = Field(1e-3, ge=0, description="peak learning rate of AdamW")
+    eval_interval: PositiveInt = Field(250, description="steps between evaluations")
 
     @model_validator(mode="before")
     @classmethod
@@ -155,6 +156,57 @@ class TrainConfig(RunConfig):
         return validated(DecoderConfig, {**shape, "vocab_size": vocab_size})
 
 
+class FineTuneConfig(RunConfig):
+    """More training of a model, on conversations or texts. Every field is a flag of `smelt finetune`."""
+
+    recipe: Literal["fine-tune"] = Field("fine-tune", description="train on examples of what to answer")
+    init_from: Literal["model", "resume"] = Field("model", description="model, or resume: go on in out-dir")
+
+    # Data
+    data: str = Field(description="JSON lines of conversations, prompts or texts: a file, or a dataset's name")
+    valid_data: str | None = Field(None, description="examples to validate on, given likewise")
+    train_val_split: float = Field(0.1, ge=0, lt=1, description="fraction kept for validation, without valid-data")
+    max_length: PositiveInt | None = Field(None, description="tokens of an example at most (the model's context)")
+
+    # Model
+    model: str = Field(description="what to fine-tune: a model's name or folder, a run's out-dir, hf:ORG/NAME")
+    method: Literal["supervised", "dpo"] = Field("supervised", description="dpo learns from pairs of answers")
+    beta: float = Field(0.1, gt=0, description="dpo: how much it costs to leave the model it began with")
+    lora: bool = Field(True, description="train an adapter that is kept apart; false: all weights")
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="rank of the adapter")
+    lora_alpha: float | None = Field(None, gt=0, description="scales what is added, by alpha / rank (twice the rank)")
+    lora_targets: str = Field("all", description="all, attention, mlp, or modules as in PEFT: q_proj,v_proj")
+    dropout: float = Field(0.0, ge=0, lt=1, description="fraction of activations dropped while training")
+
+    # Steps, optimizer and evaluation
+    epochs: PositiveInt = Field(3, description="how often each example is seen")
+    max_iters: int | None = Field(None, ge=0, description="optimizer steps, in place of epochs")
+    batch_size: PositiveInt = Field(8, description="examples in one forward pass")
+    learning_rate: float | None = Field(
+        None, ge=0, description="peak learning rate (2e-4, without lora 2e-5; a tenth of it for dpo)"
+    )
+    learning_rate_multiplier: float = Field(1.0, gt=0, description="times the peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors never decay")
+    eval_interval: PositiveInt | None = Field(None, description="steps between evaluations (an epoch's)")
+    log_interval: PositiveInt = Field(1, description="steps between lines of metrics")
+
+    @property
+    def base_model(self) -> str:
+        """The model that the run begins with."""
+        return self.model
+
+    @property
+    def path_fields(self) -> tuple[str, ...]:
+        """Fields whose value may be a path, which means something else in another folder."""
+        return ("data", "valid_data", "model")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """What `learning_rate` and its multiplier come to."""
+        usual = (2e-4 if self.lora else 2e-5) / (10 if self.method == "dpo" else 1)
+        return (usual if self.learning_rate is None else self.learning_rate) * self.learning_rate_multiplier
+
+
 # The flags of a run's command under their headings; `recipe` is none, for each command has its own.
 Sections = dict[str, tuple[str, ...]]
 RUN_SECTIONS: Sections = {
@@ -175,8 +227,22 @@ TRAIN_SECTIONS: Sections = {
     **RUN_SECTIONS,
 }
 
-RECIPE_CONFIGS: dict[str, type[RunConfig]] = {"pretrain": TrainConfig}
-RECIPE_SECTIONS: dict[str, Sections] = {"pretrain": TRAIN_SECTIONS}
+FINE_TUNE_SECTIONS: Sections = {
+    "Data": ("data", "valid_data", "train_val_split", "max_length"),
+    "Model": ("init_from", "model", "method", "beta", "lora", "lora_rank", "lora_alpha", "lora_targets", "dropout"),
+    **RUN_SECTIONS,
+    "Steps": ("epochs", *RUN_SECTIONS["Steps"]),
+    "Optimizer": ("learning_rate_multiplier", *RUN_SECTIONS["Optimizer"]),
+}
+
+RECIPE_CONFIGS: dict[str, type[RunConfig]] = {
+    "pretrain": TrainConfig,
+    "fine-tune": FineTuneConfig,
+}
+RECIPE_SECTIONS: dict[str, Sections] = {
+    "pretrain": TRAIN_SECTIONS,
+    "fine-tune": FINE_TUNE_SECTIONS,
+}
 
 
 def config_of(values: dict[str, Any]) -> RunConfig:

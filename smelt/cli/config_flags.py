@@ -42,7 +42,9 @@ class ConfigCommand(click.Command):
 def field_option(name: str, field: FieldInfo) -> click.Option:
     """An option for one field. Where `true` is a value, the bare flag means it."""
     may_be_bare = field.annotation is bool or "true" in get_args(field.annotation)
-    default = "" if field.default is None else f"  [default: {flag_text(field.default)}]"
+    default = f"  [default: {flag_text(field.default)}]"
+    if field.is_required() or field.default is None:
+        default = ""
     return click.Option(
         [f"--{name.replace('_', '-')}", name],
         metavar="BOOL" if field.annotation is bool else metavar_of(field),

@@ -21,7 +21,7 @@ from smelt.configs import DecoderConfig
 from smelt.errors import NotFound, UnknownAdapter, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import Stored, layout_of
 from smelt.models.folders import read_json_object
-from smelt.models.tensor_file import write_tensors
+from smelt.models.tensor_file import Pause, no_pause, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -115,8 +115,13 @@ def adapter_stamp(folder: Path) -> int:
         raise UnknownAdapter(f"there is no adapter {folder.name!r}") from None
 
 
-def write_adapter(adapter: Adapter, config: DecoderConfig, folder: Path) -> None:
-    """Write a folder that `peft` and `read_adapter` read. All factors must have one rank and one scale."""
+def write_adapter(
+    adapter: Adapter, config: DecoderConfig, folder: Path, base: str | None = None, pause: Pause = no_pause
+) -> None:
+    """Write a folder that `peft` and `read_adapter` read. All factors must have one rank and one scale.
+
+    `base`: where the model is that they belong to.
+    """
     changed = [factors for parts in adapter.values() for factors in parts if factors is not None]
     ranks, scales = {len(factors.a) for factors in changed}, {factors.scale for factors in changed}
     assert len(ranks) == len(scales) == 1, "an adapter is made with one rank and one scale"
@@ -133,7 +138,7 @@ def write_adapter(adapter: Adapter, config: DecoderConfig, folder: Path) -> None
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
@@ -143,7 +148,7 @@ def write_adapter(adapter: Adapter, config: DecoderConfig, folder: Path) -> None
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / WEIGHTS_FILE)
+    write_tensors(tensors, folder / WEIGHTS_FILE, pause)
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 

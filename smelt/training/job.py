@@ -65,7 +65,8 @@ class Job:
     optimizer: Optimizer
     loss: Loss
     train_batches: TrainBatches
-    evaluate: Evaluate
+    evaluate: Evaluate | None  # None where nothing is kept for it
+    eval_interval: int  # steps between evaluations, after which the run is saved
     final_eval_batches: int | None  # of the evaluation at the end
     checkpoints: Checkpoints
     state: TrainState

@@ -101,7 +101,7 @@ class Loop:
             if stopping:
                 stop_reason = "interrupted" if request.received else "max_time"
                 break
-            if progress.steps_done % job.config.eval_interval == 0 and progress.steps_done < job.num_steps:
+            if progress.steps_done % job.eval_interval == 0 and progress.steps_done < job.num_steps:
                 self._evaluate_and_save()
         if stop_reason == "interrupted":
             self._save(is_best=False)
@@ -173,20 +173,25 @@ class Loop:
         )
 
     def _evaluate_and_save(self, always: bool = False) -> None:
-        progress = self.progress
-        evaluation = self.job.evaluate(self.job.config.eval_iters)
+        job, progress = self.job, self.progress
+        if job.evaluate is None:
+            self._save(is_best=False)
+            return
+        evaluation = job.evaluate(job.config.eval_iters)
         is_best = progress.best_val_loss is None or evaluation.loss < progress.best_val_loss
         if is_best:
             progress.best_val_loss = evaluation.loss
         train_loss = _mean(progress.losses_since_eval)
         progress.losses_since_eval.clear()
         self._send_evaluation(evaluation, train_loss, is_best, final=False)
-        if always or is_best or self.job.config.always_save_checkpoint:
+        if always or is_best or job.config.always_save_checkpoint:
             self._save(is_best)
 
-    def _evaluate_finally(self) -> float:
+    def _evaluate_finally(self) -> float | None:
         """The last evaluation looks at all or much of the split, and is no candidate for the best."""
         job = self.job
+        if job.evaluate is None:
+            return None
         evaluation = job.evaluate(None if job.config.eval_only else job.final_eval_batches)
         self._send_evaluation(evaluation, None, is_best=False, final=True)
         return evaluation.loss

@@ -1,0 +1,276 @@
+"""Fine-tuning: a model learns from examples, as a LoRA adapter or with all its weights, supervised or by preferences.
+
+Knows which model and which examples a config means; what all recipes share is in `run_setup`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smelt.data.chat_format import ChatFormat
+from smelt.data.datasets import dataset_folder, list_datasets, open_dataset
+from smelt.data.labelled import order_of
+from smelt.data.sources import Progress
+from smelt.data.tokenizers import Tokenizer
+from smelt.data.training_examples import Located, Preference, Sample, TextExample, read_examples, samples_of
+from smelt.errors import ConfigError, NotEnoughData, NotFound, TokenizerError
+from smelt.models.decoder import Decoder
+from smelt.models.devices import pick_dtype
+from smelt.models.loading import load_model
+from smelt.models.registry import resolve
+from smelt.run_configs import FineTuneConfig, learning_rates, out_dir_of
+from smelt.training.checkpoint import Checkpoints, WeightFiles, latest, restore
+from smelt.training.compiling import compiled
+from smelt.training.example_batches import ExampleBatches, ExampleEvaluation
+from smelt.training.example_losses import answer_logprobs, preference, supervised
+from smelt.training.job import Evaluate, Evaluation, Job, evaluate_batches
+from smelt.training.lora_factors import LoraFactors
+from smelt.training.losses import Loss
+from smelt.training.metrics import RunSummary, Sink
+from smelt.training.optim import Optimizer, cosine_with_warmup
+from smelt.training.parallel import Ranks
+from smelt.training.pretraining import model_files
+from smelt.training.run_setup import Prepared, Started, initial_state, no_progress, run_prepared, unnoticed
+
+FIGURES = {"supervised": ("accuracy",), "dpo": ("accuracy", "margin")}
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What is fine-tuned, in fp32 where all weights are trained."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What is learned, and what is validated on; the latter may be nothing."""
+
+    name: str
+    train: list[Sample]
+    valid: list[Sample]
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens that are learned and of what counts in them."""
+        digest = sha256()
+        for datum in (datum for sample in self.train for datum in sample.data):
+            for array in (datum.tokens, datum.inputs["target_tokens"], datum.inputs["weights"]):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def fine_tune(
+    config: FineTuneConfig,
+    datasets_folder: Path,
+    models_folder: Path,
+    sinks: Sequence[Sink] = (),
+    progress: Progress = no_progress,
+    started: Started = unnoticed,
+) -> RunSummary:
+    """Fine-tune a model as `config` says. Raises ConfigError, NotFound, DataError and what `run_prepared` raises."""
+
+    def prepare(config: FineTuneConfig, ranks: Ranks, device: torch.device) -> Prepared:
+        base = read_base(config, models_folder, device)
+        examples = read_data(config, datasets_folder, base, progress)
+        return prepare_job(config, base, examples, ranks, device)
+
+    return run_prepared(config, prepare, sinks, started)
+
+
+def read_base(config: FineTuneConfig, models_folder: Path, device: torch.device) -> Base:
+    """The model to begin with; with LoRA in the dtype that it will be computed in, for it will not change."""
+    folder = resolve(config.model, models_folder)
+    dtype = pick_dtype(config.dtype, device) if config.lora else torch.float32
+    model, tokenizer = load_model(folder, dtype)
+    if tokenizer is None:
+        raise TokenizerError(f"{folder} has no tokenizer; put its tokenizer.json beside the weights")
+    model = with_dropout(model, config.dropout)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return Base(model.to(device), tokenizer, folder)
+
+
+def with_dropout(model: Decoder, dropout: float) -> Decoder:
+    """The model again, with dropout where there is any."""
+    if not dropout:
+        return model
+    fresh = Decoder(model.config, dropout).to(model.embedding.weight.dtype)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def read_data(config: FineTuneConfig, datasets_folder: Path, base: Base, progress: Progress) -> Examples:
+    """The examples in the model's tokens, and those kept for validation. DataError, NotFound, NotEnoughData."""
+    shape = base.model.config
+    if config.max_length is not None and config.max_length > shape.block_size:
+        raise ConfigError(f"--max-length {config.max_length} is more than the model's context of {shape.block_size}")
+    chat_format = ChatFormat.of(base.folder, base.tokenizer)
+    max_tokens = config.max_length or shape.block_size
+
+    def samples(spec: str, split: str) -> list[Sample]:
+        located = located_examples(spec, split, datasets_folder)
+        check_kind(located, config)
+        told = with_progress(located, progress, f"tokenizing {Path(spec).name}")
+        return samples_of(told, chat_format, base.tokenizer, max_tokens, shape.vocab_size)
+
+    train = samples(config.data, "train")
+    if config.valid_data is not None:
+        return Examples(Path(config.data).name, train, samples(config.valid_data, "val"))
+    num_held = round(config.train_val_split * len(train))
+    if num_held == len(train):
+        raise NotEnoughData(f"{config.data} holds {len(train)} example(s), all of them kept for validation; add some")
+    order = order_of(len(train), config.seed)
+    held, learned = sorted(order[:num_held]), sorted(order[num_held:])
+    return Examples(Path(config.data).name, [train[n] for n in learned], [train[n] for n in held])
+
+
+def located_examples(spec: str, split: str, datasets_folder: Path) -> list[Located]:
+    """What a file or a dataset holds. NotFound where there is neither; DataError where lines are bad."""
+    if (path := Path(spec).expanduser()).is_file():
+        return read_examples(path, str(spec))
+    if spec not in list_datasets(datasets_folder):
+        known = ", ".join(list_datasets(datasets_folder)) or "none"
+        raise NotFound(f"there is neither a file nor a dataset {spec!r}; datasets: {known}")
+    dataset = open_dataset(dataset_folder(datasets_folder, spec))
+    found: list[Located] = []
+    parts: list[str] = []
+    for piece in dataset.texts("val" if split == "val" else "train"):
+        parts.append(piece.text)
+        if piece.is_last:
+            found.append(Located(f"{spec}, document {len(found)}", TextExample("", "".join(parts))))
+            parts.clear()
+    return found
+
+
+def check_kind(located: list[Located], config: FineTuneConfig) -> None:
+    """ConfigError where there are preferences and another method, or the other way round."""
+    for each in located:
+        if isinstance(each.example, Preference) != (config.method == "dpo"):
+            has = "a preference" if isinstance(each.example, Preference) else "no preference"
+            other = "dpo" if isinstance(each.example, Preference) else "supervised"
+            raise ConfigError(f"{each.where} is {has}, and the method is {config.method}; give --method {other}")
+
+
+def with_progress(located: list[Located], progress: Progress, stage: str) -> Iterable[Located]:
+    """The examples, while somebody hears how far they are."""
+    for number, each in enumerate(located):
+        if number % 100 == 0:
+            progress(stage, number, len(located))
+        yield each
+    progress(stage, len(located), len(located))
+
+
+def prepare_job(config: FineTuneConfig, base: Base, examples: Examples, ranks: Ranks, device: torch.device) -> Prepared:
+    """Put together what the loop needs."""
+    model, dtype = base.model, pick_dtype(config.dtype, device)
+    weight_files = trained_part(config, base)
+    optimizer = Optimizer(model.to(device), dtype, config.betas, config.weight_decay, config.grad_clip)
+    # Before a checkpoint is restored: preferences are measured against the model that the run began with.
+    references = {name: first_logprobs(config, model, samples, device) for name, samples in _splits(examples)}
+    checkpoint = latest(out_dir_of(config)) if config.init_from == "resume" else None
+    resumed = restore(checkpoint, weight_files, optimizer) if checkpoint else None
+    num_rows = min(config.batch_size * config.gradient_accumulation_steps, len(examples.train))
+    per_epoch = ceil(len(examples.train) / num_rows)
+    num_steps = ceil(config.epochs * len(examples.train) / num_rows) if config.max_iters is None else config.max_iters
+    state = initial_state(
+        config, (examples.name, examples.sha256), dtype, ranks, compiles=config.compile == "true", resumed=resumed
+    )
+    rates = learning_rates(config, config.peak_learning_rate, num_steps)
+    sinks: list[Sink] = []
+    loss = supervised if config.method == "supervised" else partial(preference, beta=config.beta)
+    job = Job(
+        config=config,
+        num_steps=num_steps,
+        learning_rate=lambda step: cosine_with_warmup(step, *rates),
+        model=model.train(),
+        has_dropout=config.dropout > 0,
+        optimizer=optimizer,
+        loss=compiled(loss, sinks) if state.compiled else loss,
+        train_batches=ExampleBatches(
+            examples.train, ranks, num_rows, config.batch_size, config.seed, references["train"]
+        ),
+        evaluate=evaluation(config, model, loss, examples.valid, references["valid"], ranks, device),
+        eval_interval=config.eval_interval or per_epoch,
+        final_eval_batches=None,
+        checkpoints=Checkpoints(out_dir_of(config), config.keep_checkpoints, weight_files),
+        state=state,
+        ranks=ranks,
+        device=device,
+        dtype=dtype,
+        sinks=sinks,
+        flops_per_token=flops_per_token(config, model, examples.train),
+        figures=FIGURES[config.method],
+    )
+    return Prepared(
+        job,
+        num_train_tokens=sum(sample.num_tokens for sample in examples.train),
+        num_val_tokens=sum(sample.num_tokens for sample in examples.valid),
+        num_train_samples=len(examples.train),
+        checkpoint=checkpoint,
+    )
+
+
+def trained_part(config: FineTuneConfig, base: Base) -> WeightFiles:
+    """Have the model learn what the config says, and say how that is kept."""
+    if not config.lora:
+        return model_files(base.model.config, base.tokenizer, base.folder)
+    alpha = config.lora_alpha or 2.0 * config.lora_rank
+    factors = LoraFactors(base.model, config.lora_rank, alpha, config.lora_targets, config.seed)
+    return factors.files(str(base.folder.absolute()))
+
+
+def _splits(examples: Examples) -> list[tuple[str, list[Sample]]]:
+    return [("train", examples.train), ("valid", examples.valid)]
+
+
+@torch.no_grad()
+def first_logprobs(
+    config: FineTuneConfig, model: Decoder, samples: list[Sample], device: torch.device
+) -> Tensor | None:
+    """log p of the answers of preferences before anything is learned, (number of samples, 2); None without any."""
+    if config.method != "dpo" or not samples:
+        return None
+    model.eval()
+    found = torch.zeros(len(samples), 2)
+    order = sorted(range(len(samples)), key=lambda number: samples[number].num_tokens)
+    for first in range(0, len(order), config.batch_size):
+        part = order[first : first + config.batch_size]
+        (batch,) = ExampleEvaluation([samples[n] for n in part], Ranks(), len(part)).batches(None, device)
+        found[part] = answer_logprobs(model, batch).cpu()
+    return found
+
+
+def evaluation(
+    config: FineTuneConfig,
+    model: Decoder,
+    loss: Loss,
+    samples: list[Sample],
+    references: Tensor | None,
+    ranks: Ranks,
+    device: torch.device,
+) -> Evaluate | None:
+    """How the run is evaluated; None where nothing is kept for it."""
+    if not samples:
+        return None
+    held = ExampleEvaluation(samples, ranks, config.batch_size, references)
+
+    def evaluate(max_batches: int | None) -> Evaluation:
+        return evaluate_batches(model, loss, held.batches(max_batches, device), ranks, device, FIGURES[config.method])
+
+    return evaluate
+
+
+def flops_per_token(config: FineTuneConfig, model: Decoder, samples: list[Sample]) -> float:
+    """As for pretraining at the mean length; with LoRA without the third that gradients of the weights would take."""
+    num_sequences = sum(len(sample.data) for sample in samples)
+    length = max(1, sum(sample.num_tokens for sample in samples) // num_sequences)
+    return model.config.replace(block_size=length).flops_per_token * (2 / 3 if config.lora else 1)
