@@ -127,11 +127,20 @@ class Datum:
     """One example to train on: tokens, and what the loss wants to know at each of them.
 
     Position i of `tokens` (N,) predicts `inputs["target_tokens"][i]`: nothing is shifted any more. Inputs are (N,), or
-    (N, K) where each position has K targets.
+    (N, K) where each position has K targets. A loss that compares sequences has all of them in one datum.
     """
 
     tokens: "NDArray[np.int32]"
     inputs: "Mapping[str, NDArray[np.float32] | NDArray[np.int64]]"
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of its sequences, none of which sees another: a new one begins where `segment_ids` change, if it has any."""
+        if "segment_ids" not in self.inputs:
+            return [len(self.tokens)]
+        segments = self.inputs["segment_ids"].reshape(len(self.tokens), -1)[:, 0]
+        ends = [*(segments[1:] != segments[:-1]).nonzero()[0] + 1, len(segments)]
+        return [int(end - start) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)

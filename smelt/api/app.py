@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from smelt import __version__
 from smelt.api import (
     bans,
+    chat_training,
     completions_by_query,
     datasets,
     docs,
@@ -61,6 +62,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         openai_files.router(services),
         tinker.router(services),
         tinker_completions.router(services),
+        chat_training.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
         models.router(services, imports),

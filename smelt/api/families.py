@@ -63,6 +63,23 @@ FAMILIES: dict[str, Family] = {
     "/v1/files": Family(frozenset({"training", "inference"}), "openai", uploads=True),
     "/completions": Family(INFERENCE, "status_code"),
     "/api/generate": Family(INFERENCE, "success"),
+    "/api/training": Family(frozenset({"training"}), "success", uploads=True),
+    **dict.fromkeys(("/sample", "/generate"), Family(INFERENCE)),
+    **dict.fromkeys(("/loss_functions", "/get_server_capabilities"), Family(ANY)),
+    **{
+        f"/{name}": TRAINING
+        for name in (
+            "fwdbwd",
+            "optim_step",
+            "retrieve_future",
+            "add_lora",
+            "remove_lora",
+            "adapters",
+            "save_weights",
+            "save_weights_for_sampler",
+            "load_weights",
+        )
+    },
     "/v1/runs": TRAINING,
     "/v1/datasets": Family(frozenset({"training"}), uploads=True),
     "/api/v1": Family(frozenset({"training", "inference"})),

@@ -6,6 +6,7 @@ from functools import cached_property
 from sqlalchemy import Engine
 
 from smelt.control.abuse_checker import AbuseChecker
+from smelt.control.adapters_in_training import AdaptersInTraining
 from smelt.control.catalogue import Catalogue
 from smelt.control.completions import Completions
 from smelt.control.model_server import ModelServer
@@ -34,6 +35,10 @@ class Services:
         return Catalogue(self.settings.models, self.default_model)
 
     @cached_property
+    def adapters(self) -> AdaptersInTraining:
+        """Adapters that people have named."""
+        return AdaptersInTraining(self.post_training, self.ledger, self.database, self.catalogue, self.model_server)
+
     def completions(self) -> Completions:
         """What writes, now and for later."""
         return Completions(self.model_server, self.ledger, self.abuse_checker)
@@ -47,3 +52,4 @@ class Services:
     def uploads(self) -> Uploads:
         """The files that people upload."""
         return Uploads(self.settings.home, self.database, self.writer)
+

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from smelt.api.chat_training import ChatTraining
 from smelt.api.openai_parsing import object_of
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, Presence, json_body, whole_body
@@ -29,11 +30,13 @@ from smelt.api.tinker_types import (
     understand,
     understand_operation,
 )
+from smelt.control.adapters_in_training import is_name
 from smelt.control.loss_requests import fault_of, place_of
 from smelt.control.promises import outcome
 from smelt.control.training_models import KINDS, Keep, Lora, Place, Saving, Slot
 from smelt.errors import InvalidInput, UnsupportedEncoding
 
+JSON = "application/json"
 MAX_JSON_BYTES = 2**20
 # A client gives up after 45, and asks again at once when it has an answer.
 POLL_S = 30.0
@@ -49,6 +52,7 @@ class TrainingRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._models = services.post_training.models
+        self._chats = ChatTraining(services)
         self._max_body_bytes = services.settings.max_body_mb * 2**20
 
     async def retrieve_future(self, request: Request) -> Response:
@@ -65,7 +69,10 @@ class TrainingRoutes:
 
     async def forward_backward(self, request: Request) -> Response:
         """A loss and its gradient, or with forward_only the log-probabilities alone."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF:
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type == JSON:  # conversations, of somebody without Tinker's client
+            return await self._chats.forward_backward(request)
+        if content_type != PROTOBUF:
             raise UnsupportedEncoding(f"send a ForwardBackwardRequest with the header `Content-Type: {PROTOBUF}`")
         body = await whole_body(request.receive, self._max_body_bytes)
         where = await aside(body, place_of, body)
@@ -78,10 +85,15 @@ class TrainingRoutes:
     async def optim_step(self, request: Request) -> Response:
         """A step of the optimizer on the gradients since the last one."""
 
+        raw, owner = await json_body(request, MAX_JSON_BYTES), owner_of(request)
+        model_id = object_of(raw).get("model_id")
+        if isinstance(model_id, str) and is_name(model_id):
+            return await self._chats.step(owner, raw)
+
         async def take(place: Place, body: OptimStepBody) -> str:
             return await self._models.optim_step(place, optim_step(body))
 
-        return await self._operation(request, "optim_step", OptimStepBody, take)
+        return await self._taken(owner, "optim_step", OptimStepBody, raw, take)
 
     async def save_weights(self, request: Request) -> Response:
         """Save weights and optimizer under a name."""

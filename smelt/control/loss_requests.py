@@ -14,6 +14,16 @@ from smelt.errors import InvalidInput, SmeltError
 from smelt.transport.tinker_wire import ForwardBackward, decode_forward_backward, decode_place
 from smelt.types import Datum
 
+# What each loss is for, as those are told who ask which there are.
+LOSSES = {
+    "cross_entropy": "supervised learning: negative log-likelihood of the assistant's tokens",
+    "importance_sampling": "policy gradient, corrected for tokens that an older policy has sampled",
+    "ppo": "policy gradient whose ratios are clipped (Schulman et al. 2017)",
+    "cispo": "policy gradient whose clipped ratios only weigh (MiniMax-M1)",
+    "dro": "policy gradient kept near the sampler by a square (Richemond et al. 2024)",
+    "gspo": "policy gradient with one clipped ratio for a sequence (Zheng et al. 2025)",
+    "dpo": "preferences between two answers, against the base model (Rafailov et al. 2023)",
+}
 UNSUPPORTED_LOSSES = {
     "custom": (
         "this server takes no loss functions of its clients: use forward_backward_custom, which computes them there"
@@ -50,6 +60,13 @@ def fault_of(body: bytes, config: DecoderConfig | None) -> SmeltError | None:
     return None
 
 
+def check_loss(name: str) -> None:
+    """InvalidInput for a loss that we do not have."""
+    if name not in LOSSES:
+        reason = UNSUPPORTED_LOSSES.get(name, f"unknown loss function {name[:60]!r}; known: {', '.join(LOSSES)}")
+        raise InvalidInput(reason, "loss_fn")
+
+
 def _check(request: ForwardBackward, config: DecoderConfig | None) -> None:
     if request.loss_name in UNSUPPORTED_LOSSES:
         raise InvalidInput(UNSUPPORTED_LOSSES[request.loss_name], "loss_fn")
@@ -61,9 +78,9 @@ def _check(request: ForwardBackward, config: DecoderConfig | None) -> None:
 
 
 def _check_datum(datum: Datum, place: str, config: DecoderConfig) -> None:
-    if len(datum.tokens) > config.block_size:
+    if max(datum.lengths) > config.block_size:
         raise InvalidInput(
-            f"{place} has {len(datum.tokens)} tokens, and the model's context window is {config.block_size}; split it"
+            f"{place} has {max(datum.lengths)} tokens, and the model's context window is {config.block_size}; split it"
         )
     targets = datum.inputs.get("target_tokens")
     for what, tokens in (("model_input", datum.tokens), ("target_tokens", targets)):

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine
 
 from smelt.control.post_training import PostTraining
 from smelt.control.saved_weights import folder_of
-from smelt.control.sessions import ask
+from smelt.control.sessions import NAMED, ask
 from smelt.storage import records, session_rows
 from smelt.storage.records import SamplerRecord, Session, TrainingModel
 from smelt.storage.writer import Writer
@@ -91,6 +91,8 @@ class SessionCleanup:
         )
         if session.finished is not None:
             return time.time() - session.finished >= GRACE_S
+        if session.project_id == NAMED:
+            return False
         return self._training.sessions.silence_s(session_id) >= MAX_SILENCE_S
 
 

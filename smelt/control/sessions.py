@@ -16,6 +16,7 @@ from smelt.storage import records, session_rows
 from smelt.storage.records import SamplerRecord, Session, TrainingModel
 from smelt.storage.writer import Writer
 
+NAMED = "named-adapters"  # the project of sessions that have no client: somebody named an adapter
 SILENCE_S = 300.0  # after which a session counts as gone
 
 Standing = Literal["active", "finished", "gone"]

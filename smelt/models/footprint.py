@@ -1,6 +1,7 @@
 """How much memory a model takes to serve, by its shape alone; loads nothing and knows no torch."""
 
 from smelt.configs import DecoderConfig
+from smelt.models.architectures import layout_of
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 4  # of each row of a quantized matrix
@@ -17,6 +18,16 @@ def weights_bytes(config: DecoderConfig, dtype_bytes: int, quantized: bool = Fal
     num_copied = config.vocab_size * config.n_embd if config.tied else 0
     num_kept = config.num_parameters - (num_elements - num_copied)
     return num_kept * dtype_bytes + num_elements + num_rows * SCALE_BYTES
+
+
+def adapter_values(config: DecoderConfig, rank: int) -> int:
+    """Values of a LoRA adapter of such a rank on every matrix within the blocks."""
+    return sum(
+        rank * (shape[0] + shape[1])
+        for name, stored in layout_of(config).items()
+        for shape in stored.shapes
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
+    )
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int) -> int:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Select, and_, func, or_, select
 
 from smelt.storage import records
 from smelt.storage.records import Record, SamplerRecord, SavedWeights, Session, TrainingModel
-from smelt.storage.tables import futures, samplers, saved_weights, sessions, training_models
+from smelt.storage.tables import AnyRow, futures, samplers, saved_weights, sessions, training_models
 
 R = TypeVar("R", bound=Record)
 Page = tuple[list[R], int]  # and how many there are in all
@@ -89,6 +89,13 @@ def last_request(connection: Connection, lane: str) -> float | None:
     """When the last request of a lane was accepted."""
     query = select(futures.c.created).where(futures.c.lane == lane).order_by(futures.c.seq.desc()).limit(1)
     return connection.execute(query).scalar_one_or_none()
+
+
+def newest_request(connection: Connection, lane: str, kinds: Sequence[str]) -> AnyRow | None:
+    """(seq, kind) of the last request of those kinds in a lane, but for those that have come to nothing."""
+    query = select(futures.c.seq, futures.c.kind).where(futures.c.lane == lane, futures.c.kind.in_(kinds))
+    query = query.where(futures.c.state.not_in(("failed", "cancelled"))).order_by(futures.c.seq.desc()).limit(1)
+    return connection.execute(query).one_or_none()
 
 
 def ephemeral_samplers(connection: Connection) -> list[SamplerRecord]:

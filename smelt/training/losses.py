@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smelt.models.batch import Batch
@@ -80,6 +81,25 @@ def gspo(logprobs: Tensor, inputs: Inputs) -> tuple[Tensor, Metrics]:
     return -objective.sum(), _ratio_metrics(ratio, advantages, clipped)
 
 
+def dpo(logprobs: Tensor, inputs: Inputs) -> tuple[Tensor, Metrics]:
+    """-log sigmoid(beta sum(w (lp - q))) (Rafailov et al. 2023, eq. 7) of one preference; `beta` is 0.1.
+
+    The weights of the better answer's tokens are above 0, those of the worse one's below; q is what the model gave
+    them before it was trained.
+    """
+    weights = _tensor(inputs, "weights")
+    gains = inputs.get("beta", 0.1) * weights * torch.where(weights != 0, logprobs - inputs["logprobs"], 0.0)
+    margin = gains.sum()
+    own = gains.detach()
+    metrics = {
+        "chosen_reward": own[weights > 0].sum(),
+        "rejected_reward": -own[weights < 0].sum(),
+        "margin": margin.detach(),
+        "accuracy": (margin.detach() > 0).float(),
+    }
+    return -F.logsigmoid(margin), metrics
+
+
 LOSSES: dict[str, TokenLoss] = {
     "cross_entropy": cross_entropy,
     "importance_sampling": importance_sampling,
@@ -87,9 +107,14 @@ LOSSES: dict[str, TokenLoss] = {
     "cispo": cispo,
     "dro": dro,
     "gspo": gspo,
+    "dpo": dpo,
 }
 # What a loss needs of each token, besides its target; one that is not here needs nothing.
-NEEDED = dict.fromkeys(("importance_sampling", "ppo", "cispo", "dro", "gspo"), ("logprobs", "advantages"))
+NEEDED = {
+    **dict.fromkeys(("importance_sampling", "ppo", "cispo", "dro", "gspo"), ("logprobs", "advantages")),
+    "dpo": ("weights", "segment_ids"),
+}
+REFERRING = ("dpo",)  # those that compare with the model as it was: its `logprobs` need not be given
 OPTIONAL = ("weights", "sequence_ratio_mask", "clip_low_threshold", "clip_high_threshold")  # of each token too
 SETTINGS = ("clip_low_threshold", "clip_high_threshold", "beta")  # plain numbers
 

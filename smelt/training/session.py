@@ -10,6 +10,7 @@ see `fixed_tiles`, `packed_data` and `adapter_pass`.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from smelt.models.decoder import Decoder
 from smelt.models.fixed_tiles import fixed_tiles
 from smelt.models.linear import Linear
 from smelt.training.adapter_pass import AdapterPass, Member
-from smelt.training.losses import LOSSES, NEEDED, OPTIONAL, SETTINGS
+from smelt.training.losses import LOSSES, NEEDED, OPTIONAL, REFERRING, SETTINGS
 from smelt.training.packed_data import Place, pack
 from smelt.training.target_logprobs import HeadAdapter, Wanted, target_logprobs
 from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
@@ -62,6 +63,15 @@ class _Loaded:
     logprobs: NDArray[np.float32] | None = None
     loss: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sequence:
+    """A datum, or a part of one that sees no other part: what goes through the model as one text."""
+
+    adapter: TrainedAdapter
+    tokens: NDArray[np.int32]
+    targets: Tensor  # (N, K)
 
 
 class SessionTrainer:
@@ -140,21 +150,36 @@ class SessionTrainer:
 
     def _compute(self, datums: list[_Loaded], backward: bool) -> None:
         """One pass over datums of many sessions."""
-        packed = pack([datum.datum.tokens for datum in datums])
-        members = _members(datums, packed.places)
+        self._refer([datum for datum in datums if datum.work.loss_name in REFERRING and "logprobs" not in datum.inputs])
+        sequences = [sequence for datum in datums for sequence in _sequences(datum)]
+        packed = pack([sequence.tokens for sequence in sequences])
+        members = _members(sequences, packed.places)
         adapters = AdapterPass(members, self._matrices, self.model)
         with torch.set_grad_enabled(backward), fixed_tiles():
             with adapters.applied():
                 hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
-            wanted = self._wanted(datums, packed.places)
+            wanted = self._wanted(sequences, packed.places)
             logprobs = target_logprobs(hidden_NC, self._head, wanted, adapters.anchor)
-            losses = [_loss(datum, own) for datum, own in zip(datums, logprobs, strict=True)]
+            losses = [_loss(datum, own) for datum, own in zip(datums, _joined(datums, logprobs), strict=True)]
             if backward:
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
-    def _wanted(self, datums: list[_Loaded], places: tuple[Place, ...]) -> list[Wanted]:
-        heads = {adapter: _head_adapter(adapter, self._head.dtype) for adapter in {d.work.adapter for d in datums}}
-        return [Wanted(p, d.targets, heads[d.work.adapter]) for d, p in zip(datums, places, strict=True)]
+    def _refer(self, datums: list[_Loaded]) -> None:
+        """Give them as `logprobs` what their targets have without an adapter."""
+        if not datums:
+            return
+        sequences = [sequence for datum in datums for sequence in _sequences(datum)]
+        packed = pack([sequence.tokens for sequence in sequences])
+        with torch.no_grad(), fixed_tiles():
+            hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
+            wanted = [Wanted(place, s.targets) for s, place in zip(sequences, packed.places, strict=True)]
+            logprobs = _joined(datums, target_logprobs(hidden_NC, self._head, wanted))
+        for datum, logprobs_NK in zip(datums, logprobs, strict=True):
+            datum.inputs["logprobs"] = logprobs_NK.reshape(datum.datum.inputs["target_tokens"].shape)
+
+    def _wanted(self, sequences: list[_Sequence], places: tuple[Place, ...]) -> list[Wanted]:
+        heads = {adapter: _head_adapter(adapter, self._head.dtype) for adapter in {s.adapter for s in sequences}}
+        return [Wanted(p, s.targets, heads[s.adapter]) for s, p in zip(sequences, places, strict=True)]
 
     def _load(self, work: Work) -> list[_Loaded] | Exception:
         try:
@@ -167,9 +192,9 @@ class SessionTrainer:
         if work.loss_name not in LOSSES:
             raise InvalidInput(f"unknown loss {work.loss_name!r}; known: {', '.join(LOSSES)}", "loss_fn")
         config = self.model.config
-        if len(datum.tokens) > config.block_size:
+        if max(datum.lengths) > config.block_size:
             raise InvalidInput(
-                f"{place} has {len(datum.tokens)} tokens, and the model's context is {config.block_size}"
+                f"{place} has {max(datum.lengths)} tokens, and the model's context is {config.block_size}"
             )
         _check_ids(datum.tokens, config.vocab_size, f"{place}: the model input")
         needed = NEEDED.get(work.loss_name, ())
@@ -183,7 +208,8 @@ class SessionTrainer:
             for name, value in work.loss_settings.items()
             if name in SETTINGS and not isinstance(value, str)
         }
-        for name in (*needed, *OPTIONAL):
+        referring = ("logprobs",) if work.loss_name in REFERRING else ()
+        for name in (*needed, *referring, *OPTIONAL):
             if name in datum.inputs:
                 inputs[name] = self._input(datum, name, place)
         targets_NK = torch.from_numpy(targets.astype(np.int64).reshape(len(datum.tokens), -1)).to(self._device)
@@ -222,11 +248,26 @@ def _head_adapter(adapter: TrainedAdapter, dtype: torch.dtype) -> HeadAdapter | 
     return HeadAdapter(a.to(dtype), b.to(dtype), adapter.scale, a_gradient, b_gradient)
 
 
-def _members(datums: list[_Loaded], places: tuple[Place, ...]) -> list[Member]:
-    """Each session of the pass, with its datums in order."""
+def _sequences(datum: _Loaded) -> list[_Sequence]:
+    """A datum's sequences, which attend to themselves alone."""
+    ends = list(accumulate(datum.datum.lengths))
+    return [
+        _Sequence(datum.work.adapter, datum.datum.tokens[start:end], datum.targets[start:end])
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def _joined(datums: list[_Loaded], logprobs: Sequence[Tensor]) -> list[Tensor]:
+    """What each sequence gave, of one datum after the other."""
+    parts = iter(logprobs)
+    return [torch.cat([next(parts) for _ in datum.datum.lengths]) for datum in datums]
+
+
+def _members(sequences: list[_Sequence], places: tuple[Place, ...]) -> list[Member]:
+    """Each session of the pass, with its sequences in order."""
     own: dict[TrainedAdapter, list[Place]] = {}
-    for datum, place in zip(datums, places, strict=True):
-        own.setdefault(datum.work.adapter, []).append(place)
+    for sequence, place in zip(sequences, places, strict=True):
+        own.setdefault(sequence.adapter, []).append(place)
     return [
         Member(adapter.rank, adapter.factors, adapter.gradient_factors, adapter.scale, tuple(mine))
         for adapter, mine in own.items()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from smelt.control import loss_requests
 from smelt.training.losses import LOSSES
 
 # Three tokens: the policy has become likelier (r = 2), less likely (r = 1/2), and has not moved.
@@ -112,7 +113,7 @@ def test_gspo_of_packed_sequences_is_the_sum_of_each_alone() -> None:
     assert packed[1] == pytest.approx(first[1] + second[1])
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("cross_entropy", "dro")])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("cross_entropy", "dro", "dpo")])
 def test_a_token_without_advantage_adds_nothing_whatever_its_ratio(name: str) -> None:
     given = {"logprobs": floats([-1000.0, -1.0, -math.inf]), "advantages": floats([0.0, 1.0, 0.0])}
     total, gradient, _ = value_and_gradient(name, given, [0.0, -1.0, -1.0])
@@ -138,3 +139,24 @@ def test_gradients_of_clipped_losses_agree_with_differences_between_the_corners(
 
 def closed(name: str, given: dict[str, Tensor | float]) -> Callable[[Tensor], Tensor]:
     return lambda logprobs: LOSSES[name](logprobs, given)[0]
+
+
+def test_dpo_by_hand() -> None:
+    # Two tokens of the better answer, one of the worse: by 0.5 likelier than they were, and by 0.25.
+    given = {"weights": floats([1.0, 1.0, -1.0]), "logprobs": floats([-1.0, -2.0, -3.0]), "beta": 0.4}
+    total, gradient, metrics = value_and_gradient("dpo", given, [-0.7, -1.8, -2.75])
+    margin = 0.4 * (0.3 + 0.2 - 0.25)
+    assert total == pytest.approx(math.log(1 + math.exp(-margin)))
+    share = 0.4 / (1 + math.exp(margin))
+    assert gradient == pytest.approx([-share, -share, share])
+    assert metrics == pytest.approx({"chosen_reward": 0.2, "rejected_reward": 0.1, "margin": margin, "accuracy": 1.0})
+
+
+def test_dpo_s_gradient_is_that_of_its_differences() -> None:
+    given = {"weights": floats([1.0, 0.0, -1.0]), "logprobs": floats([SAMPLED[0], -math.inf, SAMPLED[2]])}
+    logprobs = floats(NOW).requires_grad_()
+    assert torch.autograd.gradcheck(lambda now: LOSSES["dpo"](now, given)[0], (logprobs,))
+
+
+def test_the_losses_that_are_told_of_are_those_that_there_are() -> None:
+    assert loss_requests.LOSSES.keys() == LOSSES.keys()
