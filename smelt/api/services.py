@@ -39,6 +39,7 @@ class Services:
         """Adapters that people have named."""
         return AdaptersInTraining(self.post_training, self.ledger, self.database, self.catalogue, self.model_server)
 
+    @cached_property
     def completions(self) -> Completions:
         """What writes, now and for later."""
         return Completions(self.model_server, self.ledger, self.abuse_checker)
@@ -52,4 +53,3 @@ class Services:
     def uploads(self) -> Uploads:
         """The files that people upload."""
         return Uploads(self.settings.home, self.database, self.writer)
-
