@@ -22,6 +22,7 @@ from smelt.api import (
     login,
     models,
     openai,
+    openai_batches,
     openai_files,
     resources,
     text_generation,
@@ -51,7 +52,8 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
 
     @asynccontextmanager
     async def working(_app: FastAPI) -> AsyncIterator[None]:
-        async with imports.running(), dataset_requests.running():
+        batches = services.batches.running(openai_batches.answering(services))
+        async with imports.running(), dataset_requests.running(), batches:
             yield
 
     # FastAPI's own pages load their scripts from somebody else's server.
@@ -63,6 +65,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         tinker.router(services),
         tinker_completions.router(services),
         chat_training.router(services),
+        openai_batches.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
         models.router(services, imports),

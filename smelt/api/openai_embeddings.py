@@ -19,6 +19,7 @@ from smelt.api.streaming import ClientLeft, NoAnswer, Presence, json_body
 from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.bans import NO_KEY, Subject
 from smelt.control.catalogue import Catalogue
+from smelt.control.keys import Caller
 from smelt.control.model_server import ModelServer
 from smelt.errors import InvalidInput
 from smelt.transport.messages import Embed, Embedded, Finish
@@ -58,16 +59,11 @@ def add_embeddings(routes: APIRouter, catalogue: Catalogue, model_server: ModelS
 
     async def create(request: Request) -> Response:
         try:
-            body = parse(EmbeddingBody, await json_body(request, MAX_BODY_BYTES), ALTERNATIVES)
-            caller = request.state.caller
-            asked = await _understood(body, catalogue, caller.owner)
-            await checker.check_subject(Subject(caller.owner, caller.key_id or NO_KEY, body.user or ""))
+            body = await json_body(request, MAX_BODY_BYTES)
             async with Presence(request.receive):
-                embedded, finish = await model_server.embed(asked)
+                return json_response(await embeddings_of(body, request.state.caller, catalogue, model_server, checker))
         except ClientLeft:
             return NoAnswer()
-        telemetry.count_answer(asked.model, "embedded", finish.num_prompt_tokens)
-        return json_response(_answer(body, asked.model, embedded, finish))
 
     routes.add_api_route(
         "/embeddings",
@@ -80,6 +76,18 @@ def add_embeddings(routes: APIRouter, catalogue: Catalogue, model_server: ModelS
         },
         route_class_override=DirectRoute,
     )
+
+
+async def embeddings_of(
+    raw: bytes, caller: Caller, catalogue: Catalogue, model_server: ModelServer, checker: AbuseChecker
+) -> bytes:
+    """The answer to a body. InvalidInput, UnknownModel, Banned, and what `ModelServer.embed` raises."""
+    body = parse(EmbeddingBody, raw, ALTERNATIVES)
+    asked = await _understood(body, catalogue, caller.owner)
+    await checker.check_subject(Subject(caller.owner, caller.key_id or NO_KEY, body.user or ""))
+    embedded, finish = await model_server.embed(asked)
+    telemetry.count_answer(asked.model, "embedded", finish.num_prompt_tokens)
+    return _answer(body, asked.model, embedded, finish)
 
 
 async def _understood(body: EmbeddingBody, catalogue: Catalogue, owner: str) -> Embed:

@@ -1,9 +1,15 @@
-"""Lists of OpenAI's API, a page at a time; knows nothing of what is listed."""
+"""What OpenAI's lists have in common: pages, and the texts that people attach; knows nothing of what is listed."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+# Texts of a client's own, which come back as they were.
+Metadata = (
+    Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+    | None
+)
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -29,6 +29,7 @@ from smelt.api.metering import note_background
 from smelt.api.protocol import BoundedProtocol
 from smelt.api.services import Services
 from smelt.api.telemetry import configure_logging
+from smelt.control import batch_lines
 from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.session_cleanup import SessionCleanup
 from smelt.control.workers import Workers
@@ -172,7 +173,7 @@ async def chores(services: Services) -> AsyncIterator[None]:
     cleanup = SessionCleanup(services.post_training, services.database, services.writer, services.settings.home)
     rounds: dict[str, tuple[float, Callable[[], Awaitable[object]]]] = {
         "give up missing requests": (60.0, ledger.abandon_holes),
-        "drop old results": (600.0, partial(ledger.expire, RESULT_SECONDS)),
+        "drop old results": (600.0, partial(ledger.expire, RESULT_SECONDS, (batch_lines.KIND,))),
         "remove files of no request": (3600.0, ledger.collect_files),
         "remove what sessions left behind": (600.0, cleanup.tidy),
         "remove files whose time is over": (600.0, services.uploads.tidy),

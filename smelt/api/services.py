@@ -7,6 +7,7 @@ from sqlalchemy import Engine
 
 from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.adapters_in_training import AdaptersInTraining
+from smelt.control.batches import Batches
 from smelt.control.catalogue import Catalogue
 from smelt.control.completions import Completions
 from smelt.control.model_server import ModelServer
@@ -53,3 +54,8 @@ class Services:
     def uploads(self) -> Uploads:
         """The files that people upload."""
         return Uploads(self.settings.home, self.database, self.writer)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Files of requests, answered beside the live ones."""
+        return Batches(self.settings.home, self.database, self.writer, self.ledger, self.uploads)

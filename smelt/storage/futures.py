@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +17,8 @@ from typing import TypeVar
 from sqlalchemy import Connection, Engine
 
 from smelt.errors import StorageError
+from smelt.storage import batch_rows, transitions
 from smelt.storage import lanes as turns
-from smelt.storage import transitions
 from smelt.storage.faults import Fault, no_fault
 from smelt.storage.files import Files
 from smelt.storage.tables import AnyRow
@@ -226,6 +226,19 @@ class Ledger:
             after = rows[-1].seq
 
     async def forget_log(self, lane: str, before: int, *, durable: bool = False) -> int:
+    async def states(self, lane: str) -> list[tuple[int, str, State]]:
+        """(seq, id, state) of each request of a lane, in order."""
+        return await asyncio.to_thread(self._query, partial(batch_rows.states, lane))
+
+    async def outcomes(self, lane: str, after: int, limit: int) -> list[Future]:
+        """The first finished requests of a lane behind a seq, in order."""
+        rows = await asyncio.to_thread(self._query, partial(batch_rows.outcomes, lane, after, limit))
+        return [await asyncio.to_thread(self._future, row) for row in rows]
+
+    async def forget_lane(self, lane: str) -> None:
+        """Remove a lane and all that was asked of it."""
+        await self._change(partial(batch_rows.forget, lane))
+
         """Drop the requests of a lane below a seq, which nobody will replay; returns of how many futures."""
         return await self._change(partial(transitions.forget, lane, before), durable)
 
@@ -238,12 +251,13 @@ class Ledger:
         if old:
             await self._change(partial(turns.abandon, missing=old))
 
-    async def expire(self, min_age_s: float) -> int:
+    async def expire(self, min_age_s: float, kept_kinds: Sequence[str] = ()) -> int:
         """Drop results that have been there for so long, and requests nobody replays; returns of how many futures.
 
         The row stays: its place is taken for good, and whoever asks is told that the result has expired.
         """
-        return await self._change(partial(transitions.expire, time.time() - min_age_s))
+        return await self._change(partial(transitions.expire, time.time() - min_age_s, kept_kinds))
+        Those of `kept_kinds` stay until somebody forgets them.
 
     async def drop(self, owner: str, future_id: str) -> None:
         """Forget a finished request and its result at once. NotFound where the owner has none of that id."""

@@ -179,9 +179,14 @@ def cancel(owner: str, future_id: str, now: float, connection: Connection) -> bo
     return True
 
 
-def expire(before: float, connection: Connection) -> int:
+def expire(before: float, kept_kinds: Sequence[str], connection: Connection) -> int:
     """Drop results, and requests that nobody replays, of futures finished before; returns how many."""
-    old = and_(futures.c.state.in_(FINISHED), ~futures.c.expired, futures.c.updated < before)
+    old = and_(
+        futures.c.state.in_(FINISHED),
+        ~futures.c.expired,
+        futures.c.updated < before,
+        futures.c.kind.not_in(kept_kinds),
+    )
     # The requests of an ordered lane are the log that its session is rebuilt from.
     replayed = select(lanes.c.lane).where(lanes.c.next_seq.is_not(None))
     forgotten = or_(futures.c.lane.is_(None), futures.c.lane.not_in(replayed))
