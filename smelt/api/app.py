@@ -28,6 +28,7 @@ from smelt.api import (
     text_generation,
     tinker,
     tinker_completions,
+    training_form,
 )
 from smelt.api.gate import Gate
 from smelt.api.services import Services
@@ -35,6 +36,7 @@ from smelt.api.sessions import Sessions
 from smelt.control.dataset_requests import DatasetRequests
 from smelt.control.imports import Imports
 from smelt.control.keyring import KeyRing
+from smelt.control.run_requests import RunRequests
 from smelt.dashboard import pages
 
 
@@ -49,6 +51,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     """The routes without the gate; nobody serves these."""
     imports = Imports(services.settings, services.ledger)
     dataset_requests = DatasetRequests(services.settings, services.ledger, services.uploads)
+    run_requests = RunRequests(services.settings, services.ledger, services.model_server)
 
     @asynccontextmanager
     async def working(_app: FastAPI) -> AsyncIterator[None]:
@@ -62,15 +65,16 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     for routes in (
         openai.router(services),
         openai_files.router(services),
+        openai_batches.router(services),
         tinker.router(services),
         tinker_completions.router(services),
         chat_training.router(services),
-        openai_batches.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
         models.router(services, imports),
         loaded_model.router(services, imports),
-        resources.router(services),
+        resources.router(services, run_requests),
+        training_form.router(services, dataset_requests, run_requests),
         datasets.router(services, dataset_requests),
         bans.router(services),
         health.router(services),

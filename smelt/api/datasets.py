@@ -6,11 +6,10 @@ What was accepted is made whatever dies, in a process apart; to ask with `wait` 
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import APIRouter, Query, Request, status
 
 from smelt.api.multipart import read_form
-from smelt.api.openai_parsing import schema_of
+from smelt.api.openai_parsing import object_of, schema_of
 from smelt.api.resources import visible_to
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, NoAnswer, json_body
@@ -97,7 +96,7 @@ def router(services: Services, requests: DatasetRequests) -> APIRouter:
 async def _values(request: Request, services: Services) -> dict[str, Any]:
     """The fields, as JSON or as a form whose file is kept first."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        return _object(await json_body(request, MAX_BODY_BYTES))
+        return object_of(await json_body(request, MAX_BODY_BYTES))
     async with services.uploads.incoming() as incoming:
         form = await read_form(request, "file", incoming.write)
         if form.filename is None:
@@ -107,10 +106,3 @@ async def _values(request: Request, services: Services) -> dict[str, Any]:
         owner = request.state.caller.owner
         upload = await services.uploads.keep(incoming, owner, form.filename, PURPOSE, KEPT_S)
         return {**form.fields, "file_id": upload.id}
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise InvalidInput(f"the body is no JSON object: {error}") from None

@@ -31,9 +31,12 @@ class Form:
     filename: str | None = None
 
 
-async def read_form(request: Request, file_field: str, take: Sink) -> Form:
-    """The form of a request; `take` gets the file's pieces. InvalidInput, TooLarge, UnsupportedEncoding, ClientLeft."""
-    reader = _Reader(file_field)
+async def read_form(request: Request, file_field: str, take: Sink, texts: tuple[str, ...] = ()) -> Form:
+    """The form of a request; `take` gets the file's pieces. InvalidInput, TooLarge, UnsupportedEncoding, ClientLeft.
+
+    `texts` are fields that may come as small files, and are read as any other field.
+    """
+    reader = _Reader(file_field, texts)
     parser = MultipartParser(_boundary(request), reader.callbacks)
     arriving = True
     while arriving:
@@ -65,11 +68,12 @@ def _boundary(request: Request) -> bytes:
 class _Reader:
     """Takes what the parser finds. `pieces` are those of the file since somebody took them."""
 
-    def __init__(self, file_field: str) -> None:
+    def __init__(self, file_field: str, texts: tuple[str, ...] = ()) -> None:
         self.form = Form()
         self.pieces: list[bytes] = []
         self.has_ended = False
         self._file_field = file_field
+        self._texts = texts
         self._header, self._value = b"", b""
         self._disposition = b""
         self._name = ""
@@ -105,7 +109,7 @@ class _Reader:
         if b"name" not in options:
             raise InvalidInput("a part of the form has no name")
         self._name = _text(options[b"name"])
-        self._is_file = b"filename" in options
+        self._is_file = b"filename" in options and self._name not in self._texts
         if not self._is_file:
             return
         if self._name != self._file_field or self.form.filename is not None:

@@ -27,6 +27,7 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 RunConfig = Annotated[
     dict[str, Any], Body(json_schema_extra={"example": {"dataset": "shakespeare", "preset": "nano", "max_iters": 2000}})
 ]
+MaxIters = Annotated[int | None, Body(embed=True, ge=1, description="optimizer steps in all, in place of the config's")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,8 @@ class WorkerList:
     data: list[WorkerInfo]
 
 
-def router(services: Services) -> APIRouter:
+def router(services: Services, requests: RunRequests) -> APIRouter:
     """The routes of runs and workers."""
-    requests = RunRequests(services.settings, services.ledger, services.model_server)
     routes = APIRouter(prefix="/v1", tags=["runs"])
     _add_streams(routes, requests)
     _add_runs(routes, requests)
@@ -100,9 +100,12 @@ def _add_changes(routes: APIRouter, requests: RunRequests) -> None:
         return await requests.create(config, request.state.caller.owner)
 
     @routes.post("/runs/{run_id}/resume")
-    async def resume_run(request: Request, run_id: str) -> RunStatus:
-        """Have a run that was cancelled, has failed or was lost go on from its last checkpoint."""
-        return await requests.resume(run_id, visible_to(request))
+    async def resume_run(request: Request, run_id: str, max_iters: MaxIters = None) -> RunStatus:
+        """Have a run that was cancelled, has failed or was lost go on from its last checkpoint.
+
+        With more `max_iters` one that has succeeded goes on too.
+        """
+        return await requests.resume(run_id, visible_to(request), max_iters)
 
     @routes.post("/runs/{run_id}/cancel")
     async def cancel_run(request: Request, run_id: str) -> RunStatus:

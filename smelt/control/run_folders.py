@@ -38,6 +38,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     started: float | None = None  # of the last start; None: asked of a server, and not begun
     pid: int | None = None  # of the last start; tells people where to look, proves nothing
     command: str | None = None
+    label: str | None = None  # what its sender calls it; else the name of its folder
     future_id: str | None = None  # of the last request in a server's ledger
     num_requests: int = 0  # so often it was asked for there; each but the first resumes it
 
@@ -69,6 +70,7 @@ def register(config: RunConfig, runs_folder: Path) -> Entry:
         started=time.time(),
         pid=os.getpid(),
         command=shlex.join(sys.argv),
+        label=before.label if before else None,
         future_id=before.future_id if before else None,
         num_requests=before.num_requests if before else 0,
     )

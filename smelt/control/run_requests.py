@@ -57,8 +57,8 @@ class RunRequests:
         """One run with its config. NotFound where the owner has none of that id."""
         return await self._settled(await asyncio.to_thread(self.runs.show, run_id, owner))
 
-    async def create(self, values: dict[str, Any], owner: str) -> RunDetails:
-        """Accept a run: when this returns it will be trained, whatever dies.
+    async def create(self, values: dict[str, Any], owner: str, label: str | None = None) -> RunDetails:
+        """Accept a run: when this returns it will be trained, whatever dies. `label` is what its sender calls it.
 
         ConfigError, InvalidInput and NotFound say what is wrong with its config.
         """
@@ -66,22 +66,29 @@ class RunRequests:
         out_dir = self._settings.runs / run_id
         config = await asyncio.to_thread(self._checked, values, out_dir, owner)
         config_values = config.model_dump(mode="json")
-        entry = Entry(id=run_id, owner=owner, recipe=config.recipe, config=config_values, created=time.time())
+        entry = Entry(
+            id=run_id, owner=owner, recipe=config.recipe, config=config_values, created=time.time(), label=label
+        )
         await self._ask(entry, out_dir)
         return await self.show(run_id)
 
-    async def resume(self, run_id: str, owner: str | None = None) -> RunStatus:
+    async def resume(self, run_id: str, owner: str | None = None, max_iters: int | None = None) -> RunStatus:
         """Have a run that was cancelled, has failed or was lost go on from its last checkpoint, or begin without one.
 
-        InUse while it is trained or waits to be, InvalidInput where it has succeeded, NotFound where the owner has
-        none of that id.
+        With more `max_iters` one that has succeeded goes on too. InUse while it is trained or waits to be, InvalidInput
+        where there is nothing left to do, NotFound where the owner has none of that id.
         """
         entry, out_dir = await asyncio.to_thread(self.runs.find, run_id, owner)
         status = await self.status(run_id)
         if status.state in ("queued", "running"):
             raise InUse(f"run {run_id!r} is {status.state} already; cancel it first, or let it go on")
-        if status.state == "succeeded":
-            raise InvalidInput(f"run {run_id!r} has succeeded: there is nothing left to do")
+        if status.state == "succeeded" and (max_iters is None or max_iters <= status.step):
+            raise InvalidInput(
+                f"run {run_id!r} has succeeded at step {status.step}; to go on give more max_iters", param="max_iters"
+            )
+        if max_iters is not None:
+            config = config_of({**entry.config, "max_iters": max_iters})
+            entry = msgspec.structs.replace(entry, config=config.model_dump(mode="json"))
         await asyncio.to_thread(_note, out_dir, "queued")
         await self._ask(entry, out_dir)
         return await self.status(run_id)

@@ -78,6 +78,7 @@ class Log:
 
     lines: list[str]
     cursor: str
+    written: float | None = None  # seconds since 1970; None: nothing was
 
 
 class Runs:
@@ -127,7 +128,7 @@ class Runs:
         """The end of a run's log. NotFound where the owner has none of that id."""
         file = LineFile(self.find(run_id, owner)[1] / RUN_LOG)
         lines = file.read() or []
-        return Log(text_of(lines[-num_lines:]), file.cursor)
+        return Log(text_of(lines[-num_lines:]), file.cursor, file.path.stat().st_mtime if lines else None)
 
     def _status(self, entry: Entry, out_dir: Path) -> RunStatus:
         # The lock first: a run that ends in between then has its last line in the file.
@@ -138,7 +139,7 @@ class Runs:
         return RunStatus(
             id=entry.id,
             owner=entry.owner,
-            name=out_dir.name,
+            name=entry.label or out_dir.name,
             recipe=entry.recipe,
             state=state,
             reason=reason,

@@ -75,7 +75,7 @@ async def test_json_names_a_source_or_an_upload(ada: httpx.AsyncClient) -> None:
         ({"name": "x", "file_id": "file-1"}, 404, "there is no file"),
         ({"name": "x", "fle": "y"}, 400, "unknown key 'fle'"),
         ({"name": "../x", "source": "builtin:pydoc"}, 400, "not a name for a dataset"),
-        ([1], 400, "no JSON object"),
+        ([1], 400, "must be a JSON object"),
     ],
 )
 async def test_what_is_wrong_is_named(ada: httpx.AsyncClient, body: Any, status: int, words: str) -> None:
