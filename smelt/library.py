@@ -31,6 +31,7 @@ def load(
     from smelt.inference.service import TextModel
     from smelt.models import quantization
     from smelt.models.devices import pick_device, pick_dtype
+    from smelt.models.folders import base_of
     from smelt.models.kernels import start_build
     from smelt.models.loading import load_model
     from smelt.models.registry import resolve
@@ -46,7 +47,9 @@ def load(
     if tokenizer is None:
         raise TokenizerError(f"{path} has no tokenizer; put its tokenizer.json beside the weights")
     model = quantization.quantize(model, settings.quantize)
-    return TextModel(model, tokenizer, settings.max_running, settings.kv_cache_bytes, ChatFormat.of(path, tokenizer))
+    return TextModel(
+        model, tokenizer, settings.max_running, settings.kv_cache_bytes, ChatFormat.of(base_of(path), tokenizer)
+    )
 
 
 def train(config: RunConfig | dict[str, Any] | None = None, **fields: Any) -> "RunSummary":

@@ -117,7 +117,7 @@ def _add_models(routes: APIRouter, services: Services) -> None:
     async def load_model(model: str) -> ModelCard:
         """Have it ready on a worker, before anybody asks; answers when it is."""
         served = await catalogue.find(model)
-        await model_server.load_model(served.name)
+        await model_server.load_model(served.loaded)
         return _card(model, served, model_server)
 
     @routes.post("/models/{model:path}/unload")
@@ -185,7 +185,7 @@ def _card(name: str, served: Served, model_server: ModelServer) -> ModelCard:
         num_parameters=config.num_parameters if config else None,
         context=served.context,
         num_bytes=served.num_bytes,
-        loaded_by=holders(served.name, model_server),
+        loaded_by=holders(served.loaded, model_server),
     )
 
 

@@ -93,12 +93,13 @@ async def text_call(catalogue: Catalogue, body: CompletionBody, caller: Caller) 
         Generate(
             f"{head.id}-{index}",
             caller.owner,
-            served.name,
+            served.loaded,
             prompt=prompt,
             params=params,
             num_samples=body.num_samples,
             best_of=body.num_written,
             echo=bool(body.echo),
+            adapter=served.adapter,
             key_id=caller.key_id or "",
             user=body.user or "",
         )
@@ -116,13 +117,14 @@ async def chat_call(catalogue: Catalogue, body: ChatBody, caller: Caller) -> Cal
     request = Generate(
         head.id,
         caller.owner,
-        served.name,
+        served.loaded,
         messages=turns,
         params=params,
         tools=tools,
         must_call=body.must_call,
         num_samples=body.num_samples,
         best_of=body.num_samples,
+        adapter=served.adapter,
         key_id=caller.key_id or "",
         user=body.user or "",
     )

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("smelt.cli.demo", "Train a small model on built-in text and see it write, in about a minute."),
     "data": ("smelt.cli.data", "Add, list, show and remove datasets."),
     "train": ("smelt.cli.train", "Train a model from scratch, continue a run, or fine-tune."),
+    "finetune": ("smelt.cli.finetune", "Teach a model from conversations, texts or preferences."),
     "runs": ("smelt.cli.runs", "List, show, follow, cancel and resume runs."),
     "generate": ("smelt.cli.generate", "Write text with a model."),
     "serve": ("smelt.cli.serve", "Serve models to OpenAI clients, and pages to watch runs on."),

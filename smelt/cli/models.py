@@ -145,10 +145,13 @@ def show_command(model: str) -> None:
 def import_command(source: str, name: str) -> None:
     """Register SOURCE under NAME: a model folder, a run, nanoGPT's ckpt.pt, gpt2...gpt2-xl or hf:ORG/NAME.
 
-    Weights (safetensors), config and tokenizer are copied; code and pickles are not.
+    Weights (safetensors), config and tokenizer are copied; code and pickles are not. Of a run of `smelt finetune` it is
+    the adapter that is copied, which stays beside the model that it changes.
     """
     from smelt.cli.data_progress import data_progress
     from smelt.control.models import check_free, import_model, new_model
+    from smelt.control.trained_models import register_adapter
+    from smelt.models.folders import is_adapter
     from smelt.models.registry import resolve
 
     models_folder = load_settings().models
@@ -156,10 +159,12 @@ def import_command(source: str, name: str) -> None:
     path = resolve(source, models_folder)
     origin = source if source.startswith("hf:") else str(path)
     if path.is_file():
-        from smelt.models.loading import convert_nanogpt
+        from smelt.models.loading import convert
 
         with new_model(name, models_folder, origin) as folder:
-            convert_nanogpt(path, folder)
+            convert(path, folder)
+    elif is_adapter(path):
+        register_adapter(path, name, models_folder, origin)
     else:
         with data_progress() as progress:
             import_model(path, name, models_folder, origin, progress)
@@ -170,17 +175,21 @@ def import_command(source: str, name: str) -> None:
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
 def export_command(model: str, folder: Path) -> None:
-    """Write MODEL, a name or a folder, as a new Hugging Face FOLDER that transformers loads."""
+    """Write MODEL, a name or a folder, as a new Hugging Face FOLDER that transformers loads.
+
+    An adapter is added to the weights of the model that it changes.
+    """
     from smelt.control.models import export_model, new_export
+    from smelt.models.folders import is_adapter
     from smelt.models.registry import resolve
 
     models_folder = load_settings().models
     path = resolve(model, models_folder)
-    if path.is_file():
-        from smelt.models.loading import convert_nanogpt
+    if path.is_file() or is_adapter(path):
+        from smelt.models.loading import convert
 
         with new_export(folder) as target:
-            convert_nanogpt(path, target)
+            convert(path, target)
     else:
         export_model(path, folder)
     click.echo(f"exported to {folder}", err=True)

@@ -14,8 +14,8 @@ import msgspec
 
 from smelt.disk import sync
 from smelt.errors import CheckpointError, NotFound
-from smelt.models.adapter_folders import CONFIG_FILE, UNEMBEDDING, part_of
-from smelt.models.folders import read_json
+from smelt.models.adapter_folders import UNEMBEDDING, part_of
+from smelt.models.folders import ADAPTER_FILE, read_json
 from smelt.training.trained_adapter import TrainedAdapter, facts_of
 
 FACTS_FILE = "lane.json"
@@ -39,7 +39,7 @@ def shape_of(folder: Path, base_model: str) -> Shape:
     try:
         facts = facts_of(folder)
     except NotFound:
-        settings = read_json(folder / CONFIG_FILE)
+        settings = read_json(folder / ADAPTER_FILE)
         return Shape(base_model, int(settings["r"]), seed=0)
     parts = {part_of(name) for name in facts["matrices"]}
     trained = ("attention" in parts, "mlp" in parts, UNEMBEDDING in parts)

@@ -26,7 +26,7 @@ from smelt.inference.server import InferenceServer
 from smelt.inference.service import TextModel
 from smelt.library import load
 from smelt.models.devices import pick_device, pick_dtype
-from smelt.models.folders import read_config, stamp_of
+from smelt.models.folders import base_of, read_config, stamp_of
 from smelt.models.kernels import start_build
 from smelt.models.registry import is_registered, registered_names, resolve
 from smelt.settings import Settings
@@ -181,7 +181,7 @@ class Shelf:
         if path.is_file():  # nanoGPT's: its shape is known once it is read
             return 2 * path.stat().st_size
         settings = self._settings
-        config = read_config(path)
+        config = read_config(base_of(path))
         cache = settings.kv_cache_bytes or default_cache_bytes(config, self._dtype, self._device, settings.max_running)
         return predicted_bytes(config, self._dtype, cache, settings.quantize == "int8")
 

@@ -10,15 +10,15 @@ import json
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smelt.configs import DecoderConfig
 from smelt.control.models import show_model
 from smelt.errors import SmeltError, StorageError, UnknownModel
 from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_whole
-from smelt.models.folders import Stamp, read_config, stamp_of
-from smelt.models.registry import default_name, is_registered, model_in, registered_names
+from smelt.models.folders import Stamp, base_of, is_adapter, read_config, stamp_of
+from smelt.models.registry import default_name, is_registered, model_in, name_at, registered_names
 
 CHOICE_FILE = ".chosen.json"
 FRESH_SECONDS = 1.0
@@ -36,6 +36,13 @@ class Served:
     config: DecoderConfig | None = None
     num_bytes: int | None = None  # on the disk
     folder: Path | None = None  # for this process alone: requests and workers say names
+    base: str | None = None  # where it is an adapter: the model that it changes
+    adapter: str | None = None  # and its folder, below the home folder
+
+    @property
+    def loaded(self) -> str:
+        """The model that a worker holds to answer for it."""
+        return self.base or self.name
 
     @property
     def context(self) -> int | None:
@@ -108,7 +115,9 @@ class Catalogue:
 
     def _look_up(self, name: str) -> Served | None:
         if name.startswith("/"):
-            return next((each for each in self._served.values() if each.folder == Path(name)), None)
+            return next(
+                (each for each in self._served.values() if each.folder == Path(name) and each.base is None), None
+            )
         return self._served.get(name) or self._aliases.get(name) or self._served.get(name.replace("_", "-"))
 
     def _read(self, max_age_s: float) -> None:
@@ -124,7 +133,7 @@ class Catalogue:
             # A worker that was given a folder means it by its name, even where a registered model has the same.
             if given is not None:
                 served = {given.name: given, **served, given.name: given}
-            self._served = served
+            self._served = {name: each for name, each in served.items() if each.base is None or each.base in served}
             self._read_aliases(given)
             self._read_at = began
 
@@ -166,7 +175,16 @@ class Catalogue:
             return Examined(stamp, None)
         if info.config is None or info.tokenizer is None:
             return Examined(stamp, None)
-        return Examined(stamp, Served(name, created, info.config, info.num_bytes, self._models_folder / name))
+        served = Served(name, created, info.config, info.num_bytes, self._models_folder / name)
+        return Examined(stamp, self._as_adapter(served) if is_adapter(info.folder) else served)
+
+    def _as_adapter(self, served: Served) -> Served | None:
+        """How an adapter is served: with the model that it changes; None where that is none of the registered."""
+        assert served.folder is not None, "it was found there"
+        base = base_of(served.folder)
+        name = name_at(base, self._models_folder)
+        adapter = f"{self._models_folder.name}/{served.name}"
+        return None if name is None else replace(served, folder=base, base=name, adapter=adapter)
 
     def _read_given(self) -> Served | None:
         if self._given is None:
@@ -179,7 +197,7 @@ class Catalogue:
             return Served(name, 0)
         try:
             folder = model_in(path)
-            config = None if folder.is_file() else read_config(folder)
+            config = None if folder.is_file() else read_config(base_of(folder))
             return Served(name, int(folder.stat().st_mtime), config, folder=None if config is None else folder)
         except (SmeltError, OSError):  # a run that has not saved yet
             return None

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from smelt.configs import DecoderConfig
 from smelt.control.model_files import TEMPORARY, copy_model, sync_all, temporary_for, vanishing
 from smelt.disk import sync
-from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, UnsafeFile
+from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, UnsafeFile, UnsupportedModel
 from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_aliases
-from smelt.models.folders import check_weights, read_config, read_json, read_tokenizer
+from smelt.models.folders import base_of, check_weights, is_adapter, read_config, read_json, read_tokenizer
 from smelt.models.registry import (
     check_name,
     is_registered,
@@ -74,9 +74,10 @@ def _describe(name: str, folder: Path, aliases: dict[str, str]) -> ModelInfo:
     try:
         if (folder / ORIGIN_FILE).is_file():
             origin = read_json(folder / ORIGIN_FILE)["source"]
-        config = read_config(folder)
-        check_weights(folder, config)
-        tokenizer = read_tokenizer(folder)
+        whole = base_of(folder)
+        config = read_config(whole)
+        check_weights(whole, config)
+        tokenizer = read_tokenizer(whole)
     except (SmeltError, LookupError, TypeError) as error:
         return ModelInfo(name, folder, num_bytes, origin=origin, problem=str(error), aliases=also)
     return ModelInfo(name, folder, num_bytes, config, tokenizer.name if tokenizer else None, origin, aliases=also)
@@ -94,6 +95,8 @@ def import_model(
 
     Raises AlreadyExists, UnsupportedModel, UnsafeFile, or OutOfSpace before anything is copied.
     """
+    if is_adapter(source):  # the model that it changes is named by a path, which others must not choose
+        raise UnsupportedModel(f"{source} is an adapter; import a model, or register the run that made it")
     check_weights(source, read_config(source))
     with new_model(name, models_folder, origin, job) as folder:
         copy_model(source, folder, progress)

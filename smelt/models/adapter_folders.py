@@ -20,11 +20,9 @@ from torch import Tensor
 from smelt.configs import DecoderConfig
 from smelt.errors import NotFound, UnknownAdapter, UnsafeFile, UnsupportedModel
 from smelt.models.architectures import Stored, layout_of
-from smelt.models.folders import read_json_object
+from smelt.models.folders import ADAPTER_FILE, ADAPTER_WEIGHTS, read_json_object
 from smelt.models.tensor_file import Pause, no_pause, write_tensors
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's name for the model it wraps
 UNEMBEDDING = "head"  # the matrix that turns hidden states into logits, also where it is the embedding again
 MAX_RANK = 1024
@@ -103,14 +101,14 @@ def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
     if tensors:
         raise UnsupportedModel(f"{folder}: {min(tensors)} belongs to nothing that an adapter of this model can change")
     if not adapter:
-        raise UnsupportedModel(f"{folder}: {WEIGHTS_FILE} holds no LoRA factors")
+        raise UnsupportedModel(f"{folder}: {ADAPTER_WEIGHTS} holds no LoRA factors")
     return adapter
 
 
 def adapter_stamp(folder: Path) -> int:
     """What changes when the adapter in a folder does. UnknownAdapter where there is none."""
     try:
-        return (folder / WEIGHTS_FILE).stat().st_mtime_ns
+        return (folder / ADAPTER_WEIGHTS).stat().st_mtime_ns
     except OSError:
         raise UnknownAdapter(f"there is no adapter {folder.name!r}") from None
 
@@ -148,8 +146,8 @@ def write_adapter(
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / WEIGHTS_FILE, pause)
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS, pause)
+    (folder / ADAPTER_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def merged(
@@ -175,9 +173,9 @@ def merged(
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_FILE
     if not path.is_file():
-        raise NotFound(f"{folder} has no {CONFIG_FILE}, so it is not an adapter's folder")
+        raise NotFound(f"{folder} has no {ADAPTER_FILE}, so it is not an adapter's folder")
     settings = read_json_object(path)
     for name, plain in PLAIN.items():
         if settings.get(name, plain) not in (plain, None, [], {}):
@@ -186,11 +184,13 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
+    path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
-            raise UnsafeFile(f"{folder} holds its weights as a pickle, which can run code; save it as {WEIGHTS_FILE}")
-        raise NotFound(f"{folder} has no {WEIGHTS_FILE}")
+            raise UnsafeFile(
+                f"{folder} holds its weights as a pickle, which can run code; save it as {ADAPTER_WEIGHTS}"
+            )
+        raise NotFound(f"{folder} has no {ADAPTER_WEIGHTS}")
     try:
         return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:

@@ -31,6 +31,7 @@ from smelt.models.encoder_architectures import (
 )
 
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # LoRA adapters, as PEFT's are
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -57,6 +58,24 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotFound(f"{folder} has no {CONFIG_FILE}, so it is not a model folder")
     return read_json_object(path)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in place of a model."""
+    return (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def base_of(path: Path) -> Path:
+    """The folder with a model's config and tokenizer: its own or, for an adapter, that of the model it changes.
+
+    NotFound where the adapter does not say which that is, or it is gone.
+    """
+    if not is_adapter(path):
+        return path
+    base = read_json_object(path / ADAPTER_FILE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not (Path(base) / CONFIG_FILE).is_file():
+        raise NotFound(f"{path} is an adapter of the model in {base!r}, which is not there")
+    return Path(base)
 
 
 def read_config(folder: Path) -> DecoderConfig:

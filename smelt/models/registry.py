@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 from smelt.errors import InvalidInput, NotFound
 from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases
 from smelt.models.architectures import CONFIG_FILE
-from smelt.models.folders import WEIGHTS_FILE
+from smelt.models.folders import ADAPTER_FILE, WEIGHTS_FILE
 from smelt.models.hub import hub_folder
 
 if TYPE_CHECKING:
     from smelt.data.sources import Progress
 
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-NAME = re.compile(rf"{PART}(/{PART})?")  # with its owner before it, as on the hub; neither can lead out of a folder
+# With its owner before it, as on the hub, or as OpenAI calls what was fine-tuned; none can lead out of a folder.
+NAME = re.compile(rf"{PART}(/{PART})?|ft:[A-Za-z0-9][A-Za-z0-9._:-]{{0,199}}")
+MARKS = (CONFIG_FILE, ADAPTER_FILE)  # a folder with one of these is a model, or an adapter of one
 NANOGPT_FILE = "ckpt.pt"
 RUN_LINKS = ("best", "last")  # what a run's folder points to, in the order of preference
 
@@ -70,10 +72,14 @@ def default_name(aliases: dict[str, str], names: list[str]) -> str | None:
 
 def is_registered(name: str, models_folder: Path) -> bool:
     """Whether a model of that name was imported or saved."""
-    if NAME.fullmatch(name) is None or not (models_folder / name / CONFIG_FILE).is_file():
+    if NAME.fullmatch(name) is None or not _is_marked(models_folder / name):
         return False
     owner = owner_of(name)
-    return owner is None or not (models_folder / owner / CONFIG_FILE).is_file()  # else it is a part of that model
+    return owner is None or not _is_marked(models_folder / owner)  # else it is a part of that model
+
+
+def _is_marked(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in MARKS)
 
 
 def owner_of(name: str) -> str | None:
@@ -92,8 +98,10 @@ def name_at(path: Path, models_folder: Path) -> str | None:
 
 def registered_names(models_folder: Path) -> list[str]:
     """Names of all registered models, sorted."""
-    configs = [*models_folder.glob(f"*/{CONFIG_FILE}"), *models_folder.glob(f"*/*/{CONFIG_FILE}")]
-    return sorted(name for path in configs if (name := name_at(path.parent, models_folder)) is not None)
+    folders = {
+        path.parent for depth in ("*", "*/*") for mark in MARKS for path in models_folder.glob(f"{depth}/{mark}")
+    }
+    return sorted(name for folder in folders if (name := name_at(folder, models_folder)) is not None)
 
 
 def check_name(name: str) -> None:
@@ -112,7 +120,7 @@ def model_in(path: Path) -> Path:
             return path
         raise InvalidInput(f"{path} is a file; give the model's folder, or a nanoGPT {NANOGPT_FILE}")
     for folder in (path, *(path / link for link in RUN_LINKS)):
-        if (folder / CONFIG_FILE).is_file():
+        if _is_marked(folder):
             return folder.resolve()  # a link may move on while training goes on
     if (path / NANOGPT_FILE).is_file():
         return path / NANOGPT_FILE

@@ -9,7 +9,7 @@ from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import MissingDependency
 from smelt.models import loading
-from smelt.models.loading import convert_nanogpt, load_model
+from smelt.models.loading import convert, load_model
 from smelt.models.weights import write_model
 
 BYTES = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
@@ -53,7 +53,7 @@ def test_nanogpt_of_gpt2_s_size_has_its_tokenizer(tmp_path: Path, monkeypatch: p
 def test_a_converted_checkpoint_is_the_same_model(tmp_path: Path) -> None:
     path = write_nanogpt(LETTERS, random_state(LETTERS), tmp_path)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "stoi": {"a": 0, "b": 1, "c": 2}}))
-    convert_nanogpt(path, tmp_path / "converted")
+    convert(path, tmp_path / "converted")
     ours, tokenizer = load_model(path)
     converted, converted_tokenizer = load_model(tmp_path / "converted")
     tokens = torch.tensor([[0, 1, 2, 2, 1]])

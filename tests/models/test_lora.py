@@ -14,8 +14,6 @@ from kernels_built import built_kernels
 from smelt.errors import NotFound, UnsafeFile, UnsupportedModel
 from smelt.models import lora as lora_module
 from smelt.models.adapter_folders import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     Factors,
     Matrix,
     matrices_of,
@@ -25,6 +23,7 @@ from smelt.models.adapter_folders import (
 )
 from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
+from smelt.models.folders import ADAPTER_FILE, ADAPTER_WEIGHTS
 from smelt.models.lora import Lora, LoraMatrix, lay_out
 from smelt.models.quantization import quantize
 from smelt.models.weights import assemble, read_model
@@ -279,7 +278,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
 def copied(llama: PeftModel, folder: Path) -> Path:
     source = llama.folder_of("a")
     folder.mkdir(exist_ok=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (ADAPTER_FILE, ADAPTER_WEIGHTS):
         (folder / name).write_bytes((source / name).read_bytes())
     return folder
 
@@ -296,8 +295,8 @@ def copied(llama: PeftModel, folder: Path) -> Path:
 )
 def test_other_kinds_of_adapters_are_refused(llama: PeftModel, tmp_path: Path, change: dict, reason: str) -> None:
     folder = copied(llama, tmp_path)
-    saved = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps(saved | change))
+    saved = json.loads((folder / ADAPTER_FILE).read_text())
+    (folder / ADAPTER_FILE).write_text(json.dumps(saved | change))
     with pytest.raises(UnsupportedModel, match=reason):
         read_adapter(folder, read_model(llama.folder).config)
 
@@ -312,9 +311,9 @@ def test_adapters_of_another_model_are_refused_with_the_name(llama: PeftModel, t
 
 def test_half_an_adapter_is_refused(llama: PeftModel, tmp_path: Path) -> None:
     folder = copied(llama, tmp_path)
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     del tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"]
-    save_file(tensors, folder / WEIGHTS_FILE)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     with pytest.raises(UnsupportedModel, match="only one of the two factors of model.layers.0.mlp.up_proj"):
         read_adapter(folder, read_model(llama.folder).config)
 
@@ -324,10 +323,10 @@ def test_folders_without_an_adapter_say_what_is_missing(llama: PeftModel, tmp_pa
     with pytest.raises(NotFound, match="no adapter_config.json"):
         read_adapter(tmp_path, config)
     folder = copied(llama, tmp_path)
-    (folder / WEIGHTS_FILE).write_bytes(b"garbage")
+    (folder / ADAPTER_WEIGHTS).write_bytes(b"garbage")
     with pytest.raises(UnsupportedModel, match="damaged"):
         read_adapter(folder, config)
-    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+    (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(UnsafeFile, match="pickle"):
         read_adapter(folder, config)
 

@@ -1,0 +1,31 @@
+"""What runs have made, as models of a name, served from then on; knows no process, no HTTP and no torch."""
+
+import shutil
+from pathlib import Path
+
+from smelt.control.models import import_model, job_of, new_model
+from smelt.models.folders import ADAPTER_FILE, ADAPTER_WEIGHTS, base_of, check_weights, is_adapter, read_config
+from smelt.models.registry import model_in
+
+
+def register_result(out_dir: Path, name: str, models_folder: Path, job: str) -> Path:
+    """Register what a run has made (its best checkpoint, else its last) under a name, and return its folder.
+
+    An adapter stays one, beside the model that it changes. The same job done twice, as after a crash, changes nothing.
+    NotFound where the run has saved nothing, or its model is gone; AlreadyExists where the name is taken.
+    """
+    if job_of(name, models_folder) == job:
+        return models_folder / name
+    source = model_in(out_dir)
+    register = register_adapter if is_adapter(source) else import_model
+    return register(source, name, models_folder, str(out_dir), job=job)
+
+
+def register_adapter(source: Path, name: str, models_folder: Path, origin: str, job: str | None = None) -> Path:
+    """Register an adapter which a run here has made. NotFound where its model is gone; AlreadyExists."""
+    base = base_of(source)
+    check_weights(base, read_config(base))
+    with new_model(name, models_folder, origin, job) as folder:
+        for file in (ADAPTER_FILE, ADAPTER_WEIGHTS):
+            shutil.copyfile(source / file, folder / file)
+    return models_folder / name
