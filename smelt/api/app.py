@@ -36,7 +36,6 @@ from smelt.api.sessions import Sessions
 from smelt.control.dataset_requests import DatasetRequests
 from smelt.control.imports import Imports
 from smelt.control.keyring import KeyRing
-from smelt.control.run_requests import RunRequests
 from smelt.dashboard import pages
 
 
@@ -51,7 +50,6 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     """The routes without the gate; nobody serves these."""
     imports = Imports(services.settings, services.ledger)
     dataset_requests = DatasetRequests(services.settings, services.ledger, services.uploads)
-    run_requests = RunRequests(services.settings, services.ledger, services.model_server)
 
     @asynccontextmanager
     async def working(_app: FastAPI) -> AsyncIterator[None]:
@@ -73,8 +71,8 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         text_generation.router(services),
         models.router(services, imports),
         loaded_model.router(services, imports),
-        resources.router(services, run_requests),
-        training_form.router(services, dataset_requests, run_requests),
+        resources.router(services),
+        training_form.router(services, dataset_requests),
         datasets.router(services, dataset_requests),
         bans.router(services),
         health.router(services),

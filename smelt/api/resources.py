@@ -51,8 +51,9 @@ class WorkerList:
     data: list[WorkerInfo]
 
 
-def router(services: Services, requests: RunRequests) -> APIRouter:
+def router(services: Services) -> APIRouter:
     """The routes of runs and workers."""
+    requests = services.run_requests
     routes = APIRouter(prefix="/v1", tags=["runs"])
     _add_streams(routes, requests)
     _add_runs(routes, requests)

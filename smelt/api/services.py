@@ -12,6 +12,7 @@ from smelt.control.catalogue import Catalogue
 from smelt.control.completions import Completions
 from smelt.control.model_server import ModelServer
 from smelt.control.post_training import PostTraining
+from smelt.control.run_requests import RunRequests
 from smelt.control.uploads import Uploads
 from smelt.settings import Settings
 from smelt.storage.futures import Ledger
@@ -59,3 +60,8 @@ class Services:
     def batches(self) -> Batches:
         """Files of requests, answered beside the live ones."""
         return Batches(self.settings.home, self.database, self.writer, self.ledger, self.uploads)
+
+    @cached_property
+    def run_requests(self) -> RunRequests:
+        """Runs that are asked for: one for all APIs, for it keeps how far it has read their files."""
+        return RunRequests(self.settings, self.ledger, self.model_server, self.uploads)

@@ -96,8 +96,9 @@ class Asked:
     filename: str = ""
 
 
-def router(services: Services, datasets: DatasetRequests, runs: RunRequests) -> APIRouter:
+def router(services: Services, datasets: DatasetRequests) -> APIRouter:
     """The three routes."""
+    runs = services.run_requests
     routes = APIRouter(prefix="/api/training", tags=["other shapes"])
     form = {"type": "object", "properties": {name: {"type": "string"} for name in OWN}}
     takes = {"required": True, "content": {"multipart/form-data": {"schema": form}}}

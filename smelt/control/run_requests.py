@@ -1,7 +1,6 @@
 """Runs that are asked of a server: checked, accepted into the ledger, cancelled, resumed; knows no HTTP and no torch.
 
-What such a run may use is what the server has: registered datasets and models, built-in text. A path or a URL in a
-request would make the server read what its sender cannot.
+What such a run may read is for `run_sources` to say.
 """
 
 import asyncio
@@ -14,14 +13,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from smelt.configs import RUN_METRICS
-from smelt.control.dataset_requests import check_tokenizer
-from smelt.control.datasets import open_for
 from smelt.control.model_server import ModelServer
 from smelt.control.run_folders import Entry, is_training, new_run_id, write_entry
+from smelt.control.run_sources import RunSources
 from smelt.control.runs import LOST, STOPPED, RunDetails, Runs, RunStatus
+from smelt.control.uploads import Uploads
 from smelt.errors import InUse, InvalidInput, NotFound
-from smelt.models.registry import registered_name, registered_names
-from smelt.run_configs import RunConfig, TrainConfig, config_of
+from smelt.run_configs import RunConfig, config_of
 from smelt.settings import Settings
 from smelt.storage.futures import Future, Ledger
 from smelt.storage.transitions import Submission, future_id
@@ -39,8 +37,9 @@ S = TypeVar("S", bound=RunStatus)
 class RunRequests:
     """The runs of one server: those in its folders, seen together with what its ledger knows of them."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, model_server: ModelServer) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, model_server: ModelServer, uploads: Uploads) -> None:
         self.runs = Runs(settings.runs)
+        self._sources = RunSources(settings, uploads)
         self._settings = settings
         self._ledger = ledger
         self._model_server = model_server
@@ -64,7 +63,7 @@ class RunRequests:
         """
         run_id = new_run_id()
         out_dir = self._settings.runs / run_id
-        config = await asyncio.to_thread(self._checked, values, out_dir, owner)
+        config = await self._checked(values, out_dir, owner)
         config_values = config.model_dump(mode="json")
         entry = Entry(
             id=run_id, owner=owner, recipe=config.recipe, config=config_values, created=time.time(), label=label
@@ -118,36 +117,13 @@ class RunRequests:
             await asyncio.to_thread(_note, out_dir, "cancelled")
         return await self.status(run_id)
 
-    def _checked(self, values: dict[str, Any], out_dir: Path, owner: str) -> RunConfig:
+    async def _checked(self, values: dict[str, Any], out_dir: Path, owner: str) -> RunConfig:
         given = [name for name in NOT_ASKED if name in values]
         if given:
             raise InvalidInput(f"{given[0]} cannot be set for a run on a server; leave it out", param=given[0])
         machine = {name: getattr(self._settings, name) for name in ("device", "dtype", "threads")}
         config = config_of({**machine, **values, "out_dir": str(out_dir)})
-        if isinstance(config, TrainConfig):
-            self._check_source(config, owner)
-        if config.init_from == "scratch":
-            return config
-        name = registered_name(config.init_from, self._settings.models)
-        if name is None:
-            known = ", ".join(registered_names(self._settings.models)) or "none"
-            raise NotFound(f"init_from {config.init_from!r} is no registered model; registered: {known}")
-        return config.replace(init_from=name)
-
-    def _check_source(self, config: TrainConfig, owner: str) -> None:
-        """The text and its tokenizer must be the server's own, and the owner's to use."""
-        if config.dataset is not None:
-            open_for(self._settings.datasets, config.dataset, owner)
-        elif config.data_path is None:
-            raise InvalidInput("no data to train on: give dataset, the name of a registered one", param="dataset")
-        elif not config.data_path.startswith("builtin:"):
-            raise InvalidInput(
-                f"data_path {config.data_path!r} is not built in; a run on a server takes builtin:pydoc, or dataset, "
-                f"the name of a registered one",
-                param="data_path",
-            )
-        if config.tokenizer is not None:
-            check_tokenizer(config.tokenizer)
+        return await self._sources.resolved(config, out_dir, owner)
 
     async def _settled(self, status: S) -> S:
         """The status, where its folder cannot tell, as the ledger knows it."""

@@ -19,7 +19,6 @@ from smelt.control import run_changes
 from smelt.control.keys import LOCAL, Caller
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_folders import register
-from smelt.control.run_requests import RunRequests
 from smelt.run_configs import TrainConfig
 
 EVE = Caller("eve", "key", frozenset({"training"}))
@@ -37,8 +36,7 @@ def services(tmp_path: Path) -> Iterator[Services]:
 def app(services: Services) -> FastAPI:
     app = FastAPI()
     failures.install(app)
-    requests = RunRequests(services.settings, services.ledger, services.model_server)
-    app.include_router(resources.router(services, requests))
+    app.include_router(resources.router(services))
     return app
 
 

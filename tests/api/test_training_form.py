@@ -17,7 +17,6 @@ from smelt.api.training_form import run_values
 from smelt.configs import RUN_LOG, RUN_METRICS
 from smelt.control.dataset_requests import DatasetRequests
 from smelt.control.keys import Caller
-from smelt.control.run_requests import RunRequests
 from smelt.errors import InvalidInput
 from smelt.transport.messages import TrainRequest
 
@@ -35,10 +34,10 @@ class Server:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.datasets = DatasetRequests(services.settings, services.ledger, services.uploads)
-        self.runs = RunRequests(services.settings, services.ledger, services.model_server)
+        self.runs = services.run_requests
         self.app = FastAPI()
         failures.install(self.app)
-        self.app.include_router(training_form.router(services, self.datasets, self.runs))
+        self.app.include_router(training_form.router(services, self.datasets))
 
     async def granted(self) -> TrainRequest:
         """What a launcher would be asked to train."""

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,26 @@ from typing import Any
 import msgspec
 import pytest
 
+from families import random_state
 from scripted import Scripted, words
-from smelt.configs import RUN_LOG, RUN_METRICS
+from smelt.configs import RUN_LOG, RUN_METRICS, DecoderConfig
 from smelt.control import run_changes
 from smelt.control.run_changes import RunChange, RunFollowers
 from smelt.control.run_folders import Entry, register, write_entry
 from smelt.control.run_requests import RunRequests
+from smelt.control.uploads import Uploads
 from smelt.data.preparation import Maker, prepare
 from smelt.errors import ConfigError, InUse, InvalidInput, NotFound, StorageError
+from smelt.models.weights import write_model
 from smelt.run_configs import TrainConfig
 from smelt.settings import Settings, load_settings
+from smelt.storage.database import open_database, sqlite_url
 from smelt.storage.futures import Ledger
+from smelt.storage.writer import Writer
 from smelt.transport.messages import Failure, TrainRequest
 
 pytestmark = pytest.mark.anyio
+TINY = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
 PYDOC = {"data_path": "builtin:pydoc", "max_iters": 100}
 
 
@@ -34,8 +40,17 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def requests(settings: Settings, ledger: Ledger) -> RunRequests:
-    return RunRequests(settings, ledger, Scripted(words, ledger))
+def uploads(settings: Settings, tmp_path: Path) -> Iterator[Uploads]:
+    engine = open_database(sqlite_url(tmp_path / "uploads.db"))
+    writer = Writer(engine)
+    yield Uploads(settings.home, engine, writer)
+    writer.close()
+    engine.dispose()
+
+
+@pytest.fixture
+def requests(settings: Settings, ledger: Ledger, uploads: Uploads) -> RunRequests:
+    return RunRequests(settings, ledger, Scripted(words, ledger), uploads)
 
 
 @pytest.fixture
@@ -314,6 +329,32 @@ async def test_a_run_of_a_terminal_is_resumed_by_the_server_and_one_that_has_suc
     append(out_dir / RUN_METRICS, '{"kind": "summary", "stop_reason": "done"}\n')
     with pytest.raises(InvalidInput, match="has succeeded"):
         await requests.resume(run_id)
+
+
+async def test_a_run_of_another_recipe_reads_its_senders_uploads(
+    requests: RunRequests, settings: Settings, uploads: Uploads
+) -> None:
+    write_model(TINY, random_state(TINY), settings.models / "tiny")
+    async with uploads.incoming() as incoming:
+        await incoming.write(b'{"text": "hello"}\n')
+        upload = await uploads.keep(incoming, "ada", "lines.jsonl", "fine-tune")
+    wanted = {"recipe": "fine-tune", "model": "tiny", "data": upload.id}
+    created = await requests.create(wanted, "ada")
+    place = settings.runs / created.id / "data.jsonl"
+    assert (created.recipe, created.config["model"], created.config["data"]) == ("fine-tune", "tiny", str(place))
+    await uploads.delete("ada", upload.id)
+    assert place.read_bytes() == b'{"text": "hello"}\n'
+    for changes, error, word in (
+        ({"data": upload.id}, NotFound, "no file"),
+        ({"data": "/etc/passwd"}, InvalidInput, "not a name"),
+        ({"data": "unknown"}, NotFound, "unknown"),
+        ({"model": str(settings.models / "tiny")}, NotFound, "no registered model"),
+        ({"init_from": "resume"}, InvalidInput, "resume"),
+        ({"recipe": "classify", "model": "scratch", "data": "/etc/passwd"}, InvalidInput, "no upload"),
+        ({"recipe": "classify", "model": "scratch", "tokenizer": "/etc", "data": "x"}, InvalidInput, "tokenizer"),
+    ):
+        with pytest.raises(error, match=word):
+            await requests.create({**wanted, **changes}, "ada")
 
 
 async def test_nobody_trains_on_the_dataset_of_another(requests: RunRequests, settings: Settings) -> None:
