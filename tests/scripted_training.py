@@ -22,6 +22,7 @@ from smelt.transport.operations import (
     SAMPLE,
     TRAINING_KINDS,
     LoadWeights,
+    MergeWeights,
     OptimStep,
     Sample,
     SaveForSampler,
@@ -97,6 +98,8 @@ class ScriptedWorker:
                 sampler = msgspec.msgpack.decode(body, type=SaveForSampler)
                 self._write(sampler.folder)
                 answer = {"path": sampler.path} if sampler.path else {"sampling_session_id": sampler.sampler_id}
+            case "merge_weights":
+                answer = {"model": msgspec.msgpack.decode(body, type=MergeWeights).name}
             case "load_weights":
                 self.loads.append(msgspec.msgpack.decode(body, type=LoadWeights))
                 answer = {"path": self.loads[-1].path, "model_id": lane}

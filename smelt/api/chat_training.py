@@ -18,6 +18,7 @@ from smelt.api.chat_training_types import (
     AddBody,
     ForwardBackwardBody,
     LoadNamedBody,
+    MergeBody,
     SaveNamedBody,
     StepBody,
 )
@@ -92,6 +93,13 @@ class ChatTraining:
         promised = await self._adapters.remove(owner_of(request), body.name())
         return promise(promised, model_id=body.name())
 
+    async def merge_lora(self, request: Request) -> Response:
+        """A model that needs no adapter, of one and what it stands on."""
+        raw = await json_body(request, MAX_JSON_BYTES)
+        body = understand(MergeBody, raw)
+        model = await self._adapters.find(owner_of(request), body.model_id)
+        return promise(await self._models.merge(Place(model, None, raw), body.name), model_id=body.model_id)
+
     async def save_weights(self, request: Request) -> Response:
         """Save weights and optimizer under a name, to go on from."""
         return await self._save(request, "weights")
@@ -127,6 +135,7 @@ def router(services: Services) -> APIRouter:
     add("/retrieve_future", training.retrieve_future, RetrieveBody)
     add("/add_lora", training.add_lora, AddBody)
     add("/remove_lora", training.remove_lora, AdapterBody)
+    add("/merge_lora", training.merge_lora, MergeBody)
     add("/save_weights", training.save_weights, SaveNamedBody)
     add("/save_weights_for_sampler", training.save_weights_for_sampler, SaveNamedBody)
     add("/load_weights", training.load_weights, LoadNamedBody)

@@ -105,6 +105,13 @@ class AdapterBody(TinkerBody):
         return name
 
 
+class MergeBody(TinkerBody):
+    """Make a model of an adapter and its base model, under a name of its own."""
+
+    model_id: Name
+    name: Name
+
+
 class SaveNamedBody(TinkerBody):
     """Save an adapter's weights under a name."""
 

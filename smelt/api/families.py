@@ -66,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "/api/generate": Family(INFERENCE, "success"),
     "/api/training": Family(frozenset({"training"}), "success", uploads=True),
     **dict.fromkeys(("/sample", "/generate"), Family(INFERENCE)),
+    "/merge_lora": Family(ADMIN),  # a model is everybody's
     **dict.fromkeys(("/loss_functions", "/get_server_capabilities"), Family(ANY)),
     **{
         f"/{name}": TRAINING

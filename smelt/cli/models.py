@@ -24,6 +24,7 @@ Examples:
   smelt models alias bard shakespeare
   smelt models load shakespeare
   smelt models unload shakespeare
+  smelt models merge shakespeare peft-output polite-shakespeare
   smelt models export out my-model-for-transformers
   smelt models rm shakespeare"""
 
@@ -218,6 +219,28 @@ def alias_command(name: str | None, target: str | None, removes: bool) -> None:
         click.echo(f"{name} now means {set_alias(name, target, models_folder)}", err=True)
     else:
         raise click.UsageError("give a NAME and a TARGET, or --rm and a NAME")
+
+
+@command.command("merge", epilog="\b\nExample:\n  smelt models merge Qwen/Qwen3-0.6B peft-output polite-qwen")
+@click.argument("model")
+@click.argument("adapter")
+@click.argument("name")
+def merge_command(model: str, adapter: str, name: str) -> None:
+    """Register as NAME what MODEL becomes with ADAPTER in its weights: a model that needs no adapter any more.
+
+    ADAPTER is a LoRA adapter as PEFT saves them: a folder, or the name of one (smelt adapters ls).
+    """
+    from smelt.control.models import check_free, new_model
+    from smelt.models.merging import merge_folders
+    from smelt.models.registry import resolve
+
+    models_folder = load_settings().models
+    check_free(name, models_folder)
+    base, given = resolve(model, models_folder), Path(adapter).expanduser()
+    changes = given if given.is_dir() else resolve(adapter, models_folder)
+    with new_model(name, models_folder, f"{model} with {adapter}") as folder:
+        merge_folders(base, changes, folder)
+    click.echo(f"registered {name}; write with it: smelt generate {name}", err=True)
 
 
 @command.command("load", epilog="\b\nExample:\n  smelt models load shakespeare")

@@ -15,9 +15,18 @@ import msgspec
 from smelt.cluster.held_models import HeldModels
 from smelt.cluster.lanes import Base, Lane, Operation
 from smelt.cluster.snapshots import Shape, shape_of, write_folder
+from smelt.control.models import job_of, new_model
 from smelt.errors import InvalidInput, Unavailable
+from smelt.models.merging import write_merged
 from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
-from smelt.transport.operations import CreateModel, LoadWeights, OptimStep, SaveForSampler, SaveWeights
+from smelt.transport.operations import (
+    CreateModel,
+    LoadWeights,
+    MergeWeights,
+    OptimStep,
+    SaveForSampler,
+    SaveWeights,
+)
 
 
 class Host(Protocol):
@@ -57,6 +66,8 @@ class SessionOperations:
                 self._save(lane, operation, saving.folder, TrainedAdapter.save, {"path": saving.path})
             case "save_weights_for_sampler" | "save_weights_external":
                 self._save_sampler(lane, operation, msgspec.msgpack.decode(operation.body, type=SaveForSampler))
+            case "merge_weights":
+                self._merge(lane, operation, msgspec.msgpack.decode(operation.body, type=MergeWeights))
             case "unload_model":
                 self._unload(lane, operation)
             case _:
@@ -120,6 +131,18 @@ class SessionOperations:
         answer = {"path": body.path} if body.path else {"sampling_session_id": body.sampler_id}
         self._save(lane, operation, body.folder, TrainedAdapter.save_weights, answer)
 
+    def _merge(self, lane: Lane, operation: Operation, body: MergeWeights) -> None:
+        adapter, models_folder, job = adapter_of(lane).as_adapter(), self._home / body.models_folder, lane.id
+        assert lane.base is not None, "it has an adapter"
+        base = lane.base.text_model
+
+        def write() -> None:
+            if job_of(body.name, models_folder) != f"{job}:{operation.seq}":  # else its worker died before it said so
+                with new_model(body.name, models_folder, f"adapter {job}", f"{job}:{operation.seq}") as folder:
+                    write_merged(base.model, base.tokenizer, base.chat_format, adapter, folder)
+
+        self._write(lane, operation, write, {"model": body.name})
+
     def _save(
         self,
         lane: Lane,
@@ -128,13 +151,18 @@ class SessionOperations:
         save: Callable[[TrainedAdapter, Path], None],
         answer: dict[str, Any],
     ) -> None:
-        """Write a folder, and then answer. What the log has was written before."""
+        """Write a folder, and then answer."""
         adapter = adapter_of(lane)
+        write = partial(write_folder, self._home / folder, partial(save, adapter))
+        self._write(lane, operation, write, answer)
+
+    def _write(self, lane: Lane, operation: Operation, write: Callable[[], None], answer: dict[str, Any]) -> None:
+        """Write files, and then answer. What the log has was written before."""
         if operation.key is None:
             self._host.advance(lane, operation)
             return
 
-        def saved(writing: "Future[None]") -> None:
+        def written(writing: "Future[None]") -> None:
             if self._host.is_held(lane):
                 lane.is_blocked = False
                 if error := writing.exception():
@@ -143,7 +171,7 @@ class SessionOperations:
                     self._host.answer(lane, operation, **answer)
 
         lane.is_blocked = True
-        self._host.beside(partial(write_folder, self._home / folder, partial(save, adapter)), saved)
+        self._host.beside(write, written)
 
     def _unload(self, lane: Lane, operation: Operation) -> None:
         self._host.answer(lane, operation, model_id=lane.id)

@@ -74,6 +74,11 @@ class Catalogue:
         self._aliases: dict[str, Served] = {}
         self._read_at = float("-inf")
 
+    @property
+    def models_folder(self) -> Path:
+        """Where registered models lie."""
+        return self._models_folder
+
     async def all(self) -> list[Served]:
         """Every model that is served: the one that was given first, the others by name."""
         await asyncio.to_thread(self._read, 0.0)

@@ -18,6 +18,7 @@ import msgspec
 from sqlalchemy import Connection, Engine
 
 from smelt.control.catalogue import Catalogue, Served
+from smelt.control.models import check_free
 from smelt.control.saved_weights import WeightsStore, check_name, claim, expiry, folder_of, path_of
 from smelt.control.sessions import Sessions, ask
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, UnknownModel
@@ -29,6 +30,7 @@ from smelt.transport.failures import failure_of
 from smelt.transport.operations import (
     CreateModel,
     LoadWeights,
+    MergeWeights,
     OptimStep,
     SaveForSampler,
     SaveWeights,
@@ -211,6 +213,13 @@ class TrainingModels:
             return None
 
         return await self._submit(place, kind, msgspec.msgpack.encode(body), alongside=take_name)
+
+    async def merge(self, place: Place, name: str) -> str:
+        """Promise a model of that name: the base model with the adapter in its weights. AlreadyExists, InvalidInput."""
+        models_folder = self._catalogue.models_folder
+        await asyncio.to_thread(check_free, name, models_folder)
+        body = MergeWeights(name, models_folder.name)
+        return await self._submit(place, "merge_weights", msgspec.msgpack.encode(body))
 
     async def save_ephemeral(self, place: Place, number: int) -> str:
         """Promise a sampler that has no name: number so-and-so of the session."""

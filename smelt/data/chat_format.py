@@ -158,6 +158,13 @@ class ChatFormat:
 
         return Rendering(text_of, lambda text: self._control.encode_with_ends(text, marks))
 
+    def save(self, folder: Path) -> None:
+        """Write what says so of the model, beside a tokenizer that was saved there; its own files stay."""
+        for name in (TEMPLATE_FILE, TOOL_TEMPLATE_FILE, SETTINGS_FILE, GENERATION_FILE):
+            if (self._folder / name).is_file() and not (folder / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes((self._folder / name).read_bytes())
+
     def parse(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         """What the assistant says in a whole answer, and the functions that it wants called."""
         return self._dialect.read(text) if self._dialect else (text, ())

@@ -12,6 +12,7 @@ model, or an adapter as it was at one place of a lane.
     load_weights                LoadWeights       JSON
     save_weights_for_sampler    SaveForSampler    JSON
     save_weights_external       SaveForSampler    JSON: the same files, for others than us
+    merge_weights               MergeWeights      JSON
     unload_model                UnloadSession     JSON
     sample                      Sample            protobuf
 
@@ -23,6 +24,7 @@ What a Result's JSON has, beside "type", the kind:
     load_weights                {"path", "model_id"}
     save_weights_for_sampler    {"path"} of a named one, else {"sampling_session_id"}
     save_weights_external       {"path"}
+    merge_weights               {"model"}
 
 An operation that was wrong when it came takes its place in the lane and has failed before it could be granted, so a
 lane's grants may have gaps. The log says what lies in a gap; a seq that is not even there never came, and counts as a
@@ -47,6 +49,7 @@ TRAINING_KINDS = (
     "load_weights",
     "save_weights_for_sampler",
     "save_weights_external",
+    "merge_weights",
     "unload_model",
 )
 SAMPLE = "sample"
@@ -96,6 +99,13 @@ class SaveForSampler(msgspec.Struct, frozen=True, omit_defaults=True):
     folder: str
     sampler_id: str
     path: str | None = None
+
+
+class MergeWeights(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Write the base model with the adapter in its weights as a model of that name, in the models' folder."""
+
+    name: str
+    models_folder: str
 
 
 class UnloadSession(msgspec.Struct, frozen=True, omit_defaults=True):

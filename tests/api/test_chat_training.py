@@ -277,6 +277,18 @@ async def test_adapters_are_their_owner_s_and_stay(services: Services, worker: A
         assert [each["model_id"] for each in (await hers.get("/adapters")).json()["adapters"]] == ["a"]
 
 
+async def test_an_adapter_becomes_a_model(client: httpx.AsyncClient, services: Services, worker: Any) -> None:
+    await post(client, "/fwdbwd", model_id="a", data=[SUM])
+    merged = await result(client, await post(client, "/merge_lora", model_id="a", name="whole"))
+    assert merged == {"model": "whole", "model_id": "a"}
+    folder = services.settings.models / "taken"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for name, status in (("taken", 409), ("../out", 400)):
+        assert (await client.post("/merge_lora", json={"model_id": "a", "name": name})).status_code == status
+    assert (await client.post("/merge_lora", json={"model_id": "b", "name": "x"})).status_code == 404
+
+
 async def test_what_there_is_can_be_asked(client: httpx.AsyncClient) -> None:
     losses = (await client.get("/loss_functions")).json()
     assert {"cross_entropy", "importance_sampling", "ppo", "dpo"} <= set(losses["available_loss_functions"])

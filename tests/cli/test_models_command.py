@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from families import random_state, write_nanogpt
@@ -17,6 +18,7 @@ from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, Unavailable
 from smelt.library import load
+from smelt.models.adapter_folders import Factors, write_adapter
 from smelt.models.loading import load_model
 from smelt.models.weights import write_model
 from smelt.storage.records import all_keys
@@ -175,3 +177,21 @@ def test_a_narrow_terminal_loses_what_matters_less() -> None:
 )
 def test_sizes_are_readable(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+def test_an_adapter_and_its_model_become_one(home: Path, tmp_path: Path) -> None:
+    write_model(CONFIG, random_state(CONFIG), tmp_path / "base")
+    ByteTokenizer().save(tmp_path / "base")
+    factors = {"blocks.0.attention.out": (Factors(torch.ones(2, 8), torch.ones(8, 2), 0.5),)}
+    write_adapter(factors, CONFIG, tmp_path / "adapter")
+    assert "smelt generate whole" in models("merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "whole")
+    plain, _ = load_model(tmp_path / "base")
+    whole, tokenizer = load_model(home / "models" / "whole")
+    assert tokenizer is not None
+    added = whole.state_dict()["blocks.0.attention.out.weight"] - plain.state_dict()["blocks.0.attention.out.weight"]
+    torch.testing.assert_close(added, torch.ones(8, 8))
+    with pytest.raises(AlreadyExists):
+        models("merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "whole")
+    with pytest.raises(NotFound):
+        models("merge", str(tmp_path / "base"), str(tmp_path / "base"), "other")
+    assert "other" not in models("ls")
