@@ -10,13 +10,22 @@ export PYTHON
 $(VENV)/.installed-%: pyproject.toml constraints.txt scripts/setup $(wildcard $(VENV)/.unfinished)
 	@scripts/setup $*
 
-.PHONY: demo test check fix bench map clean help
+.cookbook/.installed: $(VENV)/.installed-dev scripts/setup_cookbook
+	@scripts/setup_cookbook
+
+.PHONY: demo test cookbook chaos check fix bench map clean help
 
 demo: $(VENV)/.installed-run ## train a small model on built-in text and see it write (about a minute)
 	@$(RUN) smelt demo $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests; SLOW=1 runs the slow ones too
-	@$(RUN) pytest $(if $(SLOW),,-m "not slow") $(ARGS)
+	@$(RUN) pytest -m "not chaos$(if $(SLOW),, and not slow)" $(ARGS)
+
+cookbook: .cookbook/.installed ## run Tinker's cookbook, offline, against a server with a tiny model (minutes)
+	@$(RUN) pytest tests/api/test_cookbook.py $(ARGS)
+
+chaos: $(VENV)/.installed-dev ## kill each process at every point of an operation's life (ten minutes)
+	@$(RUN) pytest tests/api/test_kill_matrix.py $(ARGS)
 
 check: $(VENV)/.installed-dev ## format, lint, import contracts, types, architecture
 	@$(RUN) ruff format --check .
@@ -36,8 +45,8 @@ bench: $(VENV)/.installed-bench ## train the same model with smelt and with Hugg
 	@$(VENV)/bin/python benchmarks/train.py $(ARGS)
 
 clean: ## remove .venv, caches and build leftovers; nothing of yours
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .cookbook dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile

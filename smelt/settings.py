@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     ban_rules: Path | None = Field(None, description="YAML file of rules for prompts and answers (none)")
     ban_strikes: int = Field(10, ge=1, description="broken rules after which a key, or one of its users, is banned")
     ban_key_strikes: int = Field(100, ge=1, description="broken rules of all its users after which a key is banned")
-    fault: str | None = Field(None, description="for tests: POINT:NTH, where the API's process shall die")
+    fault: str | None = Field(None, description="for tests: POINT:NTH, where the API or a worker shall die, once")
 
     @field_validator("home", "ban_rules", "worker_key", "tls_certificate", "tls_key")
     @classmethod
@@ -116,6 +116,11 @@ class Settings(BaseSettings):
     def bodies(self) -> Path:
         """Folder of the ledger's large bodies."""
         return self.home / "bodies"
+
+    @property
+    def fault_note(self) -> Path:
+        """The file that says that somebody died as `fault` wants."""
+        return self.home / ".fault"
 
 
 def load_settings(**flags: Any) -> Settings:

@@ -139,7 +139,7 @@ def http_config(app: Draining) -> uvicorn.Config:
 @contextmanager
 def opened(settings: Settings) -> Iterator[tuple[Engine, Writer, Ledger]]:
     """The database and its ledger while the block runs. StorageError where it is damaged."""
-    fault = fault_from(settings.fault)
+    fault = fault_from(settings.fault, settings.fault_note)
     settings.home.mkdir(parents=True, exist_ok=True)
     engine = open_database(settings.database_url)
     try:

@@ -18,6 +18,7 @@ from smelt.cluster.snapshots import Shape, shape_of, write_folder
 from smelt.control.models import job_of, new_model
 from smelt.errors import InvalidInput, Unavailable
 from smelt.models.merging import write_merged
+from smelt.storage.faults import Fault
 from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
 from smelt.transport.operations import (
     CreateModel,
@@ -32,6 +33,8 @@ from smelt.transport.operations import (
 class Host(Protocol):
     """Who keeps the lanes, and is told what comes of their operations."""
 
+    @property
+    def fault(self) -> Fault: ...
     def is_held(self, lane: Lane) -> bool: ...
     def answer(self, lane: Lane, operation: Operation, **answer: Any) -> None: ...
     def fail(self, lane: Lane, operation: Operation, error: BaseException) -> None: ...
@@ -153,7 +156,15 @@ class SessionOperations:
     ) -> None:
         """Write a folder, and then answer."""
         adapter = adapter_of(lane)
-        write = partial(write_folder, self._home / folder, partial(save, adapter))
+
+        def fill(path: Path) -> None:
+            save(adapter, path)
+            self._host.fault("mid_save")
+
+        def write() -> None:
+            write_folder(self._home / folder, fill)
+            self._host.fault("after_save")
+
         self._write(lane, operation, write, answer)
 
     def _write(self, lane: Lane, operation: Operation, write: Callable[[], None], answer: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from smelt.disk import sync
 from smelt.errors import CheckpointError, NotFound
 from smelt.models.adapter_folders import UNEMBEDDING, part_of
 from smelt.models.folders import ADAPTER_FILE, read_json
+from smelt.storage.faults import Fault, no_fault
 from smelt.training.trained_adapter import TrainedAdapter, facts_of
 
 FACTS_FILE = "lane.json"
@@ -71,8 +72,9 @@ class Snapshot:
 class Snapshots:
     """Of all lanes, below the home folder."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, fault: Fault = no_fault) -> None:
         self._home = home
+        self._fault = fault
 
     def newest_first(self, lane: str, before: int) -> list[Snapshot]:
         """A lane's snapshots of seqs below `before`."""
@@ -86,13 +88,16 @@ class Snapshots:
         def fill(folder: Path) -> None:
             adapter.write_state(folder)
             (folder / FACTS_FILE).write_bytes(msgspec.json.encode(shape))
+            self._fault("mid_snapshot")
 
         earlier = self.newest_first(lane, seq)
         write_folder(self._folder(lane) / str(seq), fill)
+        self._fault("after_snapshot")
         return earlier[0].seq if earlier else -1
 
     def keep_two(self, lane: str, seq: int) -> None:
         """Remove what is older than the snapshot before that seq."""
+        self._fault("before_old_snapshots_go")
         for old in self.newest_first(lane, seq)[1:]:
             shutil.rmtree(old.folder, ignore_errors=True)
 

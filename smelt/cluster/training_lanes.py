@@ -28,6 +28,7 @@ from smelt.cluster.snapshots import Shape, Snapshot, Snapshots
 from smelt.errors import CheckpointError, SmeltError, TrainingError
 from smelt.inference.jobs import explained
 from smelt.inference.server import InferenceServer
+from smelt.storage.faults import Fault, no_fault
 from smelt.training.trained_adapter import OptimSettings
 from smelt.transport.failures import error_of
 from smelt.transport.messages import Grant, LogPart, LogWanted, SnapshotKept, SnapshotTaken
@@ -69,11 +70,14 @@ Told = Answered | Note
 class TrainingLanes:
     """`begin` operations; `tell` gets, on the server's thread, what is to be said of them: it must not block."""
 
-    def __init__(self, server: InferenceServer, home: Path, tell: Callable[[list[Told]], None]) -> None:
+    def __init__(
+        self, server: InferenceServer, home: Path, tell: Callable[[list[Told]], None], fault: Fault = no_fault
+    ) -> None:
         self._server = server
         self.home = home
         self._tell = tell
-        self._snapshots = Snapshots(home)
+        self.fault = fault
+        self._snapshots = Snapshots(home, fault)
         self._models = HeldModels(server, self._leave)
         self._operations = SessionOperations(self, home, self._models)
         self._lanes: dict[str, Lane] = {}
@@ -147,6 +151,7 @@ class TrainingLanes:
     def _begin(self, key: str, grant: Grant) -> None:
         assert grant.lane is not None, "a session is a lane"
         assert grant.seq is not None, "and has an order"
+        self.fault("before_operation")
         self._epoch = grant.epoch
         lane = self._lanes.get(grant.lane) or self._lanes.setdefault(grant.lane, Lane(grant.lane))
         if lane.is_beyond(grant.seq):
@@ -355,6 +360,7 @@ class TrainingLanes:
     def _say(self, operation: Operation, body: bytes = b"", error: Exception | None = None) -> None:
         """Tell what came of an operation, whoever asked for it."""
         assert operation.key is not None, "else nobody did"
+        self.fault("after_operation")
         if operation.key in self._restored:
             for then in self._restored.pop(operation.key):
                 then(error)

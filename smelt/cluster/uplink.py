@@ -257,6 +257,8 @@ class Uplink:
                     raise ConnectionClosed(f"the server has read nothing for {STALLED_SECONDS:g} s") from None
                 for _ in burst:
                     self._unsent.popleft()
+                if self._lanes is not None and any(isinstance(message, Result) for message in burst):
+                    self._lanes.fault("after_result_sent")
             if not self._work:
                 self._is_idle.set()
 

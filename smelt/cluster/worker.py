@@ -30,6 +30,7 @@ from smelt.models.folders import base_of, read_config, stamp_of
 from smelt.models.kernels import start_build
 from smelt.models.registry import is_registered, registered_names, resolve
 from smelt.settings import Settings
+from smelt.storage.faults import Fault, fault_from, no_fault
 from smelt.transport.addresses import Address
 from smelt.transport.messages import WorkerStatus
 from smelt.transport.streams import Connection
@@ -66,9 +67,9 @@ class Worker:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
-    def keep_sessions(self, home: Path) -> None:
+    def keep_sessions(self, home: Path, fault: Fault = no_fault) -> None:
         """Train by request too. What sessions save lies below the home folder."""
-        self._lanes = TrainingLanes(self._server, home, self._deliver_told)
+        self._lanes = TrainingLanes(self._server, home, self._deliver_told, fault)
 
     def preload(self, model: str) -> None:
         """Have a model ready before anybody asks."""
@@ -208,7 +209,7 @@ async def run_worker(
     shelf = Shelf(settings, preload)
     upkeep = upkeep_of(settings, shelf, device)
     worker = Worker(address, shelf.load, str(device), upkeep=upkeep, key=key, tls=tls)
-    worker.keep_sessions(settings.home)
+    worker.keep_sessions(settings.home, fault_from(settings.fault, settings.fault_note))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     if preload is not None:

@@ -163,6 +163,7 @@ class Ledger:
             else:
                 self._writer.submit([demand.operation(self._num_changes)])
             if rows := await demand.answer:
+                self._fault("after_grant_before_send")
                 return [await self._granted(row) for row in rows]
 
     async def finish(
@@ -225,7 +226,6 @@ class Ledger:
                 yield await asyncio.to_thread(self._logged, row)
             after = rows[-1].seq
 
-    async def forget_log(self, lane: str, before: int, *, durable: bool = False) -> int:
     async def states(self, lane: str) -> list[tuple[int, str, State]]:
         """(seq, id, state) of each request of a lane, in order."""
         return await asyncio.to_thread(self._query, partial(batch_rows.states, lane))
@@ -239,8 +239,11 @@ class Ledger:
         """Remove a lane and all that was asked of it."""
         await self._change(partial(batch_rows.forget, lane))
 
+    async def forget_log(self, lane: str, before: int, *, durable: bool = False) -> int:
         """Drop the requests of a lane below a seq, which nobody will replay; returns of how many futures."""
-        return await self._change(partial(transitions.forget, lane, before), durable)
+        num_forgotten = await self._change(partial(transitions.forget, lane, before), durable)
+        self._fault("after_log_forgotten")
+        return num_forgotten
 
     async def abandon_holes(self) -> None:
         """Let lanes go on whose missing seq has not come for so long; to be called every now and then."""
@@ -254,10 +257,10 @@ class Ledger:
     async def expire(self, min_age_s: float, kept_kinds: Sequence[str] = ()) -> int:
         """Drop results that have been there for so long, and requests nobody replays; returns of how many futures.
 
+        Those of `kept_kinds` stay until somebody forgets them.
         The row stays: its place is taken for good, and whoever asks is told that the result has expired.
         """
         return await self._change(partial(transitions.expire, time.time() - min_age_s, kept_kinds))
-        Those of `kept_kinds` stay until somebody forgets them.
 
     async def drop(self, owner: str, future_id: str) -> None:
         """Forget a finished request and its result at once. NotFound where the owner has none of that id."""

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, select, text
 
 from smelt.storage import tables
 from smelt.storage.database import sqlite_url
-from smelt.storage.faults import POINTS
+from smelt.storage.faults import LEDGER_POINTS
 from smelt.storage.files import Files
 from smelt.storage.futures import Ledger
 from smelt.storage.transitions import future_id
@@ -74,7 +74,7 @@ def check_promises(engine: Engine, folder: Path, promised: dict[str, list[str]])
     assert not [path for path in files.folder.iterdir() if path.name.startswith(".tmp-")]
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", LEDGER_POINTS)
 def test_a_crash_at_each_point_breaks_no_promise(
     url: str, opened: Callable[[], Engine], tmp_path: Path, point: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,11 @@ def test_the_nth_time_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kills
     fault("mid_file_write")
     assert kills == [(os.getpid(), signal.SIGKILL)]
+
+
+def test_with_a_note_nobody_dies_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kills: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *arguments: kills.append(arguments))
+    for _ in range(2):
+        fault_from("before_insert:1", tmp_path / "note")("before_insert")
+    assert len(kills) == 1
