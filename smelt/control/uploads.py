@@ -125,7 +125,7 @@ class Uploads:
     async def adopt(self, file: Path, upload: Upload) -> Upload:
         """Give a file that was made here to its owner, under the id it has; done a second time it changes nothing."""
         async with self.incoming() as incoming:
-            await asyncio.to_thread(_link, file, incoming.folder / CONTENT)
+            await asyncio.to_thread(link, file, incoming.folder / CONTENT)
             size = (await asyncio.to_thread(file.stat)).st_size
             upload = replace(upload, num_bytes=size, suffix=suffix_of(upload.name))
             await asyncio.to_thread(self._place, incoming, upload)
@@ -156,7 +156,7 @@ class Uploads:
     async def lend(self, upload: Upload, target: Path) -> None:
         """Have its content under another path too, where it stays when the file is deleted. NotFound if it is gone."""
         try:
-            await asyncio.to_thread(_link, self.path(upload), target)
+            await asyncio.to_thread(link, self.path(upload), target)
         except FileNotFoundError:
             raise no_such_file(upload.id) from None
 
@@ -231,8 +231,8 @@ def _is_over(upload: Upload) -> bool:
     return upload.expires is not None and upload.expires <= time.time()
 
 
-def _link(file: Path, target: Path) -> None:
-    """The same content under another path, in place of what is there: one file, unless it lies on another disk."""
+def link(file: Path, target: Path) -> None:
+    """The same content under another path, in place of what is there: the same file, unless that is on another disk."""
     temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         os.link(file, temporary)

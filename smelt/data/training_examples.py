@@ -10,7 +10,7 @@ A line is an object of one of these forms; the first and the last are OpenAI's:
 What is wrong with a file is said of all its lines at once, up to MAX_FAULTS of them. Knows no model and no loss.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,20 +97,48 @@ class Faults(Reading):
 
 def read_examples(path: Path, label: str | None = None) -> list[Located]:
     """The examples of a file. DataError names the first bad lines, or says that there is none."""
+    faults = Faults()
+    examples = list(_examples(path, label, faults))
+    faults.check()
+    if not examples:
+        raise _no_examples(label or str(path))
+    return examples
+
+
+def check_examples(path: Path, label: str, method: str) -> int:
+    """How many examples a file has, all of them for that method; none of them is kept. DataError."""
+    faults, num_examples = Faults(), 0
+    for located in _examples(path, label, faults):
+        if (fault := wrong_kind(located.example, method)) is not None:
+            faults.reject(f"{located.where} {fault}")
+        num_examples += 1
+    faults.check()
+    if not num_examples:
+        raise _no_examples(label)
+    return num_examples
+
+
+def wrong_kind(example: Example, method: str) -> str | None:
+    """What is said of an example that the method cannot learn from."""
+    if isinstance(example, Preference) == (method == "dpo"):
+        return None
+    has, other = ("a preference", "dpo") if isinstance(example, Preference) else ("no preference", "supervised")
+    return f"is {has}, and the method is {method}; choose the method {other}"
+
+
+def _examples(path: Path, label: str | None, faults: Faults) -> Iterator[Located]:
     file = input_file(path, label)
     if file.kind not in FORMATS:
         raise DataError(f"{file.label} is not JSON lines; examples are read from .jsonl files, also .jsonl.gz and .zst")
-    faults = Faults()
-    examples: list[Located] = []
     for where, record in jsonl_records(file, faults):
         try:
-            examples.append(Located(where, parse_example(record)))
+            yield Located(where, parse_example(record))
         except DataError as error:
             faults.reject(f"{where}: {error}")
-    faults.check()
-    if not examples:
-        raise DataError(f"{file.label} holds no examples; each line is an object with {FORMS}")
-    return examples
+
+
+def _no_examples(label: str) -> DataError:
+    return DataError(f"{label} holds no examples; each line is an object with {FORMS}")
 
 
 def parse_example(record: Any) -> Example:

@@ -19,7 +19,7 @@ from smelt.data.datasets import dataset_folder, list_datasets, open_dataset
 from smelt.data.labelled import order_of
 from smelt.data.sources import Progress
 from smelt.data.tokenizers import Tokenizer
-from smelt.data.training_examples import Located, Preference, Sample, TextExample, read_examples, samples_of
+from smelt.data.training_examples import Located, Sample, TextExample, read_examples, samples_of, wrong_kind
 from smelt.errors import ConfigError, NotEnoughData, NotFound, TokenizerError
 from smelt.models.decoder import Decoder
 from smelt.models.devices import pick_dtype
@@ -136,7 +136,7 @@ def read_data(config: FineTuneConfig, datasets_folder: Path, base: Base, progres
 def located_examples(spec: str, split: str, datasets_folder: Path) -> list[Located]:
     """What a file or a dataset holds. NotFound where there is neither; DataError where lines are bad."""
     if (path := Path(spec).expanduser()).is_file():
-        return read_examples(path, str(spec))
+        return read_examples(path, path.name)
     if spec not in list_datasets(datasets_folder):
         known = ", ".join(list_datasets(datasets_folder)) or "none"
         raise NotFound(f"there is neither a file nor a dataset {spec!r}; datasets: {known}")
@@ -154,10 +154,8 @@ def located_examples(spec: str, split: str, datasets_folder: Path) -> list[Locat
 def check_kind(located: list[Located], config: FineTuneConfig) -> None:
     """ConfigError where there are preferences and another method, or the other way round."""
     for each in located:
-        if isinstance(each.example, Preference) != (config.method == "dpo"):
-            has = "a preference" if isinstance(each.example, Preference) else "no preference"
-            other = "dpo" if isinstance(each.example, Preference) else "supervised"
-            raise ConfigError(f"{each.where} is {has}, and the method is {config.method}; give --method {other}")
+        if (fault := wrong_kind(each.example, config.method)) is not None:
+            raise ConfigError(f"{each.where} {fault}")
 
 
 def with_progress(located: list[Located], progress: Progress, stage: str) -> Iterable[Located]:

@@ -14,6 +14,7 @@ from smelt.data.training_examples import (
     Located,
     Preference,
     TextExample,
+    check_examples,
     parse_example,
     read_examples,
     samples_of,
@@ -149,3 +150,18 @@ def test_samples_say_where_they_come_from_and_faults_are_named_together() -> Non
     bad = [Located(f"line {number}", TextExample("a", "b" * 100)) for number in (2, 3)]
     with pytest.raises(DataError, match=r"line 2: the completion .*\nline 3: the completion"):
         samples_of([good, *bad], chat_format, TOKENIZER, 64, 257)
+
+
+def test_a_file_is_checked_for_a_method_without_keeping_it(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    texts = ['{"text": "a b"}', '{"prompt": 1}', '{"text": "c d"}']
+    path.write_text("\n".join(texts), encoding="utf-8")
+    with pytest.raises(DataError, match="(?s)data, line 2: .*`prompt` must be a text"):
+        check_examples(path, "data", "supervised")
+    path.write_text("\n".join(texts[::2]), encoding="utf-8")
+    assert check_examples(path, "data", "supervised") == 2
+    with pytest.raises(DataError, match="(?s)data, line 1 is no preference.*method dpo.*data, line 2 is no preference"):
+        check_examples(path, "data", "dpo")
+    path.write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match="data holds no examples"):
+        check_examples(path, "data", "dpo")
