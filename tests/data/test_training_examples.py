@@ -160,7 +160,7 @@ def test_a_file_is_checked_for_a_method_without_keeping_it(tmp_path: Path) -> No
         check_examples(path, "data", "supervised")
     path.write_text("\n".join(texts[::2]), encoding="utf-8")
     assert check_examples(path, "data", "supervised") == 2
-    with pytest.raises(DataError, match="(?s)data, line 1 is no preference.*method dpo.*data, line 2 is no preference"):
+    with pytest.raises(DataError, match="(?s)data, line 1 is no preference.*method supervised.*data, line 2 is no"):
         check_examples(path, "data", "dpo")
     path.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="data holds no examples"):
