@@ -24,6 +24,7 @@ from smelt.types import LOCAL_OWNER
 
 ENTRY_FILE = "run.json"
 REGISTRY = ".registry"
+NAMED = ("tokenizer", "init_from", "model")  # fields that mean something by its name, unless there is a slash in it
 ID = re.compile(r"run-[0-9a-f]{12}")
 
 
@@ -94,7 +95,7 @@ def _lasting_values(config: RunConfig, before: Entry | None) -> dict[str, Any]:
         values["init_from"] = before.config.get("init_from", "resume")
     for name in config.path_fields:
         value = values[name]
-        is_path = value is not None and (name == "data_path" or "/" in value)
+        is_path = value is not None and (name not in NAMED or "/" in value)
         if is_path and Path(value).expanduser().exists():
             values[name] = str(Path(value).expanduser().absolute())
     return {**values, "out_dir": str(Path(values["out_dir"]).absolute())}
