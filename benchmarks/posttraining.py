@@ -25,7 +25,7 @@ from smelt.configs import PRESETS, DecoderConfig
 from smelt.models.decoder import Decoder
 from smelt.models.weights import read_model, write_model
 from smelt.training.session import SessionTrainer, Work
-from smelt.training.trained_adapter import OptimSettings
+from smelt.training.trained_weights import OptimSettings
 from smelt.types import Datum
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class Smelt:
         works = [Work(adapter, own, "cross_entropy") for adapter, own in zip(self.adapters, data, strict=False)]
         outcomes = self.trainer.forward_backward(works)
         for work in works:
-            self.trainer.optim_step(work.adapter, OptimSettings(learning_rate=LEARNING_RATE))
+            self.trainer.optim_step(work.trained, OptimSettings(learning_rate=LEARNING_RATE))
         return sum(outcome.metrics["loss:sum"] for outcome in outcomes if not isinstance(outcome, Exception))
 
 

@@ -66,5 +66,7 @@ def _base_model(name: str, found: Found | None) -> str:
 def _with_weights(call: Call, found: Found | None) -> Call:
     if found is None:
         return call
-    requests = [msgspec.structs.replace(each, adapter=found.weights.folder) for each in call.requests]
+    # Where all weights were trained they are a model of their own, else an adapter of the base model.
+    own = {"adapter" if found.model.rank else "model": found.weights.folder}
+    requests = [msgspec.structs.replace(each, **own) for each in call.requests]
     return Call(call.head, call.body, requests)

@@ -12,6 +12,7 @@ from smelt.cluster.snapshots import Shape
 from smelt.inference.service import TextModel
 from smelt.training.session import Outcome, SessionTrainer
 from smelt.training.trained_adapter import TrainedAdapter
+from smelt.training.trained_model import TrainedModel
 from smelt.transport.operations import LogEntry
 from smelt.types import Datum
 
@@ -83,7 +84,7 @@ class Lane:
     applied: int | None = None  # the last seq that its state has
     base: Base | None = None
     shape: Shape | None = None
-    adapter: TrainedAdapter | None = None
+    trained: TrainedAdapter | TrainedModel | None = None
     waiting: dict[int, Operation] = field(default_factory=dict)  # that were granted
     replay: deque[Operation] = field(default_factory=deque)  # of the log
     asked_before: int | None = None  # the log up to there was asked for
@@ -107,7 +108,7 @@ class Lane:
     @property
     def num_bytes(self) -> int:
         """Of its weights, their gradient and two moments, in fp32."""
-        return 0 if self.adapter is None else 16 * self.adapter.num_values
+        return 0 if self.trained is None else 16 * self.trained.num_values
 
     def is_beyond(self, seq: int) -> bool:
         """Whether its state has that seq already, or is about to: where that is granted again, nobody heard of it."""
@@ -131,6 +132,10 @@ class Lane:
             and not self.replay
             and self.asked_before is None
         )
+
+    def expects_log(self, after: int, before: int) -> bool:
+        """Whether it has asked for this, and not for something else since."""
+        return (self.applied, self.asked_before) == (after, before)
 
     def ready(self) -> list[Operation]:
         """What can be done now, in order: all up to the next gap."""

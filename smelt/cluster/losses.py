@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from smelt.cluster.lanes import Lane, Loss
 from smelt.training.session import Outcome, SessionTrainer, Work
 from smelt.training.trained_adapter import TrainedAdapter
+from smelt.training.trained_model import TrainedModel
 from smelt.transport.tinker_wire import decode_forward_backward, encode_outputs
 from smelt.types import Datum
 
@@ -27,7 +28,7 @@ class Turn:
     lane: Lane
     loss: Loss
     number: int
-    adapter: TrainedAdapter
+    trained: TrainedAdapter | TrainedModel
 
     @property
     def datum(self) -> Datum:
@@ -37,7 +38,7 @@ class Turn:
     def work(self) -> Work:
         """What the trainer has to do."""
         loss = self.loss
-        return Work(self.adapter, [self.datum], loss.loss_name, loss.loss_settings, loss.forward_only, self.number)
+        return Work(self.trained, [self.datum], loss.loss_name, loss.loss_settings, loss.forward_only, self.number)
 
 
 class Pace:

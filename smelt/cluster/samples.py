@@ -1,4 +1,4 @@
-"""Samples between the ledger's messages and the engine: which adapter is drawn from, what is answered."""
+"""Samples between the ledger's messages and the engine: what weights are drawn from, what is answered."""
 
 from pathlib import Path
 
@@ -7,16 +7,22 @@ from numpy.typing import NDArray
 
 from smelt.inference.events import SampledTokens, Samples
 from smelt.inference.sample_jobs import Sampling
+from smelt.models.folders import is_adapter
 from smelt.transport.operations import Sample
 from smelt.transport.tinker_wire import NO_LOGPROB, Sampled, TopLogprobs, encode_samples, padded_top
 
 
-def sampling_of(key: str, owner: str, request: Sample, home: Path) -> Sampling:
-    """What the inference server is to draw. An adapter goes by its sampler's id, which no other has had."""
+def sampling_of(key: str, owner: str, request: Sample, home: Path) -> tuple[str, Sampling]:
+    """The model to draw from, and what the inference server is to draw.
+
+    An adapter goes by its sampler's id, which no other has had; a whole model is its folder's name.
+    """
     sampler = request.sampler
     if sampler.folder is None:
-        return Sampling(key, request, owner)
-    return Sampling(key, request, owner, sampler.sampler_id, home / sampler.folder)
+        return sampler.base_model, Sampling(key, request, owner)
+    if is_adapter(home / sampler.folder):
+        return sampler.base_model, Sampling(key, request, owner, sampler.sampler_id, home / sampler.folder)
+    return sampler.folder, Sampling(key, request, owner)
 
 
 def encoded(event: Samples) -> bytes:

@@ -19,7 +19,9 @@ from smelt.control.models import job_of, new_model
 from smelt.errors import InvalidInput, Unavailable
 from smelt.models.merging import write_merged
 from smelt.storage.faults import Fault
-from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
+from smelt.training.trained_adapter import TrainedAdapter
+from smelt.training.trained_model import TrainedModel
+from smelt.training.trained_weights import OptimSettings
 from smelt.transport.operations import (
     CreateModel,
     LoadWeights,
@@ -63,10 +65,10 @@ class SessionOperations:
             case "optim_step":
                 step = msgspec.msgpack.decode(operation.body, type=OptimStep)
                 settings = OptimSettings(**msgspec.structs.asdict(step))
-                self._host.answer(lane, operation, metrics=adapter_of(lane).step(settings))
+                self._host.answer(lane, operation, metrics=trained_of(lane).step(settings))
             case "save_weights":
                 saving = msgspec.msgpack.decode(operation.body, type=SaveWeights)
-                self._save(lane, operation, saving.folder, TrainedAdapter.save, {"path": saving.path})
+                self._save(lane, operation, saving.folder, trained_of(lane).save, {"path": saving.path})
             case "save_weights_for_sampler" | "save_weights_external":
                 self._save_sampler(lane, operation, msgspec.msgpack.decode(operation.body, type=SaveForSampler))
             case "merge_weights":
@@ -81,7 +83,7 @@ class SessionOperations:
             if self._host.is_held(lane):
                 lane.is_blocked = False
                 try:
-                    lane.adapter = made(base, shape)
+                    lane.trained = made(base, shape)
                 except Exception as error:  # noqa: BLE001 - a shape that cannot be, or no memory for it
                     self._host.fail(lane, operation, error)
                     return
@@ -104,12 +106,12 @@ class SessionOperations:
             lane.is_blocked = False
             try:
                 shape = lane.shape or shape_of(self._home / body.folder, body.base_model)
-                adapter = made(base, shape)
-                adapter.load(self._home / body.folder, with_optimizer=body.with_optimizer)
+                trained = made(base, shape)
+                trained.load(self._home / body.folder, with_optimizer=body.with_optimizer)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with the folder
                 self._host.fail(lane, operation, error)
                 return
-            lane.base, lane.shape, lane.adapter = base, shape, adapter
+            lane.base, lane.shape, lane.trained = base, shape, trained
             if operation.key is None:
                 self._host.advance(lane, operation)
                 return
@@ -127,16 +129,26 @@ class SessionOperations:
         self._models.need(body.base_model, come, partial(self._refuse, lane, operation))
 
     def _save_sampler(self, lane: Lane, operation: Operation, body: SaveForSampler) -> None:
-        adapter = adapter_of(lane)
-        if operation.key is not None and body.path is None and lane.base is not None:
+        trained, base = trained_of(lane), lane.base
+        assert base is not None, "it is open"
+
+        def save(folder: Path) -> None:
+            trained.save_weights(folder)
+            if isinstance(trained, TrainedModel):  # which then is a model like any other
+                base.text_model.tokenizer.save(folder)
+
+        if operation.key is not None and body.path is None and isinstance(trained, TrainedAdapter):
             with suppress(Unavailable):  # then it is read when it has its turn
-                lane.base.text_model.keep_adapter(body.sampler_id, adapter.as_adapter())
+                base.text_model.keep_adapter(body.sampler_id, trained.as_adapter())
         answer = {"path": body.path} if body.path else {"sampling_session_id": body.sampler_id}
-        self._save(lane, operation, body.folder, TrainedAdapter.save_weights, answer)
+        self._save(lane, operation, body.folder, save, answer)
 
     def _merge(self, lane: Lane, operation: Operation, body: MergeWeights) -> None:
-        adapter, models_folder, job = adapter_of(lane).as_adapter(), self._home / body.models_folder, lane.id
-        assert lane.base is not None, "it has an adapter"
+        trained, models_folder, job = trained_of(lane), self._home / body.models_folder, lane.id
+        assert lane.base is not None, "it is open"
+        if not isinstance(trained, TrainedAdapter):
+            raise InvalidInput(f"{lane.id} trains all weights: what it saves for a sampler is a model already")
+        adapter = trained.as_adapter()
         base = lane.base.text_model
 
         def write() -> None:
@@ -151,14 +163,13 @@ class SessionOperations:
         lane: Lane,
         operation: Operation,
         folder: str,
-        save: Callable[[TrainedAdapter, Path], None],
+        save: Callable[[Path], None],
         answer: dict[str, Any],
     ) -> None:
         """Write a folder, and then answer."""
-        adapter = adapter_of(lane)
 
         def fill(path: Path) -> None:
-            save(adapter, path)
+            save(path)
             self._host.fault("mid_save")
 
         def write() -> None:
@@ -189,15 +200,17 @@ class SessionOperations:
         self._host.unload(lane)
 
 
-def adapter_of(lane: Lane) -> TrainedAdapter:
+def trained_of(lane: Lane) -> TrainedAdapter | TrainedModel:
     """What a session trains. InvalidInput where it was never opened."""
-    if lane.adapter is None:
+    if lane.trained is None:
         raise InvalidInput(f"{lane.id} was not opened: see what became of opening it")
-    return lane.adapter
+    return lane.trained
 
 
-def made(base: Base, shape: Shape) -> TrainedAdapter:
-    """A new adapter. InvalidInput for a shape that cannot be."""
+def made(base: Base, shape: Shape) -> TrainedAdapter | TrainedModel:
+    """A new adapter, or a copy of all weights. InvalidInput for a shape that cannot be, or where memory is short."""
+    if shape.rank == 0:
+        return base.trainer.create_whole()
     return base.trainer.create(
         rank=shape.rank,
         seed=shape.seed,

@@ -15,9 +15,9 @@ import msgspec
 from smelt.disk import sync
 from smelt.errors import CheckpointError, NotFound
 from smelt.models.adapter_folders import UNEMBEDDING, part_of
-from smelt.models.folders import ADAPTER_FILE, read_json
+from smelt.models.folders import ADAPTER_FILE, is_adapter, read_config, read_json
 from smelt.storage.faults import Fault, no_fault
-from smelt.training.trained_adapter import TrainedAdapter, facts_of
+from smelt.training.trained_weights import State, TrainedWeights, facts_of
 
 FACTS_FILE = "lane.json"
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """What a session's adapter is made with."""
+    """What a session's weights are made with: an adapter of that rank, or with rank 0 all of the model's."""
 
     base_model: str
     rank: int
@@ -36,13 +36,19 @@ class Shape(msgspec.Struct, frozen=True):
 
 
 def shape_of(folder: Path, base_model: str) -> Shape:
-    """Of the adapter that a folder holds: a checkpoint of ours, or any of PEFT's. NotFound, CheckpointError."""
+    """Of what a folder holds: a checkpoint of ours, any adapter of PEFT's, or a whole model's weights.
+
+    NotFound, CheckpointError.
+    """
     try:
         facts = facts_of(folder)
     except NotFound:
+        if not is_adapter(folder):
+            read_config(folder)  # which says if there is no model either
+            return Shape(base_model, rank=0, seed=0)
         settings = read_json(folder / ADAPTER_FILE)
         return Shape(base_model, int(settings["r"]), seed=0)
-    parts = {part_of(name) for name in facts["matrices"]}
+    parts = {part_of(name) for name in facts["matrices"]} if facts["rank"] else {"attention", "mlp", UNEMBEDDING}
     trained = ("attention" in parts, "mlp" in parts, UNEMBEDDING in parts)
     return Shape(base_model, int(facts["rank"]), int(facts["seed"]), *trained)
 
@@ -55,16 +61,16 @@ class Snapshot:
     folder: Path
 
     def shape(self) -> Shape:
-        """Of the adapter to `read` it into. CheckpointError where it is damaged."""
+        """Of what to `read` it into. CheckpointError where it is damaged."""
         try:
             return msgspec.json.decode((self.folder / FACTS_FILE).read_bytes(), type=Shape)
         except (OSError, msgspec.DecodeError) as error:
             raise CheckpointError(f"{self.folder} is damaged: {error}") from None
 
-    def read(self, adapter: TrainedAdapter) -> None:
-        """Set an adapter to this state. CheckpointError where it is damaged."""
+    def read(self, trained: TrainedWeights) -> None:
+        """Set what a session trains to this state. CheckpointError where it is damaged."""
         try:
-            adapter.read_state(self.folder)
+            trained.read_state(self.folder)
         except (NotFound, KeyError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{self.folder} is damaged: {error}") from None
 
@@ -82,11 +88,11 @@ class Snapshots:
         seqs = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
         return [Snapshot(seq, folder / str(seq)) for seq in sorted(seqs, reverse=True) if seq < before]
 
-    def write(self, lane: str, seq: int, shape: Shape, adapter: TrainedAdapter) -> int:
+    def write(self, lane: str, seq: int, shape: Shape, state: State) -> int:
         """Write one; the seq of the one before, or -1."""
 
         def fill(folder: Path) -> None:
-            adapter.write_state(folder)
+            state.write(folder)
             (folder / FACTS_FILE).write_bytes(msgspec.json.encode(shape))
             self._fault("mid_snapshot")
 

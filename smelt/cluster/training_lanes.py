@@ -5,7 +5,6 @@ thread of their own; a lane waits for those that its next answer stands on. What
 of lanes is computed in one pass.
 """
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +22,13 @@ from smelt.cluster.held_models import HeldModels
 from smelt.cluster.lanes import Base, Lane, Operation, Toll
 from smelt.cluster.losses import Pace, Turn
 from smelt.cluster.samples import sampling_of
-from smelt.cluster.session_operations import SessionOperations, adapter_of, made
+from smelt.cluster.session_operations import SessionOperations, made, trained_of
 from smelt.cluster.snapshots import Shape, Snapshot, Snapshots
 from smelt.errors import CheckpointError, SmeltError, TrainingError
 from smelt.inference.jobs import explained
 from smelt.inference.server import InferenceServer
 from smelt.storage.faults import Fault, no_fault
-from smelt.training.trained_adapter import OptimSettings
+from smelt.training.trained_weights import OptimSettings
 from smelt.transport.failures import error_of
 from smelt.transport.messages import Grant, LogPart, LogWanted, SnapshotKept, SnapshotTaken
 from smelt.transport.operations import (
@@ -168,13 +167,13 @@ class TrainingLanes:
     def _sample(self, key: str, grant: Grant, request: Sample) -> None:
         def go_on(error: Exception | None) -> None:
             if error is None:
-                self._server.sample(key, sampler.base_model, sampling)
+                self._server.sample(key, *sampling_of(key, grant.owner, request, self.home))
             else:
                 self._told.append(Answered(key, error=error))
 
         self._epoch = grant.epoch
-        sampler, sampling = request.sampler, sampling_of(key, grant.owner, request, self.home)
-        if sampling.folder is None or sampler.lane is None or sampling.folder.is_dir():
+        sampler = request.sampler
+        if sampler.folder is None or sampler.lane is None or (self.home / sampler.folder).is_dir():
             go_on(None)
         else:
             self._restore_sampler(sampler, go_on)
@@ -249,8 +248,8 @@ class TrainingLanes:
         if not self.is_held(lane):
             return
         try:
-            adapter = made(base, shape)
-            snapshots[0].read(adapter)
+            trained = made(base, shape)
+            snapshots[0].read(trained)
         except CheckpointError as damage:
             log.warning("%s", damage)
             self._restore(lane, snapshots[1:])
@@ -258,13 +257,13 @@ class TrainingLanes:
         except Exception as error:  # noqa: BLE001 - no memory for it, most likely
             self._lose(lane, error)
             return
-        lane.base, lane.shape, lane.adapter = base, shape, adapter
+        lane.base, lane.shape, lane.trained = base, shape, trained
         lane.applied, lane.is_recalled = snapshots[0].seq, False
         self._look_after(lane)
 
     def _take_log(self, part: LogPart) -> None:
         lane = self._lanes.get(part.lane)
-        if lane is None or lane.asked_before is None:
+        if lane is None or not lane.expects_log(part.after, part.before):
             return
         if part.failure is not None:
             self._lose(lane, error_of(part.failure))
@@ -296,10 +295,11 @@ class TrainingLanes:
 
     def _make_room(self) -> None:
         """Let idle sessions leave for the disk while all together are too large."""
-        held = [lane for lane in self._lanes.values() if lane.adapter is not None]
+        held = [lane for lane in self._lanes.values() if lane.trained is not None]
         num_bytes = sum(lane.num_bytes for lane in held)
         idle = [lane for lane in held if lane.is_at_rest and not lane.waiting and not lane.is_snapshotted]
-        for lane in sorted(idle, key=lambda lane: lane.answered_at):
+        newest = max(held, key=lambda lane: lane.answered_at, default=None)  # stays, however large it is
+        for lane in sorted((lane for lane in idle if lane is not newest), key=lambda lane: lane.answered_at):
             if num_bytes <= MAX_HELD_BYTES:
                 return
             num_bytes -= lane.num_bytes
@@ -371,7 +371,7 @@ class TrainingLanes:
         """An operation is done, whether anybody is told or not."""
         lane.advance(operation)
         lane.answered_at = time.monotonic()
-        if lane.toll.is_high and lane.adapter is not None and not lane.is_snapshotted and not lane.is_blocked:
+        if lane.toll.is_high and lane.trained is not None and not lane.is_snapshotted and not lane.is_blocked:
             self.snapshot(lane, operation.seq)
         self._look_after(lane)
 
@@ -400,14 +400,14 @@ class TrainingLanes:
         """Read the first loss of a lane, if it can be."""
         while (ready := lane.ready()) and _is_loss(ready[0]) and ready[0].loss is None:
             try:
-                adapter_of(lane)
+                trained_of(lane)
                 ready[0].loss = losses.begun(ready[0].body)
             except Exception as error:  # noqa: BLE001 - what is wrong with the request
                 self.fail(lane, ready[0], error)
 
     def _turns(self, lane: Lane) -> Iterator[Turn]:
         """The data of a lane whose turn it is, up to what is no loss."""
-        adapter = adapter_of(lane)
+        trained = trained_of(lane)
         for operation in lane.ready():
             if not _is_loss(operation):
                 return
@@ -417,7 +417,7 @@ class TrainingLanes:
                 return
             while loss.num_begun < len(loss.data):
                 loss.num_begun += 1
-                yield Turn(lane, loss, loss.num_begun - 1, adapter)
+                yield Turn(lane, loss, loss.num_begun - 1, trained)
 
     def _end_losses(self, lane: Lane) -> None:
         for operation in lane.ready():
@@ -436,7 +436,7 @@ class TrainingLanes:
     def snapshot(self, lane: Lane, seq: int, then: Callable[[BaseException | None], None] | None = None) -> None:
         """Write the state after a seq beside what goes on; `then` is what its lane waits with."""
         assert lane.shape is not None, "it is open"
-        assert lane.adapter is not None, "it is open"
+        assert lane.trained is not None, "it is open"
         epoch = self._epoch
         lane.is_snapshotted, lane.toll = True, Toll()
 
@@ -453,7 +453,7 @@ class TrainingLanes:
             if error is None:
                 self._told.append(Note(epoch, SnapshotTaken(lane.id, seq, writing.result())))
 
-        state = copy.deepcopy(lane.adapter)
+        state = lane.trained.state()
         self.beside(partial(self._snapshots.write, lane.id, seq, lane.shape, state), written)
 
     def beside(self, work: Callable[[], T], take: "Callable[[Future[T]], None]") -> None:
@@ -468,10 +468,10 @@ def _is_loss(operation: Operation) -> bool:
 
 def _void(lane: Lane, operation: Operation) -> None:
     """What an operation that has failed does to the window that it is in."""
-    if lane.adapter is None:
+    if lane.trained is None:
         return
     if operation.kind in ("forward_backward", "optim_step"):
-        lane.adapter.fail_window()
+        lane.trained.fail_window()
     if operation.kind == "optim_step":
         with suppress(TrainingError):
-            lane.adapter.step(OptimSettings())
+            lane.trained.step(OptimSettings())

@@ -26,7 +26,7 @@ from smelt.inference.server import InferenceServer
 from smelt.inference.service import TextModel
 from smelt.library import load
 from smelt.models.devices import pick_device, pick_dtype
-from smelt.models.folders import base_of, read_config, stamp_of
+from smelt.models.folders import base_of, is_adapter, read_config, stamp_of
 from smelt.models.kernels import start_build
 from smelt.models.registry import is_registered, registered_names, resolve
 from smelt.settings import Settings
@@ -152,8 +152,8 @@ class Worker:
 
 
 class Shelf:
-    """The models that a worker may load: registered ones and the preloaded one; no other folder of this machine is
-    anybody's to ask for. Raises NotFound for others."""
+    """The models that a worker may load: registered ones, the preloaded one, and what sessions have made of them; no
+    other folder of this machine is anybody's to ask for. Raises NotFound for others."""
 
     def __init__(self, settings: Settings, preload: str | None) -> None:
         self._settings = settings
@@ -173,6 +173,8 @@ class Shelf:
     def _source(self, name: str) -> str:
         if self._preload is not None and name == served_name(self._preload, self._settings.models):
             return self._preload
+        if (own := model_of_session(name, self._settings.home)) is not None:
+            return str(own)
         if not is_registered(name, self._settings.models):
             known = ", ".join(registered_names(self._settings.models)) or "none"
             raise NotFound(f"no model {name!r} on this worker; registered: {known}")
@@ -185,6 +187,13 @@ class Shelf:
         config = read_config(base_of(path))
         cache = settings.kv_cache_bytes or default_cache_bytes(config, self._dtype, self._device, settings.max_running)
         return predicted_bytes(config, self._dtype, cache, settings.quantize == "int8")
+
+
+def model_of_session(name: str, home: Path) -> Path | None:
+    """The folder of a whole model that a session has saved, where a name means that: its path below the home folder."""
+    sessions, folder = (home / "sessions").resolve(), (home / name).resolve()
+    is_within = name.startswith("sessions/") and folder.is_relative_to(sessions)
+    return folder if is_within and folder.is_dir() and not is_adapter(folder) else None
 
 
 def upkeep_of(settings: Settings, shelf: Shelf, device: torch.device) -> Upkeep:

@@ -18,14 +18,14 @@ async def log_parts(ledger: Ledger, wanted: LogWanted) -> AsyncIterator[LogPart]
     try:
         async for logged in ledger.log(wanted.lane, wanted.after, wanted.before):
             if entries and num_bytes + len(logged.request) > PART_BYTES:
-                yield LogPart(wanted.lane, tuple(entries), is_last=False)
+                yield LogPart(wanted.lane, wanted.after, wanted.before, tuple(entries), is_last=False)
                 entries, num_bytes = [], 0
             entries.append(LogEntry(logged.seq, logged.kind, logged.request, logged.failed))
             num_bytes += len(logged.request)
     except StorageError as damage:
-        yield LogPart(wanted.lane, (), is_last=True, failure=failure_of(damage))
+        yield LogPart(wanted.lane, wanted.after, wanted.before, (), is_last=True, failure=failure_of(damage))
     else:
-        yield LogPart(wanted.lane, tuple(entries), is_last=True)
+        yield LogPart(wanted.lane, wanted.after, wanted.before, tuple(entries), is_last=True)
 
 
 async def keep_snapshot(ledger: Ledger, taken: SnapshotTaken) -> SnapshotKept:

@@ -4,7 +4,7 @@
     optim_step              one step of AdamW with that gradient, which is then cleared
 
 What a session computes is the same bits whoever else is in the pass, on a CPU with the number of threads unchanged:
-see `fixed_tiles`, `packed_data` and `adapter_pass`.
+see `fixed_tiles`, `packed_data` and `adapter_pass`. One that trains all weights has a copy of the model to itself.
 """
 
 import math
@@ -26,7 +26,9 @@ from smelt.training.adapter_pass import AdapterPass, Member
 from smelt.training.losses import LOSSES, NEEDED, OPTIONAL, REFERRING, SETTINGS
 from smelt.training.packed_data import Place, pack
 from smelt.training.target_logprobs import HeadAdapter, Wanted, target_logprobs
-from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
+from smelt.training.trained_adapter import TrainedAdapter
+from smelt.training.trained_model import TrainedModel
+from smelt.training.trained_weights import OptimSettings, TrainedWeights
 from smelt.types import Datum
 
 MAX_PASS_TOKENS = 4096
@@ -36,7 +38,7 @@ MAX_PASS_TOKENS = 4096
 class Work:
     """Datums to go through one session's model."""
 
-    adapter: TrainedAdapter
+    trained: TrainedAdapter | TrainedModel
     data: Sequence[Datum]
     loss_name: str
     loss_settings: Mapping[str, float | str] = field(default_factory=dict)
@@ -64,12 +66,18 @@ class _Loaded:
     loss: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def adapter(self) -> TrainedAdapter:
+        """Its session's, of one that trains an adapter."""
+        assert isinstance(self.work.trained, TrainedAdapter), "others do not share a pass"
+        return self.work.trained
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sequence:
     """A datum, or a part of one that sees no other part: what goes through the model as one text."""
 
-    adapter: TrainedAdapter
+    datum: _Loaded
     tokens: NDArray[np.int32]
     targets: Tensor  # (N, K)
 
@@ -98,28 +106,54 @@ class SessionTrainer:
         matrices = {name: matrix for name, matrix in self._matrices.items() if parts[part_of(name)]}
         return TrainedAdapter(self.model.config, matrices, rank, seed, self._device)
 
+    def create_whole(self) -> TrainedModel:
+        """A new session's own copy of the model. InvalidInput where there is no memory for it."""
+        return TrainedModel(self.model)
+
     def forward_backward(self, works: Sequence[Work]) -> list[Outcome | Exception]:
         """What came of each work, in order. One that fails takes no other with it, and fails its session's window."""
         loaded: list[list[_Loaded] | Exception] = [self._load(work) for work in works]
-        outcomes: list[Outcome | Exception] = []
-        all_datums = [datum for each in loaded if isinstance(each, list) for datum in each]
-        failure = self._try(all_datums)
-        for work, each in zip(works, loaded, strict=True):
-            if isinstance(each, list):
-                outcomes.append(self._outcome(work, each) if failure is None else self._alone(work, each))
-            else:
-                outcomes.append(each)
-            if isinstance(outcomes[-1], Exception) and not work.forward_only:
-                work.adapter.fail_window()
+        sharing = [each for each in loaded if isinstance(each, list) and each and not _is_whole(each[0].work)]
+        failure = self._try([datum for each in sharing for datum in each])
+        outcomes = [self._finish(work, each, failure) for work, each in zip(works, loaded, strict=True)]
+        for work, outcome in zip(works, outcomes, strict=True):
+            if isinstance(outcome, Exception) and not work.forward_only:
+                work.trained.fail_window()
         return outcomes
 
-    def optim_step(self, adapter: TrainedAdapter, settings: OptimSettings) -> dict[str, float]:
+    def optim_step(self, trained: TrainedWeights, settings: OptimSettings) -> dict[str, float]:
         """Step with the gradient since the last step; figures. TrainingError where a part of it has failed."""
-        return adapter.step(settings)
+        return trained.step(settings)
+
+    def _finish(self, work: Work, loaded: list[_Loaded] | Exception, failure: Exception | None) -> Outcome | Exception:
+        """What came of a work, once those that share passes were tried together."""
+        if isinstance(loaded, Exception):
+            return loaded
+        if _is_whole(work):
+            failure = self._try_whole(loaded)
+        elif failure is not None:
+            failure = self._try(loaded)
+        return failure or self._outcome(work, loaded)
+
+    def _try_whole(self, datums: list[_Loaded]) -> Exception | None:
+        """Compute one after the other; what went wrong, and then the gradient is void."""
+        try:
+            for datum in datums:
+                model, backward = datum.work.trained, not datum.work.forward_only
+                assert isinstance(model, TrainedModel), "that is what is whole"
+                self._refer(_referring([datum]))
+                with torch.set_grad_enabled(backward):
+                    logprobs = [model.logprobs(each.tokens, each.targets) for each in _sequences(datum)]
+                    loss = _loss(datum, torch.cat(logprobs))
+                    if backward:
+                        loss.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is this work's
+            return error
+        return None
 
     def _try(self, datums: list[_Loaded]) -> Exception | None:
         """Compute all of them; what went wrong, and then no session's gradient has changed."""
-        adapters = {datum.work.adapter for datum in datums if not datum.work.forward_only}
+        adapters = {datum.adapter for datum in datums if not datum.work.forward_only}
         before = {adapter: adapter.gradients.clone() for adapter in adapters}
         try:
             for backward in (True, False):
@@ -131,9 +165,6 @@ class SessionTrainer:
                 adapter.gradients.copy_(gradients)
             return error
         return None
-
-    def _alone(self, work: Work, datums: list[_Loaded]) -> Outcome | Exception:
-        return self._try(datums) or self._outcome(work, datums)
 
     def _parts(self, datums: list[_Loaded]) -> Iterator[list[_Loaded]]:
         """As many datums at once as there is room for, in order; one at least."""
@@ -150,7 +181,7 @@ class SessionTrainer:
 
     def _compute(self, datums: list[_Loaded], backward: bool) -> None:
         """One pass over datums of many sessions."""
-        self._refer([datum for datum in datums if datum.work.loss_name in REFERRING and "logprobs" not in datum.inputs])
+        self._refer(_referring(datums))
         sequences = [sequence for datum in datums for sequence in _sequences(datum)]
         packed = pack([sequence.tokens for sequence in sequences])
         members = _members(sequences, packed.places)
@@ -178,8 +209,8 @@ class SessionTrainer:
             datum.inputs["logprobs"] = logprobs_NK.reshape(datum.datum.inputs["target_tokens"].shape)
 
     def _wanted(self, sequences: list[_Sequence], places: tuple[Place, ...]) -> list[Wanted]:
-        heads = {adapter: _head_adapter(adapter, self._head.dtype) for adapter in {s.adapter for s in sequences}}
-        return [Wanted(p, s.targets, heads[s.adapter]) for s, p in zip(sequences, places, strict=True)]
+        heads = {adapter: _head_adapter(adapter, self._head.dtype) for adapter in {s.datum.adapter for s in sequences}}
+        return [Wanted(p, s.targets, heads[s.datum.adapter]) for s, p in zip(sequences, places, strict=True)]
 
     def _load(self, work: Work) -> list[_Loaded] | Exception:
         try:
@@ -230,6 +261,10 @@ class SessionTrainer:
         return Outcome([datum.logprobs for datum in datums if datum.logprobs is not None], metrics)
 
 
+def _is_whole(work: Work) -> bool:
+    return isinstance(work.trained, TrainedModel)
+
+
 def _loss(datum: _Loaded, logprobs_NK: Tensor) -> Tensor:
     """A datum's loss; what came of it is noted in the datum."""
     logprobs = logprobs_NK if datum.datum.inputs["target_tokens"].ndim == 2 else logprobs_NK[:, 0]
@@ -248,11 +283,16 @@ def _head_adapter(adapter: TrainedAdapter, dtype: torch.dtype) -> HeadAdapter | 
     return HeadAdapter(a.to(dtype), b.to(dtype), adapter.scale, a_gradient, b_gradient)
 
 
+def _referring(datums: list[_Loaded]) -> list[_Loaded]:
+    """Those that compare with the model as it was, and were not told what it gave."""
+    return [datum for datum in datums if datum.work.loss_name in REFERRING and "logprobs" not in datum.inputs]
+
+
 def _sequences(datum: _Loaded) -> list[_Sequence]:
     """A datum's sequences, which attend to themselves alone."""
     ends = list(accumulate(datum.datum.lengths))
     return [
-        _Sequence(datum.work.adapter, datum.datum.tokens[start:end], datum.targets[start:end])
+        _Sequence(datum, datum.datum.tokens[start:end], datum.targets[start:end])
         for start, end in zip([0, *ends], ends, strict=False)
     ]
 
@@ -267,7 +307,7 @@ def _members(sequences: list[_Sequence], places: tuple[Place, ...]) -> list[Memb
     """Each session of the pass, with its sequences in order."""
     own: dict[TrainedAdapter, list[Place]] = {}
     for sequence, place in zip(sequences, places, strict=True):
-        own.setdefault(sequence.adapter, []).append(place)
+        own.setdefault(sequence.datum.adapter, []).append(place)
     return [
         Member(adapter.rank, adapter.factors, adapter.gradient_factors, adapter.scale, tuple(mine))
         for adapter, mine in own.items()

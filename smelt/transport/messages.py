@@ -188,9 +188,14 @@ class LogWanted(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class LogPart(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Operations of a lane in order; another part follows unless this `is_last`. With a failure the log is lost."""
+    """Operations of a lane in order; another part follows unless this `is_last`. With a failure the log is lost.
+
+    `after` and `before` are those of the LogWanted: a worker may have begun anew with the lane since, and asked again.
+    """
 
     lane: str
+    after: int
+    before: int
     entries: tuple[LogEntry, ...]
     is_last: bool
     failure: Failure | None = None

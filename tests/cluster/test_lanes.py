@@ -42,6 +42,14 @@ def test_the_log_fills_a_gap_and_what_never_came_counts_as_failed() -> None:
     assert seqs(lane) == [8]
 
 
+def test_only_the_log_that_was_asked_for_is_taken() -> None:
+    lane = Lane("a", applied=2, asked_before=7)
+    assert lane.expects_log(2, 7)
+    assert not lane.expects_log(2, 9), "asked for by the lane that stood here before"
+    assert not lane.expects_log(-1, 7)
+    assert not Lane("a").expects_log(2, 7)
+
+
 def test_it_knows_what_it_has_done_or_is_about_to() -> None:
     lane = lane_at(3, 8)
     assert lane.is_beyond(3)

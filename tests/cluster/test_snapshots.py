@@ -27,7 +27,7 @@ def adapter(trainer: SessionTrainer) -> TrainedAdapter:
 def test_the_newest_comes_first_and_two_are_kept(tmp_path: Path, trainer: SessionTrainer) -> None:
     snapshots, state = Snapshots(tmp_path), adapter(trainer)
     state.masters.fill_(0.5)
-    assert [snapshots.write(LANE, seq, SHAPE, state) for seq in (3, 9, 12)] == [-1, 3, 9]
+    assert [snapshots.write(LANE, seq, SHAPE, state.state()) for seq in (3, 9, 12)] == [-1, 3, 9]
     assert [each.seq for each in snapshots.newest_first(LANE, 12)] == [9, 3]
     snapshots.keep_two(LANE, 12)
     found = snapshots.newest_first(LANE, 99)
@@ -43,7 +43,7 @@ def test_the_newest_comes_first_and_two_are_kept(tmp_path: Path, trainer: Sessio
 @pytest.mark.parametrize("damage", ["lane.json", "optimizer.safetensors", "session.json"])
 def test_a_damaged_one_is_told(tmp_path: Path, trainer: SessionTrainer, damage: str) -> None:
     snapshots = Snapshots(tmp_path)
-    snapshots.write(LANE, 3, SHAPE, adapter(trainer))
+    snapshots.write(LANE, 3, SHAPE, adapter(trainer).state())
     [snapshot] = snapshots.newest_first(LANE, 4)
     (snapshot.folder / damage).write_bytes(b"{")
     with pytest.raises(CheckpointError):
@@ -68,3 +68,7 @@ def test_a_checkpoint_says_what_shape_it_has(tmp_path: Path, trainer: SessionTra
     assert shape_of(tmp_path / "own", "tiny") == SHAPE
     adapter(trainer).save_weights(tmp_path / "peft")
     assert shape_of(tmp_path / "peft", "tiny") == Shape("tiny", 4, 0)
+    trainer.create_whole().save(tmp_path / "whole")
+    trainer.create_whole().save_weights(tmp_path / "weights")
+    for folder in ("whole", "weights"):
+        assert shape_of(tmp_path / folder, "tiny") == Shape("tiny", 0, 0)

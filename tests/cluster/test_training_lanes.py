@@ -7,18 +7,22 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from session_worker import load_tiny
 from smelt.cluster import lanes as lanes_module
 from smelt.cluster import training_lanes
 from smelt.cluster.worker import Worker
 from smelt.control.workers import Workers
+from smelt.inference.service import TextModel
+from smelt.models.loading import load_model
 from smelt.storage import lanes as turns
 from smelt.storage.futures import Future, Ledger
 from smelt.storage.transitions import Submission
@@ -120,9 +124,18 @@ async def serving(workers: Workers, ledger: Ledger, address: Path) -> AsyncItera
     await asyncio.wrap_future(ledger._writer.write(turns.recover))
 
 
+def load_model_of(home: Path, name: str) -> TextModel:
+    """The tiny model, or one that a session has made of it."""
+    if not name.startswith("sessions/"):
+        return load_tiny(name)
+    model, tokenizer = load_model(home / name, torch.float32, torch.device("cpu"))
+    assert tokenizer is not None
+    return TextModel(model, tokenizer)
+
+
 @asynccontextmanager
 async def working(address: Path, home: Path) -> AsyncIterator[Worker]:
-    worker = Worker(address, load_tiny, "cpu", grace_s=0.1)
+    worker = Worker(address, partial(load_model_of, home), "cpu", grace_s=0.1)
     worker.keep_sessions(home)
     running = asyncio.create_task(worker.run())
     try:
@@ -133,11 +146,13 @@ async def working(address: Path, home: Path) -> AsyncIterator[Worker]:
         await running
 
 
-async def undisturbed(ledger: Ledger, socket_file: Path, home: Path, num_rounds: int) -> list[bytes | None]:
+async def undisturbed(
+    ledger: Ledger, socket_file: Path, home: Path, num_rounds: int, rank: int = 4
+) -> list[bytes | None]:
     workers = Workers(ledger, patience_s=60)
     client = Client(ledger, "u:train:0")
     async with serving(workers, ledger, socket_file), working(socket_file, home):
-        futures = [await client.open()]
+        futures = [await client.open(rank)]
         for number in range(num_rounds):
             futures += await client.round(number)
         return await client.results(futures)
@@ -186,13 +201,14 @@ async def test_a_window_with_a_failure_never_steps(
         ]
 
 
+@pytest.mark.parametrize("rank", [4, 0], ids=["adapter", "all weights"])
 async def test_a_lane_comes_back_from_its_log_bit_for_bit(
-    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path, rank: int
 ) -> None:
-    expected = await undisturbed(ledger, socket_file, tmp_path / "other", 4)
+    expected = await undisturbed(ledger, socket_file, tmp_path / "other", 4, rank)
     client = Client(ledger)
     results: list[bytes | None] = []
-    opened = [await client.open()]
+    opened = [await client.open(rank)]
     for number in range(4):  # each time by another worker, and once within a window
         async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
             results += await client.results([*opened, *([await client.loss(number)])])
@@ -202,13 +218,14 @@ async def test_a_lane_comes_back_from_its_log_bit_for_bit(
     assert results[1:] == expected[1:]
 
 
+@pytest.mark.parametrize("rank", [4, 0], ids=["adapter", "all weights"])
 async def test_it_comes_back_from_snapshots_and_the_log_behind_them_is_forgotten(
-    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    expected = await undisturbed(ledger, socket_file, tmp_path / "other", 6)
+    expected = await undisturbed(ledger, socket_file, tmp_path / "other", 6, rank)
     monkeypatch.setattr(lanes_module, "MAX_REPLAY_STEPS", 2)
     client = Client(ledger)
-    results = await one_round_after_the_other(client, workers, socket_file, tmp_path, range(5))
+    results = await one_round_after_the_other(client, workers, socket_file, tmp_path, range(5), rank)
     snapshots = tmp_path / FOLDER / "snapshots"
     assert sorted(int(path.name) for path in snapshots.iterdir()) == [6, 12]
     logged = [entry.seq async for entry in ledger.log(LANE, 6, 99)]
@@ -219,11 +236,11 @@ async def test_it_comes_back_from_snapshots_and_the_log_behind_them_is_forgotten
 
 
 async def one_round_after_the_other(
-    client: Client, workers: Workers, socket_file: Path, home: Path, rounds: range
+    client: Client, workers: Workers, socket_file: Path, home: Path, rounds: range, rank: int
 ) -> list[bytes | None]:
     results: list[bytes | None] = []
     async with serving(workers, client.ledger, socket_file), working(socket_file, home):
-        results += await client.results([await client.open()])
+        results += await client.results([await client.open(rank)])
         for number in rounds:
             results += await client.results(await client.round(number))
         folder = home / FOLDER / "snapshots"
@@ -242,15 +259,16 @@ async def test_many_lanes_share_passes_and_none_of_them_notices(
             assert (await client.results(own))[1:] == expected[1:]
 
 
+@pytest.mark.parametrize("rank", [4, 0], ids=["adapter", "all weights"])
 async def test_samples_come_of_the_weights_as_they_were_saved(
-    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path, rank: int
 ) -> None:
     client = Client(ledger)
     kept = SaveForSampler(f"{FOLDER}/ephemeral/s_sample_0", "s:sample:0")
     sampler = Sampler("s:sample:0", "tiny", kept.folder, LANE, 4)
     base = Sampler("s:sample:1", "tiny")
     async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
-        await client.results([await client.open(), *await client.round(0)])
+        await client.results([await client.open(rank), *await client.round(0)])
         [saved] = await client.results([await client.submit("save_weights_for_sampler", kept)])
         assert json.loads(saved or b"")["sampling_session_id"] == "s:sample:0"
         first = await sample(ledger, sampler, num_prompt_logprobs=2, num_logprobs=3)
@@ -273,7 +291,7 @@ async def test_samples_come_of_the_weights_as_they_were_saved(
         made_again = await sample(ledger, sampler, num_prompt_logprobs=2, num_logprobs=3)
         await client.results(await client.round(2))
     assert made_again.sequences == first.sequences
-    assert (tmp_path / kept.folder / "adapter_config.json").is_file()
+    assert (tmp_path / kept.folder / ("adapter_config.json" if rank else "model.safetensors")).is_file()
 
 
 async def test_a_sampler_that_cannot_be_made_again_is_no_reason_for_others(
@@ -301,7 +319,7 @@ async def test_the_model_may_be_unloaded_between_operations(
     assert results[1:] == expected[1:]
 
 
-async def test_idle_sessions_leave_for_the_disk_where_memory_is_short(
+async def test_idle_sessions_leave_for_the_disk_where_memory_is_short_but_for_the_newest(
     workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = await undisturbed(ledger, socket_file, tmp_path / "other", 2)
@@ -309,8 +327,10 @@ async def test_idle_sessions_leave_for_the_disk_where_memory_is_short(
     client = Client(ledger)
     async with serving(workers, ledger, socket_file), working(socket_file, tmp_path) as worker:
         results = await client.results([await client.open(), *await client.round(0)])
+        newest = Client(ledger, "n:train:0")
+        await newest.results([await newest.open()])
         assert worker._lanes is not None
-        await until(lambda: worker._lanes._lanes == {})
+        await until(lambda: list(worker._lanes._lanes) == ["n:train:0"])
         results += await client.results(await client.round(1))
     assert results[1:] == expected[1:]
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from families import FAMILIES, make_reference
-from smelt.configs import PRESETS, DecoderConfig
 from smelt.data.chat_training import preference_datum
 from smelt.errors import CheckpointError, InvalidInput, NonFiniteLoss, TrainingError
 from smelt.models.adapter_folders import UNEMBEDDING, part_of
@@ -20,21 +19,10 @@ from smelt.models.quantization import quantize
 from smelt.models.weights import read_model
 from smelt.training.losses import LOSSES, REFERRING
 from smelt.training.session import Outcome, SessionTrainer, Work
-from smelt.training.trained_adapter import OptimSettings, TrainedAdapter
+from smelt.training.trained_adapter import TrainedAdapter
+from smelt.training.trained_weights import OptimSettings
 from smelt.types import Datum
-
-VOCAB = 61
-
-
-def make_model(dtype: torch.dtype = torch.float32, **shape: Any) -> Decoder:
-    torch.manual_seed(0)
-    given = {"vocab_size": VOCAB, "block_size": 256, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, **shape}
-    model = Decoder(DecoderConfig(**{**PRESETS["nano-llama"], **given}))
-    model.initialize(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.to(dtype).eval()
+from training_data import VOCAB, datum_of, make_model, rl_datum
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +38,6 @@ def adapter_of(trainer: SessionTrainer, seed: int = 0, rank: int = 4, **flags: b
         for _, b in pairs:
             b.copy_(torch.randn(b.shape, generator=generator) * 0.02)
     return adapter
-
-
-def datum_of(num_tokens: int, seed: int = 0, **inputs: Any) -> Datum:
-    draw = np.random.default_rng(seed)
-    tokens = draw.integers(0, VOCAB, num_tokens + 1)
-    weights = draw.uniform(-1, 1, num_tokens).astype(np.float32)
-    given = {"target_tokens": tokens[1:].astype(np.int64), "weights": weights, **inputs}
-    return Datum(tokens[:-1].astype(np.int32), given)
-
-
-def rl_datum(num_tokens: int, seed: int = 0) -> Datum:
-    draw = np.random.default_rng(1000 + seed)
-    sampled = -draw.uniform(2, 6, num_tokens).astype(np.float32)
-    return datum_of(num_tokens, seed, logprobs=sampled, advantages=draw.normal(size=num_tokens).astype(np.float32))
 
 
 def two_targets(num_tokens: int) -> Datum:
@@ -247,10 +221,10 @@ def test_every_family_can_be_trained(name: str, tmp_path: Path) -> None:
 def bits(trainer: SessionTrainer, works: list[Work], which: int) -> tuple[bytes, bytes]:
     """What one of the works has got, to the last bit: log-probabilities, and its session's gradient."""
     for work in works:
-        work.adapter.gradients.zero_()
+        work.trained.gradients.zero_()
     outcome = done(trainer.forward_backward(works)[which])
     logprobs = b"".join(each.tobytes() for each in outcome.logprobs)
-    return logprobs, works[which].adapter.gradients.numpy().tobytes()
+    return logprobs, works[which].trained.gradients.numpy().tobytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -399,14 +373,14 @@ def test_a_snapshot_holds_the_gradient_that_waits_and_what_has_failed(trainer: S
     adapter, again = trainer.create(rank=4, seed=5), trainer.create(rank=4, seed=6)
     train(trainer, adapter, range(2))
     trainer.forward_backward([Work(adapter, [datum_of(20, 7)], "cross_entropy")])
-    adapter.write_state(tmp_path / "s")
+    adapter.state().write(tmp_path / "s")
     again.read_state(tmp_path / "s")
     for each in (adapter, again):
         trainer.optim_step(each, OptimSettings(learning_rate=0.01))
     assert torch.equal(again.masters, adapter.masters)
     assert again.num_steps == adapter.num_steps == 3
     adapter.fail_window()
-    adapter.write_state(tmp_path / "failed")
+    adapter.state().write(tmp_path / "failed")
     again.read_state(tmp_path / "failed")
     with pytest.raises(TrainingError):
         trainer.optim_step(again, OptimSettings())

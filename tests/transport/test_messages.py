@@ -61,7 +61,9 @@ EXAMPLES = [
     LoadModel("r6", "gpt"),
     UnloadModel("r7", "gpt"),
     LogWanted("s:train:0", 4, 9),
-    LogPart("s:train:0", (LogEntry(5, "optim_step", b"x"), LogEntry(6, "forward_backward", b"", failed=True)), True),
+    LogPart(
+        "s:train:0", 4, 7, (LogEntry(5, "optim_step", b"x"), LogEntry(6, "forward_backward", b"", failed=True)), True
+    ),
     SnapshotTaken("s:train:0", 8),
     SnapshotKept("s:train:0", 7),
     Cancel("r1"),
