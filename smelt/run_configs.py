@@ -46,6 +46,7 @@ class RunConfig(Config):
 
     # Evaluation, logging and checkpoints
     out_dir: str | None = Field(None, description="where checkpoints and metrics go (out, or out-MODEL from a model)")
+    resume_if_begun: bool = Field(False, description="go on where out-dir holds a checkpoint: for torchrun and SLURM")
     eval_interval: PositiveInt | None = Field(None, description="steps between evaluations")
     eval_iters: PositiveInt = Field(20, description="validation batches per evaluation while training")
     eval_only: bool = Field(False, description="evaluate the model on the whole validation split and stop")
@@ -207,6 +208,75 @@ class FineTuneConfig(RunConfig):
         return (usual if self.learning_rate is None else self.learning_rate) * self.learning_rate_multiplier
 
 
+# What suits a model that begins with random vectors: docs/experiments.md.
+FROM_SCRATCH: dict[str, Any] = {
+    "epochs": 10,
+    "learning_rate": 5e-3,
+    "weight_decay": 0.3,
+    "dropout": 0.3,
+    "label_smoothing": 0.1,
+    "betas": (0.9, 0.98),
+}
+
+
+class ClassifierConfig(RunConfig):
+    """A text classifier, from labelled texts. Every field is a flag of `smelt train-classifier`."""
+
+    recipe: Literal["classify"] = Field("classify", description="train on texts with labels")
+    init_from: Literal["model", "resume"] = Field("model", description="model, or resume: go on in out-dir")
+
+    # Data
+    data: str = Field(description="labelled texts: .csv, .tsv, .jsonl, .parquet, a folder of them, URL or hf:ORG/NAME")
+    valid: str | None = Field(None, description="labelled texts to validate on, given likewise")
+    train_val_split: float = Field(0.1, gt=0, lt=1, description="fraction kept for validation, without --valid")
+    text_column: str = Field("", description="column of the texts (found by its usual names)")
+    label_column: str = Field("", description="column of the labels (found by its usual names)")
+    errors: Literal["strict", "skip"] = Field("strict", description="what to do with records that are no labelled text")
+    num_samples: PositiveInt | None = Field(None, description="train on so many texts, drawn by the seed")
+    max_length: Annotated[int, Field(ge=2)] = Field(128, description="tokens of a text at most; its end is left out")
+
+    # Model
+    model: str = Field(
+        "scratch", description="scratch, or an encoder or decoder to start from: a name, a folder, hf:ORG/NAME"
+    )
+    tokenizer: str = Field("bpe:8192", description="scratch: bytes, bpe:N (learned here) or a folder")
+    n_embd: PositiveInt = Field(32, description="scratch: width of a text's vector")
+    num_buckets: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
+        200_000, description="scratch: rows that pairs of neighbouring tokens share; 0 looks at single tokens"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="fraction of activations dropped while training (scratch: 0.3)")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label given to all (scratch: 0.1)")
+
+    # Steps, optimizer and evaluation
+    epochs: PositiveInt = Field(3, description="how often each text is seen (scratch: 10)")
+    max_iters: int | None = Field(None, ge=0, description="optimizer steps, in place of epochs")
+    batch_size: PositiveInt = Field(32, description="texts in one forward pass")
+    learning_rate: float = Field(2e-5, ge=0, description="peak learning rate of AdamW (scratch: 5e-3)")
+    min_lr: float | None = Field(None, ge=0, description="learning rate at the end of the decay (0)")
+    decay_lr: bool = Field(True, description="linear decay to min-lr; false keeps the peak after warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled decay of matrices (scratch: 0.3)")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging rates (scratch: 0.9,0.98)")
+    eval_interval: PositiveInt | None = Field(None, description="steps between evaluations (an epoch's)")
+    patience: PositiveInt | None = Field(None, description="end after so many evaluations without a better one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_for_scratch(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("model", "scratch") == "scratch":
+            return {**FROM_SCRATCH, **values}
+        return values
+
+    @property
+    def base_model(self) -> str | None:
+        """The model that the run begins with; None from scratch."""
+        return None if self.model == "scratch" else self.model
+
+    @property
+    def path_fields(self) -> tuple[str, ...]:
+        """Fields whose value may be a path, which means something else in another folder."""
+        return ("data", "valid", "model", "tokenizer")
+
+
 # The flags of a run's command under their headings; `recipe` is none, for each command has its own.
 Sections = dict[str, tuple[str, ...]]
 RUN_SECTIONS: Sections = {
@@ -216,7 +286,7 @@ RUN_SECTIONS: Sections = {
         *("weight_decay", "betas", "grad_clip"),
     ),
     "Evaluation, logging and checkpoints": (
-        *("out_dir", "eval_interval", "eval_iters", "eval_only", "log_interval"),
+        *("out_dir", "resume_if_begun", "eval_interval", "eval_iters", "eval_only", "log_interval"),
         *("always_save_checkpoint", "keep_checkpoints", "wandb", "tensorboard"),
     ),
     "Device": ("device", "dtype", "ranks", "threads", "compile", "gradient_checkpointing"),
@@ -235,13 +305,27 @@ FINE_TUNE_SECTIONS: Sections = {
     "Optimizer": ("learning_rate_multiplier", *RUN_SECTIONS["Optimizer"]),
 }
 
+CLASSIFIER_SECTIONS: Sections = {
+    "Data": (
+        *("data", "valid", "train_val_split", "text_column", "label_column"),
+        *("errors", "num_samples", "max_length"),
+    ),
+    "Model": ("init_from", "model", "tokenizer", "n_embd", "num_buckets", "dropout"),
+    **RUN_SECTIONS,
+    "Steps": ("epochs", *RUN_SECTIONS["Steps"]),
+    "Optimizer": (*RUN_SECTIONS["Optimizer"], "label_smoothing"),
+    "Evaluation, logging and checkpoints": ("patience", *RUN_SECTIONS["Evaluation, logging and checkpoints"]),
+}
+
 RECIPE_CONFIGS: dict[str, type[RunConfig]] = {
     "pretrain": TrainConfig,
     "fine-tune": FineTuneConfig,
+    "classify": ClassifierConfig,
 }
 RECIPE_SECTIONS: dict[str, Sections] = {
     "pretrain": TRAIN_SECTIONS,
     "fine-tune": FINE_TUNE_SECTIONS,
+    "classify": CLASSIFIER_SECTIONS,
 }
 
 
@@ -267,6 +351,11 @@ def out_dir_of(config: RunConfig) -> Path:
         return Path(config.out_dir)
     base = config.base_model
     return Path("out" if base is None else f"out-{Path(base.removeprefix('hf:')).name}")
+
+
+def newest_checkpoint(out_dir: Path) -> str | None:
+    """The name of the last one, which tells how far a run has come."""
+    return max((path.name for path in out_dir.glob("checkpoints/step-*")), default=None)
 
 
 def learning_rates(config: RunConfig, peak: float, num_steps: int) -> tuple[float, float, int, int]:

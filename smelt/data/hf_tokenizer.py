@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from smelt.data.bpe import END_OF_TEXT, byte_symbols, to_utf8
 from smelt.data.documents import split
@@ -26,7 +26,9 @@ KEPT_FILES = (  # what a folder says about its tokenizer, kept when it is saved 
     "generation_config.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
 )
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class HuggingFaceTokenizer:
@@ -44,6 +46,15 @@ class HuggingFaceTokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # the name of a special token in a text stays text
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer's own template puts before and after a text."""
+        framed = self._backend.encode("a", add_special_tokens=True).ids
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        starts = range(len(framed) - len(plain) + 1)
+        first = next((start for start in starts if framed[start : start + len(plain)] == plain), 0)
+        return framed[:first], framed[first + len(plain) :]
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text. TokenizerError for lone surrogates."""
@@ -122,9 +133,9 @@ def _from_sentencepiece(token: str) -> bytes:
 
 
 def read_huggingface_tokenizer(folder: Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a folder with `tokenizer.json`, or `vocab.json` and `merges.txt`.
+    """The tokenizer of a folder with `tokenizer.json`, or `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
 
-    TokenizerError where it has neither, or they are damaged.
+    TokenizerError where it has none of them, or they are damaged.
     """
     files = {name: (folder / name).read_bytes() for name in KEPT_FILES if (folder / name).is_file()}
     backend = read_backend(folder)
@@ -141,10 +152,12 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_buffer((folder / TOKENIZER_FILE).read_bytes())
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return _read_gpt2_files(folder)
+        if (folder / "vocab.txt").is_file():
+            return _read_bert_files(folder)
     except Exception as error:  # noqa: BLE001 - as above
         raise TokenizerError(f"the tokenizer in {folder} is damaged: {error}") from None
     raise TokenizerError(
-        f"{folder} has no tokenizer: neither {TOKENIZER_FILE} nor vocab.json with merges.txt. transformers "
+        f"{folder} has no tokenizer: no {TOKENIZER_FILE}, vocab.json with merges.txt, or vocab.txt. transformers "
         f"writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
     )
 
@@ -155,6 +168,27 @@ def _read_gpt2_files(folder: Path) -> tokenizers.Tokenizer:
     backend.decoder = decoders.ByteLevel()
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])
+    return backend
+
+
+def _read_bert_files(folder: Path) -> tokenizers.Tokenizer:
+    """WordPiece as BERT's first folders keep it: a token per line, and its settings beside it."""
+    settings_file = folder / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    vocab = {word: number for number, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens([word for word in BERT_SPECIALS if word in vocab])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(word, vocab[word]) for word in ("[CLS]", "[SEP]")]
+    )
     return backend
 
 

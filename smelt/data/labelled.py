@@ -64,6 +64,11 @@ class LabelledTexts:
         texts = tuple(self.texts[number] for number in numbers)
         return replace(self, texts=texts, labels=tuple(self.labels[number] for number in numbers))
 
+    def renumbered(self, names: tuple[str, ...]) -> "LabelledTexts":
+        """The same by the numbers of other names, ours among them."""
+        numbers = [names.index(name) for name in self.names]
+        return replace(self, labels=tuple(numbers[label] for label in self.labels), names=names)
+
     def sample(self, num_texts: int, seed: int) -> "LabelledTexts":
         """That many texts, drawn by the seed; all where there are not more."""
         if num_texts >= len(self):

@@ -104,7 +104,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer beside the weights; None where there is none. TokenizerError where it is damaged."""
-    has_one = any((folder / name).is_file() for name in (MARKER_FILE, TOKENIZER_FILE, "vocab.json"))
+    has_one = any((folder / name).is_file() for name in (MARKER_FILE, TOKENIZER_FILE, "vocab.json", "vocab.txt"))
     return load_tokenizer(folder) if has_one else None
 
 

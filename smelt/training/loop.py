@@ -63,7 +63,9 @@ class Progress:
     steps_done: int
     best_val_loss: float | None
     last_saved_step: int | None
+    num_worse: int = 0  # evaluations since the best one
     losses_since_eval: list[float] = field(default_factory=list)
+    figures_since_eval: list[dict[str, float]] = field(default_factory=list)
     num_tokens: int = 0
     train_seconds: float = 0.0
 
@@ -74,7 +76,7 @@ class Loop:
     def __init__(self, job: Job) -> None:
         self.job = job
         first = job.state.step
-        self.progress = Progress(first, job.state.best_val_loss, first or None)
+        self.progress = Progress(first, job.state.best_val_loss, first or None, job.state.num_worse)
         self.started = time.perf_counter()
         self.gradient_sum = GradientSum(job.model, job.optimizer, job.ranks)
         self.peak_flops = matmul_peak(job.device, job.dtype) * job.ranks.world_size
@@ -103,6 +105,9 @@ class Loop:
                 break
             if progress.steps_done % job.eval_interval == 0 and progress.steps_done < job.num_steps:
                 self._evaluate_and_save()
+                if job.patience is not None and progress.num_worse >= job.patience:
+                    stop_reason = "no_better"
+                    break
         if stop_reason == "interrupted":
             self._save(is_best=False)
         elif progress.last_saved_step != progress.steps_done:
@@ -126,6 +131,7 @@ class Loop:
         progress.num_tokens += size.num_tokens
         progress.train_seconds += seconds
         progress.losses_since_eval.append(loss)
+        progress.figures_since_eval.append(figures)
         tokens_per_second = size.num_tokens / seconds
         self._send(
             StepMetrics(
@@ -179,10 +185,15 @@ class Loop:
             return
         evaluation = job.evaluate(job.config.eval_iters)
         is_best = progress.best_val_loss is None or evaluation.loss < progress.best_val_loss
+        progress.num_worse = 0 if is_best else progress.num_worse + 1
         if is_best:
             progress.best_val_loss = evaluation.loss
         train_loss = _mean(progress.losses_since_eval)
+        seen = {name: _mean([figures[name] for figures in progress.figures_since_eval]) for name in self.job.figures}
+        shown = {f"train_{name}": value for name, value in seen.items() if value is not None}
         progress.losses_since_eval.clear()
+        progress.figures_since_eval.clear()
+        evaluation = replace(evaluation, figures={**shown, **evaluation.figures})
         self._send_evaluation(evaluation, train_loss, is_best, final=False)
         if always or is_best or job.config.always_save_checkpoint:
             self._save(is_best)
@@ -220,6 +231,7 @@ class Loop:
             step=progress.steps_done,
             num_updates=job.optimizer.num_steps,
             best_val_loss=progress.best_val_loss,
+            num_worse=progress.num_worse,
             loss_scale=scale.value if scale else None,
             num_good_steps=scale.num_good_steps if scale else 0,
         )

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from smelt.training.classifying import classify
 from smelt.training.fine_tuning import fine_tune
 from smelt.training.metrics import RunSummary
 from smelt.training.pretraining import pretrain
 
 # (config, datasets folder, models folder, sinks, progress, started) -> how the run ended
-RECIPES: dict[str, Callable[..., RunSummary]] = {"pretrain": pretrain, "fine-tune": fine_tune}
+RECIPES: dict[str, Callable[..., RunSummary]] = {"pretrain": pretrain, "fine-tune": fine_tune, "classify": classify}

@@ -49,6 +49,7 @@ class Prepared:
     num_val_tokens: int
     num_train_samples: int | None = None  # None where the data is running text
     checkpoint: Path | None = None  # that the run goes on from
+    notes: tuple[Note, ...] = ()  # about the data
 
 
 def run_prepared(
@@ -74,7 +75,8 @@ def run_prepared(
             claim_folder(job)
         if ranks.is_main:
             job.sinks.extend([*standard_sinks(config, out_dir_of(config)), *sinks])
-        events: list[Event] = [info_of(prepared), *inexact_differences(prepared.checkpoint, job.state)]
+        differences = inexact_differences(prepared.checkpoint, job.state)
+        events: list[Event] = [info_of(prepared), *prepared.notes, *differences]
         for event in events:
             for sink in job.sinks:
                 sink(event)
@@ -203,6 +205,7 @@ def initial_state(
         step=resumed.step,
         num_updates=resumed.num_updates,
         best_val_loss=resumed.best_val_loss,
+        num_worse=resumed.num_worse,
     )
 
 
