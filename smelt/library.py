@@ -1,10 +1,10 @@
 """The Python interface: what `import smelt` offers, with settings applied; torch is imported when it is needed."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from smelt.errors import TokenizerError
-from smelt.run_configs import RunConfig, config_of, resumed_values
+from smelt.run_configs import RunConfig, config_of, newest_checkpoint, out_dir_of, resumed_values
 from smelt.settings import load_settings
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from smelt.data.sources import Progress
     from smelt.inference.service import TextModel
     from smelt.training.metrics import RunSummary, Sink
+    from smelt.training.scoring import Score
 
 
 def load(
@@ -84,11 +85,42 @@ def run(config: RunConfig, sinks: "Sequence[Sink]" = (), progress: "Progress | N
 
 def run_config(values: dict[str, Any]) -> RunConfig:
     """The config of a run: on resume over the saved one, with this machine's settings where it says nothing."""
-    if values.get("init_from") == "resume":
-        values = resumed_values(values)
     settings = load_settings()
     machine = {name: getattr(settings, name) for name in ("device", "dtype", "threads")}
-    return config_of({**machine, **values})
+    if values.get("init_from") == "resume":
+        return config_of({**machine, **resumed_values(values)})
+    config = config_of({**machine, **values})
+    out_dir = out_dir_of(config)
+    if config.resume_if_begun and newest_checkpoint(out_dir) is not None:
+        return run_config({**values, "init_from": "resume", "out_dir": str(out_dir)})
+    return config
+
+
+def evaluate(
+    name_or_folder: str,
+    data: str,
+    split: Literal["train", "val"] = "val",
+    max_length: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: "Progress | None" = None,
+) -> "Score":
+    """How well a model predicts a file's texts or answers, or a dataset's split: loss, perplexity, bits per byte.
+
+    `max_length` None: the model's context. `limit`: so many examples, the first ones. Raises what `load` raises, and
+    DataError, NotFound or NotEnoughData.
+    """
+    from smelt.training.fine_tuning import located_examples
+    from smelt.training.run_setup import no_progress
+    from smelt.training.scoring import score
+
+    settings = load_settings()
+    model = load(name_or_folder, device, dtype, quantize="none")
+    examples = located_examples(data, split, settings.datasets)[:limit]
+    samples = samples_for(examples, model, max_length)
+    return score(model.decoder, model.tokenizer, samples, batch_size, progress or no_progress)
 
 
 def prepare_data(

@@ -9,7 +9,7 @@ import smelt
 from families import random_state
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
-from smelt.errors import ConfigError, NotFound, TokenizerError
+from smelt.errors import AlreadyExists, ConfigError, NotFound, TokenizerError
 from smelt.models.linear import Int8Linear
 from smelt.models.weights import write_model
 
@@ -37,6 +37,24 @@ def test_data_training_and_text_in_a_few_lines(home: Path, tmp_path: Path, monke
     assert text == "".join(model.stream("Line", max_tokens=8, seed=1))
     with pytest.raises(ConfigError, match="max_itres"):
         smelt.train(fields, max_itres=3)
+
+
+def test_a_restarted_command_goes_on_where_it_was(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun and SLURM do: the very same command again."""
+    monkeypatch.chdir(tmp_path)
+    Path("input.txt").write_text(TEXT)
+    fields = {"data_path": "input.txt", "tokenizer": "bytes", "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16}
+    fields |= {"batch_size": 2, "eval_iters": 1, "device": "cpu", "compile": "false", "resume_if_begun": True}
+    assert smelt.train(fields, max_iters=2).step == 2
+    again = smelt.train(fields, max_iters=5)
+    assert (again.step, again.num_tokens) == (5, 3 * 2 * 16)
+    with pytest.raises(AlreadyExists):
+        smelt.train(fields, resume_if_begun=False)
+
+
+def test_ranks_that_nobody_started_are_refused(home: Path) -> None:
+    with pytest.raises(ConfigError, match="smelt train --ranks 2"):
+        smelt.train(data_path="builtin:pydoc", ranks=2)
 
 
 def test_a_name_and_a_folder_load_in_the_dtype_asked_for(home: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from smelt.run_configs import RunConfig, out_dir_of
+from smelt.run_configs import RunConfig, newest_checkpoint, out_dir_of
 from smelt.settings import is_rank
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _run_shown(config: RunConfig) -> "RunSummary":
 
 async def _on_ranks(config: RunConfig) -> "Result | None":
     from smelt.cluster.launchers import LAUNCHERS, Lives, Ranks
-    from smelt.cluster.trainer import PRELOADED, newest_checkpoint
+    from smelt.cluster.trainer import PRELOADED
 
     multiprocessing.set_forkserver_preload(list(PRELOADED))
     out_dir = out_dir_of(config)

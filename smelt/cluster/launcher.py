@@ -24,6 +24,7 @@ from smelt.cluster import trainer
 from smelt.cluster.dialling import serve_for_ever
 from smelt.cluster.launchers import LAUNCHERS, Lives, gave_up
 from smelt.errors import SmeltError, TrainingError, TransportError
+from smelt.run_configs import newest_checkpoint
 from smelt.settings import load_settings
 from smelt.transport.failures import failure_of
 from smelt.transport.messages import Cancel, Grant, Ping, Pong, Result, TrainRequest, WorkerStatus
@@ -80,7 +81,7 @@ class Launcher:
             out_dir, num_ranks = Path(config["out_dir"]), config.get("ranks", 1)
             lives = self._running[grant.future_id] = Lives(
                 lambda: LAUNCHERS["local"](partial(trainer.result_of, grant), num_ranks),
-                lambda: trainer.newest_checkpoint(out_dir),
+                lambda: newest_checkpoint(out_dir),
             )
             if grant.future_id in self._cancelled:
                 lives.interrupt()

@@ -20,6 +20,7 @@ from smelt.configs import RUN_LOG
 from smelt.control.run_folders import read_entry
 from smelt.errors import SmeltError, TrainingError
 from smelt.library import run, run_config
+from smelt.run_configs import newest_checkpoint
 from smelt.transport.failures import failure_of
 from smelt.transport.messages import Grant, Result, TrainRequest
 
@@ -83,11 +84,6 @@ def values_of(request: TrainRequest) -> dict[str, Any]:
     if entry is not None and entry.id == request.run_id and newest_checkpoint(out_dir) is not None:
         return {**request.config, "init_from": "resume"}
     return request.config
-
-
-def newest_checkpoint(out_dir: Path) -> str | None:
-    """The name of the last one, which tells how far a run has come."""
-    return max((path.name for path in out_dir.glob("checkpoints/step-*")), default=None)
 
 
 def log_to(out_dir: Path) -> None:
