@@ -24,7 +24,7 @@ from smelt.control.promises import outcome
 from smelt.control.saved_weights import SCHEME, Found
 from smelt.control.sessions import NAMED, ask
 from smelt.control.training_models import Keep, Lora, Place, Slot
-from smelt.errors import AlreadyExists, InvalidInput, NotFound, Unavailable, UnknownAdapter, UnknownModel
+from smelt.errors import AlreadyExists, InvalidInput, NotFound, Unavailable, UnknownAdapter, UnknownModel, WorkerLost
 from smelt.models.aliases import DEFAULT
 from smelt.storage import session_rows
 from smelt.storage.futures import Ledger
@@ -41,6 +41,7 @@ RANK = 16
 # What leaves weights as they are is not here.
 CHANGING = ("create_model", "load_weights", "optim_step")
 SAMPLING_TTL_S = 3600  # for which weights are kept that somebody has sampled from
+MAX_LOST = 2  # workers that may die while they render
 SAVE_SECONDS = 120.0  # to wait for these to be saved
 
 
@@ -121,8 +122,7 @@ class AdaptersInTraining:
         with suppress(UnknownAdapter):
             model = await self.find(owner, name)
         base = await self.base(wanted.base_model if model is None else model.served_model)
-        rendering = Render(f"rend-{uuid.uuid4().hex}", owner, base.name, request.examples)
-        data = (await self._server.render(rendering)).data
+        data = await self._rendered(owner, base.name, request.examples)
         body = with_loss(data, name, request.loss_name, request.settings, request.forward_only)
         fault = await asyncio.to_thread(fault_of, body, base.config)
         if fault is not None:
@@ -165,6 +165,16 @@ class AdaptersInTraining:
             if name != BASE:
                 raise
         return await self._catalogue.find(DEFAULT)
+
+    async def _rendered(self, owner: str, model: str, examples: tuple[ChatExample, ...]) -> bytes:
+        """Conversations as data. It changes nothing, so that another worker may where one dies meanwhile."""
+        for _ in range(MAX_LOST):
+            with suppress(WorkerLost):
+                return await self._render(owner, model, examples)
+        return await self._render(owner, model, examples)
+
+    async def _render(self, owner: str, model: str, examples: tuple[ChatExample, ...]) -> bytes:
+        return (await self._server.render(Render(f"rend-{uuid.uuid4().hex}", owner, model, examples))).data
 
     async def _saved(self, model: TrainingModel, name: str) -> Found:
         path = f"{SCHEME}{model.id}/sampler_weights/{name}"
