@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["TextModel", "TrainConfig", "load", "prepare_data", "train"]
+__all__ = ["TextModel", "TrainConfig", "evaluate", "load", "prepare_data", "train"]
 
 _HOMES = {
     "TextModel": "smelt.inference.service",
     "TrainConfig": "smelt.run_configs",
+    "evaluate": "smelt.library",
     "load": "smelt.library",
     "prepare_data": "smelt.library",
     "train": "smelt.library",

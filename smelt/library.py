@@ -99,28 +99,28 @@ def run_config(values: dict[str, Any]) -> RunConfig:
 def evaluate(
     name_or_folder: str,
     data: str,
+    *,
     split: Literal["train", "val"] = "val",
     max_length: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    device: str | None = None,
-    dtype: str | None = None,
     progress: "Progress | None" = None,
+    **loading: Any,
 ) -> "Score":
     """How well a model predicts a file's texts or answers, or a dataset's split: loss, perplexity, bits per byte.
 
-    `max_length` None: the model's context. `limit`: so many examples, the first ones. Raises what `load` raises, and
-    DataError, NotFound or NotEnoughData.
+    `max_length` None: the model's context. `limit`: so many examples, the first ones. `loading`: device and dtype,
+    as `load` takes them. Raises what `load` raises, and DataError, NotFound, InvalidInput or NotEnoughData.
     """
     from smelt.training.fine_tuning import located_examples
     from smelt.training.run_setup import no_progress
-    from smelt.training.scoring import score
+    from smelt.training.scoring import samples_to_score, score
 
     settings = load_settings()
-    model = load(name_or_folder, device, dtype, quantize="none")
+    model = load(name_or_folder, quantize="none", **loading)
     examples = located_examples(data, split, settings.datasets)[:limit]
-    samples = samples_for(examples, model, max_length)
-    return score(model.decoder, model.tokenizer, samples, batch_size, progress or no_progress)
+    samples = samples_to_score(examples, model.config, model.tokenizer, model.chat_format, max_length)
+    return score(model.model, model.tokenizer, samples, batch_size, progress or no_progress)
 
 
 def prepare_data(

@@ -76,7 +76,7 @@ def test_the_readme_has_the_map_of_the_code() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert smelt.__all__ == ["TextModel", "TrainConfig", "load", "prepare_data", "train"]
+    assert smelt.__all__ == ["TextModel", "TrainConfig", "evaluate", "load", "prepare_data", "train"]
     assert all(getattr(smelt, name).__doc__ for name in smelt.__all__)
 
 

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("smelt.cli.finetune", "Teach a model from conversations, texts or preferences."),
     "runs": ("smelt.cli.runs", "List, show, follow, cancel and resume runs."),
     "train-classifier": ("smelt.cli.train_classifier", "Train a text classifier from labelled texts."),
+    "eval": ("smelt.cli.eval", "Say how well a model predicts texts or answers."),
     "generate": ("smelt.cli.generate", "Write text with a model."),
     "serve": ("smelt.cli.serve", "Serve models to OpenAI clients, and pages to watch runs on."),
     "adapters": ("smelt.cli.adapters", "Register, list and remove LoRA adapters."),

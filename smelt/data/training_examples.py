@@ -20,8 +20,8 @@ import numpy as np
 from smelt.data.chat import parse_messages
 from smelt.data.chat_format import ChatFormat
 from smelt.data.chat_training import chat_datum
-from smelt.data.documents import Reading
-from smelt.data.readers import input_file, jsonl_records
+from smelt.data.documents import Documents, Reading
+from smelt.data.readers import input_file, jsonl_records, read_file
 from smelt.data.tokenizers import Tokenizer
 from smelt.errors import DataError, InvalidInput, TokenizerError
 from smelt.types import ASSISTANT, ChatMessage, Conversation, Datum
@@ -139,6 +139,27 @@ def _examples(path: Path, label: str | None, faults: Faults) -> Iterator[Located
 
 def _no_examples(label: str) -> DataError:
     return DataError(f"{label} holds no examples; each line is an object with {FORMS}")
+
+
+def read_texts(path: Path, label: str | None = None) -> list[Located]:
+    """The documents of a file of any format that datasets are made of, as texts to learn whole. DataError."""
+    file = input_file(path, label)
+    located = located_texts(read_file(file, Reading()), file.label)
+    if not located:
+        raise DataError(f"{file.label} holds no text")
+    return located
+
+
+def located_texts(documents: Documents, label: str) -> list[Located]:
+    """Documents, put together from their pieces, as texts to learn whole."""
+    found: list[Located] = []
+    parts: list[str] = []
+    for piece in documents:
+        parts.append(piece.text)
+        if piece.is_last:
+            found.append(Located(f"{label}, document {len(found) + 1:,}", TextExample("", "".join(parts))))
+            parts.clear()
+    return found
 
 
 def parse_example(record: Any) -> Example:

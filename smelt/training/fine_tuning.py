@@ -17,12 +17,23 @@ from torch import Tensor
 from smelt.data.chat_format import ChatFormat
 from smelt.data.datasets import dataset_folder, list_datasets, open_dataset
 from smelt.data.labelled import order_of
+from smelt.data.readers import input_file
 from smelt.data.sources import Progress
 from smelt.data.tokenizers import Tokenizer
-from smelt.data.training_examples import Located, Sample, TextExample, read_examples, samples_of, wrong_kind
+from smelt.data.training_examples import (
+    FORMATS,
+    Located,
+    Sample,
+    located_texts,
+    read_examples,
+    read_texts,
+    samples_of,
+    wrong_kind,
+)
 from smelt.errors import ConfigError, NotEnoughData, NotFound, TokenizerError
 from smelt.models.decoder import Decoder
 from smelt.models.devices import pick_dtype
+from smelt.models.folders import base_of, is_adapter
 from smelt.models.loading import load_model
 from smelt.models.registry import resolve
 from smelt.run_configs import FineTuneConfig, learning_rates, out_dir_of
@@ -90,6 +101,11 @@ def fine_tune(
 def read_base(config: FineTuneConfig, models_folder: Path, device: torch.device) -> Base:
     """The model to begin with; with LoRA in the dtype that it will be computed in, for it will not change."""
     folder = resolve(config.model, models_folder)
+    if config.lora and is_adapter(folder):
+        raise ConfigError(
+            f"{config.model} is an adapter itself: fine-tune the model that it changes, or first make one of both with "
+            f"`smelt models export`, or train all weights with --lora false"
+        )
     dtype = pick_dtype(config.dtype, device) if config.lora else torch.float32
     model, tokenizer = load_model(folder, dtype)
     if tokenizer is None:
@@ -113,7 +129,7 @@ def read_data(config: FineTuneConfig, datasets_folder: Path, base: Base, progres
     shape = base.model.config
     if config.max_length is not None and config.max_length > shape.block_size:
         raise ConfigError(f"--max-length {config.max_length} is more than the model's context of {shape.block_size}")
-    chat_format = ChatFormat.of(base.folder, base.tokenizer)
+    chat_format = ChatFormat.of(base_of(base.folder), base.tokenizer)
     max_tokens = config.max_length or shape.block_size
 
     def samples(spec: str, split: str) -> list[Sample]:
@@ -134,21 +150,18 @@ def read_data(config: FineTuneConfig, datasets_folder: Path, base: Base, progres
 
 
 def located_examples(spec: str, split: str, datasets_folder: Path) -> list[Located]:
-    """What a file or a dataset holds. NotFound where there is neither; DataError where lines are bad."""
+    """What a file or a dataset holds; a file that is not of JSON lines holds texts.
+
+    NotFound where there is neither; DataError where lines are bad.
+    """
     if (path := Path(spec).expanduser()).is_file():
-        return read_examples(path, path.name)
+        read = read_examples if input_file(path).kind in FORMATS else read_texts
+        return read(path, path.name)
     if spec not in list_datasets(datasets_folder):
         known = ", ".join(list_datasets(datasets_folder)) or "none"
         raise NotFound(f"there is neither a file nor a dataset {spec!r}; datasets: {known}")
     dataset = open_dataset(dataset_folder(datasets_folder, spec))
-    found: list[Located] = []
-    parts: list[str] = []
-    for piece in dataset.texts("val" if split == "val" else "train"):
-        parts.append(piece.text)
-        if piece.is_last:
-            found.append(Located(f"{spec}, document {len(found)}", TextExample("", "".join(parts))))
-            parts.clear()
-    return found
+    return located_texts(dataset.texts("val" if split == "val" else "train"), spec)
 
 
 def check_kind(located: list[Located], config: FineTuneConfig) -> None:
@@ -159,12 +172,13 @@ def check_kind(located: list[Located], config: FineTuneConfig) -> None:
 
 
 def with_progress(located: list[Located], progress: Progress, stage: str) -> Iterable[Located]:
-    """The examples, while somebody hears how far they are."""
-    for number, each in enumerate(located):
-        if number % 100 == 0:
-            progress(stage, number, len(located))
+    """The examples, while somebody hears how far they are, in characters."""
+    sizes = [len(str(each.example)) for each in located]
+    num_done, num_total = 0, sum(sizes)
+    for each, size in zip(located, sizes, strict=True):
         yield each
-    progress(stage, len(located), len(located))
+        num_done += size
+        progress(stage, num_done, num_total)
 
 
 def prepare_job(config: FineTuneConfig, base: Base, examples: Examples, ranks: Ranks, device: torch.device) -> Prepared:
@@ -220,7 +234,7 @@ def prepare_job(config: FineTuneConfig, base: Base, examples: Examples, ranks: R
 def trained_part(config: FineTuneConfig, base: Base) -> WeightFiles:
     """Have the model learn what the config says, and say how that is kept."""
     if not config.lora:
-        return model_files(base.model.config, base.tokenizer, base.folder)
+        return model_files(base.model.config, base.tokenizer, base_of(base.folder))
     alpha = config.lora_alpha or 2.0 * config.lora_rank
     factors = LoraFactors(base.model, config.lora_rank, alpha, config.lora_targets, config.seed)
     return factors.files(str(base.folder.absolute()))
