@@ -25,6 +25,7 @@ from smelt.api import (
     openai_batches,
     openai_files,
     resources,
+    openai_fine_tuning,
     text_generation,
     tinker,
     tinker_completions,
@@ -54,7 +55,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     @asynccontextmanager
     async def working(_app: FastAPI) -> AsyncIterator[None]:
         batches = services.batches.running(openai_batches.answering(services))
-        async with imports.running(), dataset_requests.running(), batches:
+        async with imports.running(), dataset_requests.running(), batches, services.fine_tuning.running():
             yield
 
     # FastAPI's own pages load their scripts from somebody else's server.
@@ -66,6 +67,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         openai_batches.router(services),
         tinker.router(services),
         tinker_completions.router(services),
+        openai_fine_tuning.router(services.fine_tuning),
         chat_training.router(services),
         completions_by_query.router(services),
         text_generation.router(services),

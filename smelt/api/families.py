@@ -62,6 +62,7 @@ FAMILIES: dict[str, Family] = {
     "/v1/embeddings": OPENAI,
     "/v1/files": Family(frozenset({"training", "inference"}), "openai", uploads=True),
     "/v1/batches": OPENAI,
+    "/v1/fine_tuning": Family(frozenset({"training"}), "openai"),
     "/completions": Family(INFERENCE, "status_code"),
     "/api/generate": Family(INFERENCE, "success"),
     "/api/training": Family(frozenset({"training"}), "success", uploads=True),

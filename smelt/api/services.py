@@ -10,6 +10,7 @@ from smelt.control.adapters_in_training import AdaptersInTraining
 from smelt.control.batches import Batches
 from smelt.control.catalogue import Catalogue
 from smelt.control.completions import Completions
+from smelt.control.fine_tuning import FineTuning
 from smelt.control.model_server import ModelServer
 from smelt.control.post_training import PostTraining
 from smelt.control.run_requests import RunRequests
@@ -65,3 +66,16 @@ class Services:
     def run_requests(self) -> RunRequests:
         """Runs that are asked for: one for all APIs, for it keeps how far it has read their files."""
         return RunRequests(self.settings, self.ledger, self.model_server, self.uploads)
+
+    @cached_property
+    def fine_tuning(self) -> FineTuning:
+        """Jobs over runs, whose results are served."""
+        return FineTuning(
+            self.settings.models,
+            self.database,
+            self.writer,
+            self.ledger,
+            self.uploads,
+            self.run_requests,
+            self.catalogue,
+        )
