@@ -164,7 +164,7 @@ class FineTuneConfig(RunConfig):
     init_from: Literal["model", "resume"] = Field("model", description="model, or resume: go on in out-dir")
 
     # Data
-    data: str = Field(description="JSON lines of conversations, prompts or texts: a file, or a dataset's name")
+    data: str = Field(description="conversations, prompts or texts: a file, mostly of JSON lines, or a dataset's name")
     valid_data: str | None = Field(None, description="examples to validate on, given likewise")
     train_val_split: float = Field(0.1, ge=0, lt=1, description="fraction kept for validation, without valid-data")
     max_length: PositiveInt | None = Field(None, description="tokens of an example at most (the model's context)")

@@ -59,7 +59,7 @@ def test_every_field_but_the_recipe_is_a_flag() -> None:
 def test_what_is_missing_or_wrong_is_named(data: str) -> None:
     result = finetune("--model", "base")
     assert isinstance(result.exception, ConfigError)
-    assert str(result.exception).startswith("data is missing: JSON lines of conversations")
+    assert str(result.exception).startswith("data is missing: conversations, prompts or texts")
     Path("bad.jsonl").write_text('{"text": "x"}\n{"text": 1}\n')
     result = finetune("--model", "base", "--data", "bad.jsonl")
     assert isinstance(result.exception, DataError)

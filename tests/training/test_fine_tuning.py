@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adapters import LLAMA_TARGETS
 from families import make_reference, save_reference
+from ranks import train_on_two_ranks
 from smelt.data.characters import ByteTokenizer
 from smelt.data.training_examples import Sample
 from smelt.errors import AlreadyExists, ConfigError, DataError, NotFound
@@ -285,6 +286,17 @@ def test_a_run_goes_on_from_its_adapter_and_its_weights_are_those_of_the_model(l
     assert settings["base_model_name_or_path"] == str(lab.folder / "models" / "base")
     with pytest.raises(AlreadyExists, match="already holds a run"):
         lab.run(lab.config("out"))
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_as_one_process_does(lab: Lab) -> None:
+    changes: dict[str, Any] = {"batch_size": 3, "gradient_accumulation_steps": 2, "train_val_split": 0.25}
+    lab.run(lab.config("one", **changes))
+    lab.folder.joinpath("run.json").write_text(lab.config("two", **changes).model_dump_json())
+    train_on_two_ranks(["--config", str(lab.folder / "run.json")], lab.folder, OMP_NUM_THREADS="1")
+    for kind, name in (("step", "loss"), ("evaluation", "val_loss")):
+        alone, shared = ([row[name] for row in lab.rows(out, kind)] for out in ("one", "two"))
+        assert shared == pytest.approx(alone, abs=1e-5)
 
 
 def test_validation_examples_may_come_from_a_file_of_their_own(lab: Lab) -> None:
