@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from smelt.data.datasets import Dataset
     from smelt.data.sources import Progress
+    from smelt.inference.classifier import TextClassifier
     from smelt.inference.service import TextModel
     from smelt.training.metrics import RunSummary, Sink
     from smelt.training.scoring import Score
@@ -51,6 +52,29 @@ def load(
     return TextModel(
         model, tokenizer, settings.max_running, settings.kv_cache_bytes, ChatFormat.of(base_of(path), tokenizer)
     )
+
+
+def load_classifier(name_or_folder: str, device: str | None = None, dtype: str | None = None) -> "TextClassifier":
+    """A model that says which label a text has; named as in `load`, which also says the other arguments.
+
+    Raises what `load` raises.
+    """
+    import torch
+
+    from smelt.inference.classifier import TextClassifier
+    from smelt.models.devices import pick_device, pick_dtype
+    from smelt.models.kernels import start_build
+    from smelt.models.loading import load_classifier as load_parts
+    from smelt.models.registry import resolve
+
+    settings = load_settings(device=device, dtype=dtype)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    place = pick_device(settings.device)
+    if place.type == "cpu":
+        start_build(settings.kernels)
+    path = resolve(str(name_or_folder), settings.models)
+    return TextClassifier(*load_parts(path, pick_dtype(settings.dtype, place), place))
 
 
 def train(config: RunConfig | dict[str, Any] | None = None, **fields: Any) -> "RunSummary":

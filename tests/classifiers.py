@@ -56,6 +56,22 @@ def save_reference(kind: str, folder: Path, **more: Any) -> Any:
     return model
 
 
+def save_small_classifier(folder: Path, labels: tuple[str, ...] = LABELS) -> None:
+    """Our own encoder of n-grams with random weights and a tokenizer of bytes: a folder that can be served."""
+    from smelt.data.characters import ByteTokenizer
+    from smelt.models.classifier import Classifier
+    from smelt.models.classifier_folders import write_classifier
+    from smelt.models.encoder_architectures import ClassifierShape, NgramConfig
+
+    backbone = NgramConfig.model_validate({"vocab_size": 257, "num_buckets": 64, "n_embd": 8, "block_size": 4096})
+    model = Classifier(ClassifierShape(backbone=backbone, labels=labels))
+    model.initialize(5)
+    with torch.no_grad():
+        model.backbone.embedding.weight.mul_(40)  # so that texts differ
+    write_classifier(model.config, model.state_dict(), folder)
+    ByteTokenizer().save(folder)
+
+
 def texts_of(lengths: tuple[int, ...]) -> list[list[int]]:
     """Token ids of texts that are as long as this."""
     generator = torch.Generator().manual_seed(11)

@@ -17,7 +17,17 @@ from smelt.data.characters import ByteTokenizer
 from smelt.data.chat_format import ChatFormat
 from smelt.data.chat_training import examples_data
 from smelt.storage.futures import Ledger
-from smelt.transport.messages import Embed, Embedded, Finish, Generate, Render, Rendered, TextChunk
+from smelt.transport.messages import (
+    Classified,
+    Classify,
+    Embed,
+    Embedded,
+    Finish,
+    Generate,
+    Render,
+    Rendered,
+    TextChunk,
+)
 from smelt.transport.tinker_wire import encode_data
 from smelt.types import TokenLogprob
 
@@ -42,6 +52,7 @@ class Scripted:
         self.asked: list[Generate] = []
         self.embedded: list[Embed] = []
         self.rendered: list[Render] = []
+        self.classified: list[Classify] = []
         self.num_running = 0
         self.num_written = 0
         self._ledger = ledger
@@ -88,6 +99,13 @@ class Scripted:
         self.rendered.append(request)
         chat_format = ChatFormat.of(None, ByteTokenizer())
         return Rendered(request.request_id, encode_data(examples_data(chat_format, request.examples, CONTEXT, 257)))
+
+    async def classify(self, request: Classify) -> Classified:
+        """Texts of more than three characters are long, as sure as they have characters."""
+        self.classified.append(request)
+        long = [1 - 1 / (1 + max(0, len(text) - 3)) for text in request.texts]
+        flat = [share for each in long for share in (each, 1 - each)]
+        return Classified(request.request_id, ("long", "short"), struct.pack(f"<{len(flat)}f", *flat))
 
     async def load_model(self, model: str) -> None:
         self.workers = [replace(worker, models=(*worker.models, model)) for worker in self.workers]

@@ -13,6 +13,7 @@ from smelt import __version__
 from smelt.api import (
     bans,
     chat_training,
+    classification,
     completions_by_query,
     datasets,
     docs,
@@ -71,6 +72,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         chat_training.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
+        classification.router(services),
         models.router(services, imports),
         loaded_model.router(services, imports),
         resources.router(services),

@@ -64,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     "/v1/batches": OPENAI,
     "/v1/fine_tuning": Family(frozenset({"training"}), "openai"),
     "/completions": Family(INFERENCE, "status_code"),
+    "/predict": Family(INFERENCE),
     "/api/generate": Family(INFERENCE, "success"),
     "/api/training": Family(frozenset({"training"}), "success", uploads=True),
     **dict.fromkeys(("/sample", "/generate"), Family(INFERENCE)),

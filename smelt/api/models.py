@@ -35,6 +35,7 @@ class ModelCard:
     architecture: str | None
     num_parameters: int | None
     context: int | None  # tokens
+    labels: list[str] | None  # of a classifier; null where it writes text
     num_bytes: int | None  # on the disk
     loaded_by: list[str]  # names of workers
 
@@ -176,7 +177,7 @@ def _add_imports(routes: APIRouter, imports: Imports) -> None:
 
 
 def _card(name: str, served: Served, model_server: ModelServer) -> ModelCard:
-    config = served.config
+    config = served.config or served.classifier
     return ModelCard(
         id=name,
         created=served.created,
@@ -184,6 +185,7 @@ def _card(name: str, served: Served, model_server: ModelServer) -> ModelCard:
         architecture=config.architecture if config else None,
         num_parameters=config.num_parameters if config else None,
         context=served.context,
+        labels=None if served.classifier is None else list(served.classifier.labels),
         num_bytes=served.num_bytes,
         loaded_by=holders(served.loaded, model_server),
     )

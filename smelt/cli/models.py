@@ -94,7 +94,7 @@ def table_of(rows: list[dict[str, str]], headings: list[str]) -> "Table":
 
 def list_row(model: "ModelInfo", is_loaded: bool) -> dict[str, str]:
     """What `ls` says of a model, by heading."""
-    config = model.config
+    config = model.config or model.classifier
     return {
         "name": model.name,
         "aliases": " ".join(model.aliases),
@@ -130,6 +130,10 @@ def show_command(model: str) -> None:
         rows |= {"parameters": f"{info.config.num_parameters:,}", "tokenizer": info.tokenizer or "none"}
         rows |= memory_rows(info.config)
         rows |= {name: value for name, value in info.config.model_dump().items() if value is not None}
+    if info.classifier is not None:
+        rows |= {"parameters": f"{info.classifier.num_parameters:,}", "tokenizer": info.tokenizer or "none"}
+        rows["labels"] = ", ".join(info.classifier.labels) or "none yet (smelt train-classifier --model)"
+        rows |= {name: value for name, value in info.classifier.backbone.model_dump().items() if value is not None}
     if info.origin is not None:
         rows["from"] = info.origin
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -13,12 +13,14 @@ import msgspec
 from smelt.cluster.samples import encoded
 from smelt.cluster.training_lanes import Note, Told, TrainingLanes
 from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TooLarge, TransportError, Unavailable
-from smelt.inference.events import End, Piece, RenderedData, Samples, Vectors
+from smelt.inference.events import ClassifyRequest, End, Piece, RenderedData, Samples, Scores, Vectors
 from smelt.inference.server import InferenceServer
 from smelt.transport.failures import failure_of
 from smelt.transport.frames import MAX_FRAME_BYTES
 from smelt.transport.messages import (
     Cancel,
+    Classified,
+    Classify,
     Completion,
     Embed,
     Embedded,
@@ -127,7 +129,7 @@ class Uplink:
             self._is_idle.clear()
             await self._is_idle.wait()
 
-    def take(self, event: Piece | End | Vectors | RenderedData | Samples) -> None:
+    def take(self, event: Piece | End | Vectors | RenderedData | Scores | Samples) -> None:
         """Pass on what came of this connection's requests; what is of an earlier one finds nobody."""
         work = self._work.get(event.key)
         if work is None:
@@ -172,7 +174,7 @@ class Uplink:
     async def _receive(self) -> None:
         async for message in self._connection:
             match message:
-                case Generate() | Embed() | Render() | LoadModel() | UnloadModel():
+                case Generate() | Embed() | Render() | Classify() | LoadModel() | UnloadModel():
                     self._begin_live(message)
                 case Grant():
                     self._begin_granted(message)
@@ -187,7 +189,7 @@ class Uplink:
                 case _:
                     raise TransportError(f"the server sends a worker no {type(message).__name__}")
 
-    def _begin_live(self, request: Generate | Embed | Render | LoadModel | UnloadModel) -> None:
+    def _begin_live(self, request: Generate | Embed | Render | Classify | LoadModel | UnloadModel) -> None:
         work = Work(request.request_id)
         if self._status.leaving:  # sent before the server had heard of it
             error = Unavailable("the worker is going down; ask again")
@@ -202,6 +204,8 @@ class Uplink:
                 self._server.embed(key, request)
             case Render():
                 self._server.render(key, request)
+            case Classify():
+                self._server.classify(key, ClassifyRequest(request.texts, request.model))
             case LoadModel():
                 self._server.load(key, request.model)
             case UnloadModel():
@@ -263,7 +267,9 @@ class Uplink:
                 self._is_idle.set()
 
 
-def _piece(work: Work, event: Piece | Vectors | RenderedData) -> Message:
+def _piece(work: Work, event: Piece | Vectors | RenderedData | Scores) -> Message:
+    if isinstance(event, Scores):
+        return Classified(work.request_id, event.labels, event.probabilities)
     if isinstance(event, RenderedData):
         return Rendered(work.request_id, encode_data(event.data))
     if isinstance(event, Vectors):

@@ -20,13 +20,14 @@ from smelt.cluster.training_lanes import Told, TrainingLanes
 from smelt.cluster.uplink import Uplink
 from smelt.control.catalogue import served_name
 from smelt.errors import NotFound
+from smelt.inference.classifier import TextClassifier
 from smelt.inference.events import Event, Load
-from smelt.inference.memory import MIB, Candidate, Upkeep, default_cache_bytes, predicted_bytes
+from smelt.inference.memory import MIB, Candidate, Upkeep, classifier_bytes, default_cache_bytes, predicted_bytes
 from smelt.inference.server import InferenceServer
 from smelt.inference.service import TextModel
-from smelt.library import load
+from smelt.library import load, load_classifier
 from smelt.models.devices import pick_device, pick_dtype
-from smelt.models.folders import base_of, is_adapter, read_config, stamp_of
+from smelt.models.folders import base_of, classifier_in, is_adapter, read_config, stamp_of
 from smelt.models.kernels import start_build
 from smelt.models.registry import is_registered, registered_names, resolve
 from smelt.settings import Settings
@@ -47,7 +48,7 @@ class Worker:
     def __init__(
         self,
         address: Address,
-        load_model: Callable[[str], TextModel],
+        load_model: Callable[[str], TextModel | TextClassifier],
         device: str,
         *,
         upkeep: Upkeep | None = None,
@@ -161,9 +162,13 @@ class Shelf:
         self._device = pick_device(settings.device)
         self._dtype = pick_dtype(settings.dtype, self._device)
 
-    def load(self, name: str) -> TextModel:
+    def load(self, name: str) -> TextModel | TextClassifier:
         """The model of that name."""
-        return load(self._source(name))
+        source = self._source(name)
+        path = resolve(source, self._settings.models)
+        if not path.is_file() and classifier_in(base_of(path)) is not None:
+            return load_classifier(source)
+        return load(source)
 
     def examine(self, name: str) -> Candidate:
         """The state of its files, and the memory it would take."""
@@ -184,6 +189,8 @@ class Shelf:
         if path.is_file():  # nanoGPT's: its shape is known once it is read
             return 2 * path.stat().st_size
         settings = self._settings
+        if (shape := classifier_in(base_of(path))) is not None:
+            return classifier_bytes(shape, self._dtype)
         config = read_config(base_of(path))
         cache = settings.kv_cache_bytes or default_cache_bytes(config, self._dtype, self._device, settings.max_running)
         return predicted_bytes(config, self._dtype, cache, settings.quantize == "int8")

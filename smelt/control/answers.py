@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from smelt.errors import SmeltError, Unavailable
 from smelt.transport.failures import error_of
 from smelt.transport.messages import (
+    Classified,
+    Classify,
     Embed,
     Embedded,
     Finish,
@@ -26,8 +28,8 @@ from smelt.types import TokenLogprob
 MAX_HELD_CHARS = 2**18
 MAX_HELD_TOKENS = 2**16
 
-LiveRequest = Generate | Embed | Render | LoadModel | UnloadModel
-Whole = Embedded | Rendered  # what comes in one piece
+LiveRequest = Generate | Embed | Render | Classify | LoadModel | UnloadModel
+Whole = Embedded | Rendered | Classified  # what comes in one piece
 LivePiece = TextChunk | Whole | Finish
 
 

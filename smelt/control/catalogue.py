@@ -15,9 +15,10 @@ from pathlib import Path
 
 from smelt.configs import DecoderConfig
 from smelt.control.models import show_model
-from smelt.errors import SmeltError, StorageError, UnknownModel
+from smelt.errors import InvalidInput, SmeltError, StorageError, Unavailable, UnknownModel
 from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_whole
-from smelt.models.folders import Stamp, base_of, is_adapter, read_config, stamp_of
+from smelt.models.encoder_architectures import ClassifierShape
+from smelt.models.folders import Stamp, base_of, classifier_in, is_adapter, read_config, stamp_of
 from smelt.models.registry import default_name, is_registered, model_in, name_at, registered_names
 
 CHOICE_FILE = ".chosen.json"
@@ -38,6 +39,7 @@ class Served:
     folder: Path | None = None  # for this process alone: requests and workers say names
     base: str | None = None  # where it is an adapter: the model that it changes
     adapter: str | None = None  # and its folder, below the home folder
+    classifier: ClassifierShape | None = None  # where it says labels instead of writing
 
     @property
     def loaded(self) -> str:
@@ -47,7 +49,8 @@ class Served:
     @property
     def context(self) -> int | None:
         """The longest context in tokens."""
-        return None if self.config is None else self.config.block_size
+        shape = self.config or self.classifier
+        return None if shape is None else shape.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,28 @@ class Catalogue:
         if known is None:
             raise UnknownModel(self._unknown(name))
         return known
+
+    async def find_classifier(self, name: str | None) -> Served:
+        """The classifier of that name or alias; without one the default model if it is one, or else the only one.
+
+        UnknownModel, Unavailable where there is none, InvalidInput where it is not clear which.
+        """
+        if name is not None:
+            return await self.find(name)
+        await asyncio.to_thread(self._read, FRESH_SECONDS)
+        default = self._aliases.get(DEFAULT)
+        if default is not None and default.classifier is not None:
+            return default
+        classifiers = [each for each in self._served.values() if each.classifier is not None]
+        if len(classifiers) == 1:
+            return classifiers[0]
+        if classifiers:
+            names = _told(sorted(each.name for each in classifiers))
+            raise InvalidInput(f"there are several classifiers: say which as model: {names}", "model")
+        raise Unavailable(
+            "no classifier is served; train one with smelt train-classifier, and serve it: smelt serve OUT_DIR, or "
+            "smelt models import OUT_DIR NAME"
+        )
 
     async def choose(self, name: str) -> Served:
         """Make a model the default one for as long as this server lives, through restarts of its processes too."""
@@ -158,7 +183,8 @@ class Catalogue:
             return self._served.get(chosen)
         if self._given is not None:
             return given
-        name = default_name(targets, list(self._served))
+        writers = [name for name, each in self._served.items() if each.classifier is None]
+        name = default_name(targets, writers or list(self._served))
         return None if name is None else self._served.get(name)
 
     def _examinations(self) -> list[tuple[str, Examined]]:
@@ -178,9 +204,11 @@ class Catalogue:
             created = int((self._models_folder / name).stat().st_mtime)
         except (SmeltError, OSError):  # it is being removed
             return Examined(stamp, None)
-        if info.config is None or info.tokenizer is None:
+        has_shape = info.config is not None or (info.classifier is not None and info.classifier.labels)
+        if not has_shape or info.tokenizer is None:
             return Examined(stamp, None)
-        served = Served(name, created, info.config, info.num_bytes, self._models_folder / name)
+        folder = self._models_folder / name
+        served = Served(name, created, info.config, info.num_bytes, folder, classifier=info.classifier)
         return Examined(stamp, self._as_adapter(served) if is_adapter(info.folder) else served)
 
     def _as_adapter(self, served: Served) -> Served | None:
@@ -202,14 +230,21 @@ class Catalogue:
             return Served(name, 0)
         try:
             folder = model_in(path)
-            config = None if folder.is_file() else read_config(base_of(folder))
-            return Served(name, int(folder.stat().st_mtime), config, folder=None if config is None else folder)
+            created = int(folder.stat().st_mtime)
+            if folder.is_file():
+                return Served(name, created)
+            if (shape := classifier_in(base_of(folder))) is not None:
+                return Served(name, created, folder=folder, classifier=shape)
+            return Served(name, created, read_config(base_of(folder)), folder=folder)
         except (SmeltError, OSError):  # a run that has not saved yet
             return None
 
     def _unknown(self, name: str) -> str:
         if is_registered(name, self._models_folder):
-            return f"the model {name!r} is damaged; smelt models show {name} says how"
+            return (
+                f"the model {name!r} is damaged, or an encoder that has not learned any labels yet; smelt models show "
+                f"{name} says which"
+            )
         names = sorted(self._served)
         if name in DEFAULT_NAMES and names:
             return f"there is no default model; choose it: smelt models alias {DEFAULT} NAME; there are: {_told(names)}"

@@ -23,6 +23,7 @@ from smelt.transport.failures import is_of_the_user
 from smelt.transport.handshake import Role
 from smelt.transport.messages import (
     Cancel,
+    Classified,
     Embedded,
     Failure,
     Finish,
@@ -253,7 +254,7 @@ class Link:
         async for message in self.connection:
             self._num_unanswered = 0
             match message:
-                case TextChunk() | Embedded() | Rendered():
+                case TextChunk() | Embedded() | Rendered() | Classified():
                     self._take_piece(message)
                 case Finish():
                     if answer := self._answers.get(message.request_id):

@@ -4,7 +4,17 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from smelt.transport.messages import Embed, Embedded, Finish, Generate, Render, Rendered, TextChunk
+from smelt.transport.messages import (
+    Classified,
+    Classify,
+    Embed,
+    Embedded,
+    Finish,
+    Generate,
+    Render,
+    Rendered,
+    TextChunk,
+)
 from smelt.types import ModelLoad
 
 
@@ -42,6 +52,10 @@ class ModelServer(Protocol):
 
     async def render(self, request: Render) -> Rendered:
         """Conversations as data to train on. Raises what is wrong with them; cancelling it ends the work."""
+        ...
+
+    async def classify(self, request: Classify) -> Classified:
+        """Probabilities of labels for texts. Raises what the work has failed with; cancelling it ends it."""
         ...
 
     async def load_model(self, model: str) -> None:

@@ -21,7 +21,8 @@ from smelt.control.model_files import TEMPORARY, copy_model, sync_all, temporary
 from smelt.disk import sync
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, UnsafeFile, UnsupportedModel
 from smelt.models.aliases import DEFAULT, DEFAULT_NAMES, read_aliases, write_aliases
-from smelt.models.folders import base_of, check_weights, is_adapter, read_config, read_json, read_tokenizer
+from smelt.models.encoder_architectures import ClassifierShape
+from smelt.models.folders import base_of, check_model, classifier_in, is_adapter, read_config, read_json, read_tokenizer
 from smelt.models.registry import (
     check_name,
     is_registered,
@@ -46,6 +47,7 @@ class ModelInfo:
     folder: Path
     num_bytes: int
     config: DecoderConfig | None = None
+    classifier: ClassifierShape | None = None  # instead, of a model that says labels
     tokenizer: str | None = None
     origin: str | None = None  # what it was imported from
     problem: str | None = None
@@ -75,12 +77,14 @@ def _describe(name: str, folder: Path, aliases: dict[str, str]) -> ModelInfo:
         if (folder / ORIGIN_FILE).is_file():
             origin = read_json(folder / ORIGIN_FILE)["source"]
         whole = base_of(folder)
-        config = read_config(whole)
-        check_weights(whole, config)
+        shape = classifier_in(whole)
+        config = read_config(whole) if shape is None else None
+        check_model(whole)
         tokenizer = read_tokenizer(whole)
     except (SmeltError, LookupError, TypeError) as error:
         return ModelInfo(name, folder, num_bytes, origin=origin, problem=str(error), aliases=also)
-    return ModelInfo(name, folder, num_bytes, config, tokenizer.name if tokenizer else None, origin, aliases=also)
+    called = tokenizer.name if tokenizer else None
+    return ModelInfo(name, folder, num_bytes, config, shape, called, origin, aliases=also)
 
 
 def import_model(
@@ -97,7 +101,7 @@ def import_model(
     """
     if is_adapter(source):  # the model that it changes is named by a path, which others must not choose
         raise UnsupportedModel(f"{source} is an adapter; import a model, or register the run that made it")
-    check_weights(source, read_config(source))
+    check_model(source)
     with new_model(name, models_folder, origin, job) as folder:
         copy_model(source, folder, progress)
     return models_folder / name
@@ -179,7 +183,7 @@ def _drop_empty(owner: Path) -> None:
 
 def export_model(source: Path, folder: Path) -> None:
     """Write a model's folder as a plain Hugging Face folder. AlreadyExists where something is in the way."""
-    check_weights(source, read_config(source))
+    check_model(source)
     with new_export(folder) as target:
         copy_model(source, target)
 

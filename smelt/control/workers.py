@@ -24,6 +24,8 @@ from smelt.errors import (
 )
 from smelt.storage.futures import Granted, Ledger
 from smelt.transport.messages import (
+    Classified,
+    Classify,
     Embed,
     Embedded,
     Finish,
@@ -101,6 +103,13 @@ class Workers:
             rendered, _ = await answer.whole()
             assert isinstance(rendered, Rendered), "the data come first"
             return rendered
+
+    async def classify(self, request: Classify) -> Classified:
+        """The probabilities; see ModelServer."""
+        async with self._answering(request) as answer:
+            classified, _ = await answer.whole()
+            assert isinstance(classified, Classified), "the probabilities come first"
+            return classified
 
     async def load_model(self, model: str) -> None:
         """Have the worker that holds a model, or else the least busy one, hold it now."""

@@ -75,6 +75,14 @@ class RenderRequest(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ClassifyRequest:
+    """Texts whose labels are wanted."""
+
+    texts: tuple[str, ...]
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """More of an answer."""
 
@@ -130,6 +138,15 @@ class RenderedData:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """How probable each label is for each text: little-endian fp32 numbers, text by text. An End follows."""
+
+    key: str
+    labels: tuple[str, ...]
+    probabilities: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SampledTokens:
     """Tokens with their log-probabilities, those of the likeliest ones there, and whether a stop ended them."""
 
@@ -152,4 +169,4 @@ class Samples:
     wishes: "PromptWishes | None"
 
 
-Event: TypeAlias = Piece | End | Vectors | RenderedData | Samples | Load
+Event: TypeAlias = Piece | End | Vectors | RenderedData | Scores | Samples | Load

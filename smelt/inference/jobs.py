@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smelt.data.chat_training import examples_data
-from smelt.errors import SmeltError, Unavailable
+from smelt.errors import InvalidInput, SmeltError, Unavailable
 from smelt.inference.answer import Answer
+from smelt.inference.classifier import Classifying, TextClassifier
 from smelt.inference.embeddings import Slice, embed_in_slices
 from smelt.inference.events import (
     EmbedRequest,
@@ -203,7 +204,16 @@ class Loading:
         return End(self.key, "aborted", error=error)
 
 
-Job: TypeAlias = Writing | Sampling | Embedding | Rendering | Loading | Holding
+Job: TypeAlias = Writing | Sampling | Embedding | Rendering | Classifying | Loading | Holding
+
+
+def mismatch(job: Job, name: str, model: TextModel | TextClassifier) -> InvalidInput | None:
+    """What is wrong where a model is asked for what it cannot do: to write as a classifier, or the other way round."""
+    if isinstance(job, Classifying) == isinstance(model, TextClassifier) or isinstance(job, Loading):
+        return None
+    if isinstance(job, Classifying):
+        return InvalidInput(f"{name} writes text and has no labels; ask a classifier", "model")
+    return InvalidInput(f"{name} is a classifier, which writes no text; ask it by POST /predict", "model")
 
 
 def explained(error: BaseException, key: str) -> Exception:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import torch
 
 from smelt.configs import DecoderConfig
+from smelt.inference.classifier import SLICE_TOKENS
 from smelt.inference.engine import BLOCK_SIZE, MAX_STEP_TOKENS
 from smelt.inference.kv_cache import default_num_blocks
 from smelt.models.devices import free_memory
+from smelt.models.encoder_architectures import ClassifierShape, NgramConfig
 from smelt.models.folders import Stamp
 from smelt.models.footprint import kv_bytes_per_token, weights_bytes
 
@@ -27,6 +29,14 @@ class Candidate:
 def predicted_bytes(config: DecoderConfig, dtype: torch.dtype, cache_bytes: int, quantized: bool = False) -> int:
     """Weights, cache, and what one step holds beside them."""
     return weights_bytes(config, dtype.itemsize, quantized) + cache_bytes + step_bytes(config, dtype)
+
+
+def classifier_bytes(shape: ClassifierShape, dtype: torch.dtype) -> int:
+    """Weights of a classifier, and the widest activations of a slice of texts; it keeps no cache."""
+    backbone = shape.backbone
+    if isinstance(backbone, NgramConfig):
+        return shape.num_parameters * torch.float32.itemsize
+    return shape.num_parameters * dtype.itemsize + SLICE_TOKENS * (backbone.n_inner + 6 * backbone.n_embd) * 4
 
 
 def default_cache_bytes(config: DecoderConfig, dtype: torch.dtype, device: torch.device, max_running: int) -> int:

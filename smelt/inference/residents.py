@@ -18,6 +18,7 @@ import torch
 
 from smelt.errors import InvalidInput, SmeltError, Unavailable
 from smelt.inference.answer import Answer
+from smelt.inference.classifier import Classifying, TextClassifier
 from smelt.inference.jobs import Embedding, Job, Writing
 from smelt.inference.memory import MIB, Candidate, Room, Upkeep
 from smelt.inference.sample_jobs import Sampling
@@ -38,13 +39,14 @@ class Resident:
     name: str
     used_at: float  # on the monotonic clock, as are all times here
     examined_at: float
-    model: TextModel | None = None
+    model: TextModel | TextClassifier | None = None
     candidate: Candidate = Candidate()
     is_reserved: bool = False  # its memory counts as taken
     arrived: list[Job] = field(default_factory=list)  # before the model did, or since it is to leave
     jobs: set[Job] = field(default_factory=set)  # that it works on
     writing: dict[Answer, Writing | Sampling] = field(default_factory=dict)
     embedding: deque[Embedding] = field(default_factory=deque)
+    classifying: list[Classifying] = field(default_factory=list)
     leavers: list[str] = field(default_factory=list)  # keys of those who wait for it to be gone
     short_since: float | None = None  # since when it waits for memory
 
@@ -57,6 +59,8 @@ class Resident:
     def load(self) -> ModelLoad:
         """What a loaded model does now."""
         assert self.model is not None, "it is loaded"
+        if isinstance(self.model, TextClassifier):  # it has no cache, and what it does is done in a moment
+            return ModelLoad(self.name, self.candidate.num_bytes, 0, 0, 0, 0, 0, 0)
         stats = self.model.engine.stats
         return ModelLoad(
             self.name,
@@ -76,7 +80,7 @@ class Residents:
 
     def __init__(
         self,
-        load: Callable[[str], TextModel],
+        load: Callable[[str], TextModel | TextClassifier],
         upkeep: Upkeep,
         later: Callable[[Callable[[], None]], None],
         ready: Callable[[Resident, BaseException | None], None],
@@ -204,7 +208,7 @@ class Residents:
             + "; quantize it to int8, give it a smaller cache (kv_cache_mb), or serve it on another machine"
         )
 
-    def _take_model(self, resident: Resident, loading: "Future[TextModel]") -> None:
+    def _take_model(self, resident: Resident, loading: "Future[TextModel | TextClassifier]") -> None:
         if error := loading.exception():
             self._refuse(resident, error)
             return

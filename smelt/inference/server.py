@@ -21,8 +21,9 @@ from typing import Protocol
 
 from smelt.errors import Overloaded, SmeltError
 from smelt.inference.answer import Answer
-from smelt.inference.events import EmbedRequest, End, Event, Load, RenderRequest, Request
-from smelt.inference.jobs import Embedding, Job, Loading, Rendering, Writing, explained
+from smelt.inference.classifier import Classifying, TextClassifier, classify_slice
+from smelt.inference.events import ClassifyRequest, EmbedRequest, End, Event, Load, RenderRequest, Request
+from smelt.inference.jobs import Embedding, Job, Loading, Rendering, Writing, explained, mismatch
 from smelt.inference.memory import Upkeep
 from smelt.inference.residents import Resident, Residents
 from smelt.inference.sample_jobs import Holding, Sampling
@@ -54,7 +55,7 @@ class InferenceServer:
 
     def __init__(
         self,
-        load: Callable[[str], TextModel],
+        load: Callable[[str], TextModel | TextClassifier],
         deliver: Callable[[list[Event]], None],
         upkeep: Upkeep | None = None,
         max_waiting: int = MAX_WAITING,
@@ -91,6 +92,10 @@ class InferenceServer:
     def render(self, key: str, request: RenderRequest) -> None:
         """Have conversations turned into data to train on: RenderedData, then one End."""
         self._commands.put(partial(self._accept, Rendering(key, request), request.model))
+
+    def classify(self, key: str, request: ClassifyRequest) -> None:
+        """Have texts told apart: Scores, then one End."""
+        self._commands.put(partial(self._accept, Classifying(key, request), request.model))
 
     def load(self, key: str, model: str) -> None:
         """Have a model ready to answer. An End says when it is, or why it cannot be."""
@@ -165,7 +170,7 @@ class InferenceServer:
 
     def _seconds_to_sleep(self) -> float | None:
         """None for as long as no command comes."""
-        if any(resident.writing or resident.embedding for resident in self._residents):
+        if any(resident.writing or resident.embedding or resident.classifying for resident in self._residents):
             return 0
         wakes = [
             self._residents.next_tending(),
@@ -192,9 +197,11 @@ class InferenceServer:
                     self._forget(job)
         if resident.embedding:
             self._embed_slice(resident)
+        if resident.classifying:
+            self._classify_slice(resident)
 
     def _stepped(self, resident: Resident) -> list[Answer]:
-        assert resident.model is not None, "only a model that is loaded has running answers"
+        assert isinstance(resident.model, TextModel), "only a model that is loaded and writes has running answers"
         try:
             return resident.model.step()
         except Exception as error:  # noqa: BLE001 - whatever it was, somebody's request is the reason
@@ -240,6 +247,28 @@ class InferenceServer:
         else:
             resident.embedding.append(job)
 
+    def _classify_slice(self, resident: Resident) -> None:
+        """One pass over the texts of many requests. Where that fails each goes on alone, so that one fails alone."""
+        assert isinstance(resident.model, TextClassifier), "only a classifier has texts to classify"
+        try:
+            jobs = classify_slice(resident.model, resident.classifying)
+        except Exception:
+            log.warning("texts of %d requests failed; each goes on alone", len(resident.classifying), exc_info=True)
+            jobs = self._classify_each(resident, resident.model)
+        for job in jobs:
+            if job.is_done:
+                self._events += job.events()
+                resident.classifying.remove(job)
+                self._forget(job)
+
+    def _classify_each(self, resident: Resident, model: TextClassifier) -> list[Classifying]:
+        for job in resident.classifying.copy():
+            try:
+                classify_slice(model, [job])
+            except Exception as error:  # noqa: BLE001 - whatever it was, it is this request's
+                self._fail(job, error)
+        return resident.classifying.copy()
+
     # --- Requests ------------------------------------------------------------------------------------------
 
     def _accept(self, job: Job, name: str, is_promised: bool = False) -> None:
@@ -269,28 +298,38 @@ class InferenceServer:
                 self._hand_over(job, resident, resident.model)
         self._rest(resident)
 
-    def _hand_over(self, job: Job, resident: Resident, model: TextModel) -> None:
+    def _hand_over(self, job: Job, resident: Resident, model: TextModel | TextClassifier) -> None:
         """A long prompt takes its time to become tokens; meanwhile the answers of others go on."""
         if isinstance(job, Loading):
             del self._jobs[job.key]
             self._events.append(End(job.key, "stop"))
             return
         resident.jobs.add(job)
+        if (wrong := mismatch(job, resident.name, model)) is not None:
+            self._fail(job, wrong)
+            return
         if isinstance(job, Holding):
+            assert isinstance(model, TextModel), "that it is no classifier was checked"
             job.come(model)
             return
         encoder = self._long_encoder if job.is_long else self._encoder
-        prepared = encoder.submit(job.prepare, model)
+        prepare: Callable[..., None] = job.prepare
+        prepared = encoder.submit(prepare, model)
         prepared.add_done_callback(lambda done: self._commands.put(partial(self._begin, job, resident, done)))
 
     def _begin(
-        self, job: Writing | Sampling | Embedding | Rendering, resident: Resident, prepared: "Future[None]"
+        self,
+        job: Writing | Sampling | Embedding | Rendering | Classifying,
+        resident: Resident,
+        prepared: "Future[None]",
     ) -> None:
         if job.key not in self._jobs:
             return  # cancelled meanwhile
         error = prepared.exception()
         if error is None and isinstance(job, Embedding):
             resident.embedding.append(job)
+        elif error is None and isinstance(job, Classifying):
+            resident.classifying.append(job)
         elif error is None and isinstance(job, Rendering):
             self._events += job.events()
             self._forget(job)
@@ -300,7 +339,7 @@ class InferenceServer:
             self._fail(job, error)
 
     def _begin_writing(self, job: Writing | Sampling, resident: Resident) -> Exception | None:
-        assert resident.model is not None, "a model does not leave while it has jobs"
+        assert isinstance(resident.model, TextModel), "a model does not leave while it has jobs"
         try:
             job.bring_adapter(resident.model)
             for answer in job.answers:
@@ -341,8 +380,10 @@ class InferenceServer:
             resident.arrived.remove(job)
         if isinstance(job, Embedding) and job in resident.embedding:
             resident.embedding.remove(job)
+        if isinstance(job, Classifying) and job in resident.classifying:
+            resident.classifying.remove(job)
         for answer in job.answers if isinstance(job, Writing | Sampling) else ():
-            if resident.writing.pop(answer, None) is not None and resident.model is not None:
+            if resident.writing.pop(answer, None) is not None and isinstance(resident.model, TextModel):
                 resident.model.abort(answer)
         self._forget(job)
 

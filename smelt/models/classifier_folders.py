@@ -30,9 +30,8 @@ HEAD = ("dense.", "out.")  # what a model that was trained for something else ha
 def read_classifier(
     folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dropout: float = 0.0
 ) -> Classifier:
-    """A classifier in eval mode; `dtype` None keeps what the embedding is stored in.
+    """A classifier with labels, in eval mode; `dtype` None keeps what the embedding is stored in.
 
-    Where the folder has no head, its parameters are not filled in: give it labels and initialize it.
     Raises NotFound, UnsafeFile or UnsupportedModel.
     """
     shape = read_classifier_shape(folder)

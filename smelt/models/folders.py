@@ -27,6 +27,7 @@ from smelt.models.encoder_architectures import (
     ClassifierShape,
     classifier_file_shapes,
     classifier_shape,
+    is_classifier,
     named_for,
 )
 
@@ -76,6 +77,12 @@ def base_of(path: Path) -> Path:
     if not isinstance(base, str) or not (Path(base) / CONFIG_FILE).is_file():
         raise NotFound(f"{path} is an adapter of the model in {base!r}, which is not there")
     return Path(base)
+
+
+def adapts_unembedding(settings: dict[str, Any]) -> bool:
+    """Whether an adapter of these settings may change what turns hidden states into logits."""
+    targets = settings.get("target_modules")
+    return not isinstance(targets, list) or any(str(target).endswith("lm_head") for target in targets)
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -154,6 +161,23 @@ def read_classifier_shape(folder: Path) -> ClassifierShape:
         return classifier_shape(read_hf_config(folder))
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{folder}: {error}") from None
+
+
+def classifier_in(folder: Path) -> ClassifierShape | None:
+    """The shape of a folder whose model says labels, or could learn to; None where it writes text instead.
+
+    NotFound or UnsupportedModel, with the folder's name.
+    """
+    return read_classifier_shape(folder) if is_classifier(read_hf_config(folder)) else None
+
+
+def check_model(folder: Path) -> None:
+    """UnsupportedModel where the weights of a folder, of whatever kind, do not fit its config."""
+    shape = classifier_in(folder)
+    if shape is None:
+        check_weights(folder, read_config(folder))
+    else:
+        check_classifier(folder, shape)
 
 
 def check_classifier(folder: Path, shape: ClassifierShape) -> None:

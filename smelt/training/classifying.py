@@ -16,7 +16,6 @@ from smelt.configs import validated
 from smelt.data.documents import Reading
 from smelt.data.labelled import Columns, LabelledTexts, read_labelled
 from smelt.data.sources import Progress
-from smelt.data.text_ids import TextIds
 from smelt.data.tokenizers import Tokenizer, make_tokenizer
 from smelt.errors import ConfigError, TokenizerError
 from smelt.models.batch import Batch
@@ -29,6 +28,7 @@ from smelt.models.classifier_folders import (
 from smelt.models.devices import pick_dtype
 from smelt.models.encoder_architectures import ClassifierShape, NgramConfig
 from smelt.models.folders import read_classifier_shape, read_tokenizer
+from smelt.models.loading import text_ids
 from smelt.models.ngram_encoder import NgramEncoder
 from smelt.models.registry import resolve
 from smelt.models.tensor_file import Pause
@@ -202,13 +202,6 @@ def shape_of(config: ClassifierConfig, start: Start, labels: tuple[str, ...], to
             f"{start.shape.backbone.vocab_size}"
         )
     return start.shape.replace(labels=labels)
-
-
-def text_ids(shape: ClassifierShape, tokenizer: Tokenizer, max_length: int | None = None) -> TextIds:
-    """How texts become what a model of this shape reads; `max_length` None: as long as it can."""
-    backbone = shape.backbone
-    lowercase = isinstance(backbone, NgramConfig) and backbone.lowercase
-    return TextIds(tokenizer, min(max_length or shape.block_size, shape.block_size), lowercase)
 
 
 def build_model(

@@ -7,6 +7,7 @@ them and what they answer:
     live requests           Generate, Cancel ->  <- TextChunk ..., Finish for each answer
                             Embed, Cancel ->     <- Embedded, Finish
                             Render, Cancel ->    <- Rendered, Finish
+                            Classify, Cancel ->  <- Classified, Finish
                             LoadModel, UnloadModel -> <- Finish
     training sessions       LogPart, SnapshotKept -> <- LogWanted, SnapshotTaken
     what is going on        Ping ->              <- Pong, WorkerStatus
@@ -159,6 +160,23 @@ class Rendered(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     data: bytes
 
 
+class Classify(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Say how probable each label of a classifier is for each of the texts."""
+
+    request_id: str
+    owner: str
+    model: str
+    texts: tuple[str, ...]
+
+
+class Classified(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The labels, and for each text the probability of each, as little-endian fp32. A Finish follows."""
+
+    request_id: str
+    labels: tuple[str, ...]
+    probabilities: bytes
+
+
 class LoadModel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Have a model ready to answer; a Finish says when it is, or why it cannot be."""
 
@@ -265,6 +283,8 @@ Message = (
     | Embedded
     | Render
     | Rendered
+    | Classify
+    | Classified
     | LoadModel
     | UnloadModel
     | LogWanted

@@ -11,6 +11,8 @@ from smelt.errors import TransportError
 from smelt.transport.frames import decode_message, encode_frame
 from smelt.transport.messages import (
     Cancel,
+    Classified,
+    Classify,
     Embed,
     Embedded,
     Failure,
@@ -58,6 +60,8 @@ EXAMPLES = [
     Embedded("r5", b"\x00\x00\x80\x3f", 1),
     Render("r8", "bob", "gpt", (ChatExample(TALK), ChatExample(TALK, [5], {"advantages": [0.5]}, TALK))),
     Rendered("r8", b"\x00\xff"),
+    Classify("r9", "bob", "news", ("to be", "not to be")),
+    Classified("r9", ("no", "yes"), b"\x00\x00\x80\x3f"),
     LoadModel("r6", "gpt"),
     UnloadModel("r7", "gpt"),
     LogWanted("s:train:0", 4, 9),
