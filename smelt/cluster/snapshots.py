@@ -15,7 +15,7 @@ import msgspec
 from smelt.disk import sync
 from smelt.errors import CheckpointError, NotFound
 from smelt.models.adapter_folders import UNEMBEDDING, part_of
-from smelt.models.folders import ADAPTER_FILE, is_adapter, read_config, read_json
+from smelt.models.folders import ADAPTER_FILE, adapts_unembedding, is_adapter, read_config, read_json
 from smelt.storage.faults import Fault, no_fault
 from smelt.training.trained_weights import State, TrainedWeights, facts_of
 
@@ -47,7 +47,7 @@ def shape_of(folder: Path, base_model: str) -> Shape:
             read_config(folder)  # which says if there is no model either
             return Shape(base_model, rank=0, seed=0)
         settings = read_json(folder / ADAPTER_FILE)
-        return Shape(base_model, int(settings["r"]), seed=0)
+        return Shape(base_model, int(settings["r"]), seed=0, train_unembed=adapts_unembedding(settings))
     parts = {part_of(name) for name in facts["matrices"]} if facts["rank"] else {"attention", "mlp", UNEMBEDDING}
     trained = ("attention" in parts, "mlp" in parts, UNEMBEDDING in parts)
     return Shape(base_model, int(facts["rank"]), int(facts["seed"]), *trained)

@@ -10,8 +10,18 @@ from pathlib import Path
 
 from smelt.control.models import ModelInfo, list_models, new_model, remove_model
 from smelt.errors import InvalidInput, NotFound, SmeltError
-from smelt.models.folders import ADAPTER_FILE, ADAPTER_WEIGHTS, base_of, is_adapter, read_json_object
-from smelt.models.registry import name_at, registered_name
+from smelt.models.folders import (
+    ADAPTER_FILE,
+    ADAPTER_WEIGHTS,
+    adapts_unembedding,
+    base_of,
+    is_adapter,
+    read_json_object,
+)
+from smelt.models.registry import is_registered, name_at, registered_name
+from smelt.storage.records import SavedWeights, TrainingModel
+
+WEIGHTS_NAME = "adapter"  # of a registered adapter's weights: tinker://NAME/sampler_weights/adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,28 @@ def import_adapter(source: Path, name: str, base: Path, models_folder: Path) -> 
 def list_adapters(models_folder: Path) -> list[AdapterInfo]:
     """Every registered adapter by name, those that fine-tuning has made too."""
     return [_described(info, models_folder) for info in list_models(models_folder) if is_adapter(info.folder)]
+
+
+def trained_as(name: str, models_folder: Path) -> tuple[TrainingModel, SavedWeights] | None:
+    """A registered adapter as if a session had trained and saved it; None where there is none of that name.
+
+    Its session has no id, and everybody may read it, as every registered model.
+    """
+    if not is_registered(name, models_folder) or not is_adapter(models_folder / name):
+        return None
+    settings = read_json_object(models_folder / name / ADAPTER_FILE)
+    base, rank = name_at(base_of(models_folder / name), models_folder), settings.get("r")
+    if base is None or not isinstance(rank, int):
+        return None
+    model = TrainingModel(
+        owner="", id=name, session_id="", number=0, base_model=base, served_model=base, rank=rank,
+        train_unembed=adapts_unembedding(settings),
+    )  # fmt: skip
+    weights = SavedWeights(
+        owner="", model_id=name, type="sampler_weights", name=WEIGHTS_NAME, folder=f"{models_folder.name}/{name}",
+        future_id=None, is_public=True,
+    )  # fmt: skip
+    return model, weights
 
 
 def remove_adapter(name: str, models_folder: Path) -> None:

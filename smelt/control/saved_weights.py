@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine
 
+from smelt.control.adapters import WEIGHTS_NAME, trained_as
 from smelt.control.sessions import ask
 from smelt.errors import AlreadyExists, InvalidInput, NotFound
 from smelt.storage import records, session_rows
@@ -40,6 +41,11 @@ class Found:
     weights: SavedWeights
     model: TrainingModel
     is_saved: bool
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether these are an adapter that no session here has trained."""
+        return not self.model.session_id
 
 
 def path_of(weights: SavedWeights) -> str:
@@ -90,17 +96,20 @@ def claim(connection: Connection, weights: SavedWeights, *, overwrite: bool) -> 
 
 
 class WeightsStore:
-    """The saved weights of every owner, in folders below the home folder."""
+    """The saved weights of every owner, in folders below the home folder, and adapters among the registered models."""
 
-    def __init__(self, database: Engine, writer: Writer, home: Path) -> None:
+    def __init__(self, database: Engine, writer: Writer, home: Path, models_folder: Path) -> None:
         self._database = database
         self._writer = writer
         self._home = home
+        self._models_folder = models_folder
 
     async def find(self, owner: str, path: str) -> Found:
         """Weights that the owner may read. InvalidInput, NotFound."""
         place = parse_path(path)
         found = await self._ask(lambda connection: _found(connection, *place))
+        if found is None and place[1:] == ("sampler_weights", WEIGHTS_NAME):
+            found = await asyncio.to_thread(self._registered, place[0])
         if found is None or not (found.weights.owner == owner or found.weights.is_public) or _is_over(found.weights):
             raise NotFound(f"there are no weights {path!r}")
         return found
@@ -187,6 +196,10 @@ class WeightsStore:
 
         await self._write(write)
         return path_of(weights)
+
+    def _registered(self, name: str) -> Found | None:
+        registered = trained_as(name, self._models_folder)
+        return None if registered is None else Found(registered[1], registered[0], is_saved=True)
 
     async def _own(self, owner: str, path: str) -> Found:
         found = await self.find_saved(owner, path)

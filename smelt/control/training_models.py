@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine
 
 from smelt.control.catalogue import Catalogue, Served
 from smelt.control.models import check_free
-from smelt.control.saved_weights import WeightsStore, check_name, claim, expiry, folder_of, path_of
+from smelt.control.saved_weights import Found, WeightsStore, check_name, claim, expiry, folder_of, path_of
 from smelt.control.sessions import Sessions, ask
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, SmeltError, UnknownModel
 from smelt.storage import records, session_rows
@@ -251,7 +251,7 @@ class TrainingModels:
             if found.weights.model_id != model.id and not found.is_saved:
                 raise NotFound(f"{path} is not saved yet; wait for the result of saving it")
             _check_loadable(found.weights, with_optimizer)
-            _check_alike(found.model, model, path)
+            _check_alike(found, model, path)
         except (InvalidInput, NotFound) as error:
             return await self.refuse(place, kind, error)
         body = LoadWeights(found.weights.folder, path, with_optimizer, model.served_model)
@@ -336,12 +336,15 @@ def _check_loadable(weights: SavedWeights, with_optimizer: bool) -> None:
         raise InvalidInput(f"{path_of(weights)} holds no optimizer to go on with; load weights that save_state saved")
 
 
-def _check_alike(source: TrainingModel, model: TrainingModel, path: str) -> None:
+def _check_alike(found: Found, model: TrainingModel, path: str) -> None:
     """InvalidInput where weights do not fit into a model that is there already."""
+    source = found.model
     if source.served_model != model.served_model:
         raise InvalidInput(
             f"{path} was trained on {source.base_model}, and {model.id} is on {model.base_model}", "path"
         )
     shapes = [(each.rank, each.train_attn, each.train_mlp, each.train_unembed) for each in (source, model)]
-    if shapes[0] != shapes[1]:
+    # One from elsewhere may change less than the model trains.
+    is_alike = source.rank == model.rank if found.is_registered else shapes[0] == shapes[1]
+    if not is_alike:
         raise InvalidInput(f"{path} has rank {source.rank}, and {model.id} rank {model.rank}, or trains other parts")

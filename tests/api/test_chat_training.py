@@ -1,6 +1,7 @@
 """Training by plain HTTP: the snippets of the README that it comes from, and what else may be asked or be wrong."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,30 @@ async def test_weights_are_saved_and_loaded(client: httpx.AsyncClient, worker: S
     assert worker.loads[0].with_optimizer
     sampler = await result(client, await post(client, "/save_weights_for_sampler", model_id="a", name="s"))
     assert sampler["path"].endswith("/sampler_weights/s")
+
+
+async def test_an_adapter_from_elsewhere_can_be_gone_on_with(
+    client: httpx.AsyncClient, services: Services, worker: ScriptedWorker
+) -> None:
+    folder = services.settings.models
+    for name, file, settings in (
+        ("tiny", "config.json", {"model_type": "gpt2"}),
+        ("polite", "adapter_config.json", {"r": 16, "base_model_name_or_path": str(folder / "tiny")}),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / file).write_text(json.dumps(settings))
+    path = "tinker://polite/sampler_weights/adapter"
+    await post(client, "/add_lora", model_id="a")
+    loaded = await post(client, "/load_weights", model_id="a", path=path, optimizer=False)
+    assert (await result(client, loaded))["path"] == path
+    assert worker.loads[0].folder == "models/polite"
+    info = await post(client, "/api/v1/weights_info", tinker_path=path)
+    assert (info["base_model"], info["lora_rank"], info["is_lora"]) == ("tiny", 16, True)
+    for name, wrong in (("narrow", {"rank": 8}), ("optimized", {})):
+        await post(client, "/add_lora", model_id=name, **wrong)
+        refused = await post(client, "/load_weights", model_id=name, path=path, optimizer=name == "optimized")
+        answer = await client.post("/retrieve_future", json={"request_id": refused["request_id"]})
+        assert answer.status_code == 400
 
 
 @pytest.mark.parametrize("path", ["/sample", "/generate"])

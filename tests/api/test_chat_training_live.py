@@ -13,6 +13,8 @@ from chat_templates import QWEN_3, write_tokenizer
 from families import random_state
 from serving import Server, serving
 from smelt.configs import DecoderConfig
+from smelt.control.adapters import import_adapter
+from smelt.control.models import import_model
 from smelt.models.weights import write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -115,6 +117,25 @@ def test_an_adapter_becomes_a_model_that_writes_the_same(client: httpx.Client) -
     body = {"model": "whole", "messages": [QUESTION], "max_tokens": 4, "temperature": 0}
     said = post(client, "/v1/chat/completions", **body)["choices"][0]
     assert (said["message"]["content"], said["finish_reason"]) == ("4", "stop")
+
+
+def test_an_adapter_leaves_and_comes_back(server: Server, client: httpx.Client) -> None:
+    models = server.home / "models"
+    import_model(server.home.with_name("chat"), "base-chat", models, "a test")
+    learn(client, 3, model_id="leaving", data=[SUM], base_model="base-chat")
+    promised = post(client, "/fwdbwd", model_id="leaving", data=[SUM], forward_only=True)
+    path = result(client, post(client, "/save_weights_for_sampler", model_id="leaving", name="out"))["path"]
+    [saved] = server.home.glob(f"sessions/*/{path.split('/', 3)[3]}")
+    import_adapter(saved, "coming", models / "base-chat", models)
+    post(client, "/add_lora", model_id="again", base_model="base-chat")
+    path = "tinker://coming/sampler_weights/adapter"
+    result(client, post(client, "/load_weights", model_id="again", path=path, optimizer=False))
+    found = result(client, post(client, "/fwdbwd", model_id="again", data=[SUM], forward_only=True))
+    assert found["loss_fn_outputs"] == result(client, promised)["loss_fn_outputs"]
+    body = {"messages": [QUESTION], "max_tokens": 4, "temperature": 0}
+    answers = [post(client, "/v1/chat/completions", model=name, **body) for name in ("coming", "base-chat")]
+    said, base = (answer["choices"][0]["message"]["content"] for answer in answers)
+    assert said == say(client, "again") != base
 
 
 def test_an_adapter_survives_the_worker(server: Server, client: httpx.Client) -> None:
