@@ -20,7 +20,6 @@ class PostTraining:
         self.ledger = ledger
         self.catalogue = catalogue
         self.sessions = Sessions(database, writer)
-        self.weights = WeightsStore(database, writer, home)
         self.weights = WeightsStore(database, writer, home, catalogue.models_folder)
         self.models = TrainingModels(ledger, database, catalogue, self.sessions, self.weights)
         self.samplers = Samplers(ledger, database, writer, catalogue, self.sessions, self.weights)
