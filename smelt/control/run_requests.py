@@ -15,6 +15,7 @@ import msgspec
 from smelt.configs import RUN_METRICS
 from smelt.control.model_server import ModelServer
 from smelt.control.run_folders import Entry, is_training, new_run_id, write_entry
+from smelt.control.run_memory import check_memory
 from smelt.control.run_sources import RunSources
 from smelt.control.runs import LOST, STOPPED, RunDetails, Runs, RunStatus
 from smelt.control.uploads import Uploads
@@ -123,7 +124,14 @@ class RunRequests:
             raise InvalidInput(f"{given[0]} cannot be set for a run on a server; leave it out", param=given[0])
         machine = {name: getattr(self._settings, name) for name in ("device", "dtype", "threads")}
         config = config_of({**machine, **values, "out_dir": str(out_dir)})
-        return await self._sources.resolved(config, out_dir, owner)
+        config = await self._sources.resolved(config, out_dir, owner)
+        await asyncio.to_thread(check_memory, config, self._settings, self._device_of(config))
+        return config
+
+    def _device_of(self, config: RunConfig) -> str:
+        """Where it will be trained, as far as anybody knows before it is: runs find what workers have found."""
+        found = [worker.device for worker in self._model_server.workers]
+        return config.device if config.device != "auto" or not found else found[0]
 
     async def _settled(self, status: S) -> S:
         """The status, where its folder cannot tell, as the ledger knows it."""

@@ -1,6 +1,5 @@
 """Which device and number format to compute with, and how fast its matrix products are; knows no model."""
 
-import os
 import platform
 import shutil
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from smelt.errors import ConfigError
+from smelt.models.host_memory import free_host_bytes
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -113,11 +113,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be taken there now; on a CPU the less of what the system and a container's limit leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (info := Path("/proc/meminfo")).is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines())
-        available = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text(encoding="utf-8"))))
-    return available
+    return free_host_bytes()

@@ -1,0 +1,89 @@
+"""The memory that training is predicted to take: what it grows with, settings that fit, and a process's real peak."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from smelt.configs import DecoderConfig
+from smelt.models.training_footprint import Workload, fitting, training_footprint
+
+SHAPE = DecoderConfig(vocab_size=257, block_size=256, n_layer=4, n_head=4, n_embd=256)
+WORK = Workload(SHAPE, "float32", batch_size=16, block_size=256)
+
+
+def test_parameters_are_counted_to_the_byte() -> None:
+    found = training_footprint(WORK)
+    num = SHAPE.num_parameters
+    assert (found.weights, found.gradients, found.moments, found.checkpoint) == (4 * num, 4 * num, 8 * num, 12 * num)
+    rounded = training_footprint(replace(WORK, dtype="bfloat16"))
+    assert (rounded.weights, rounded.gradients) == (6 * num, 4 * num)
+    adapter = training_footprint(replace(WORK, dtype="bfloat16", num_trained=1000))
+    assert (adapter.weights, adapter.moments) == (2 * (num - 1000) + 6 * 1000, 8000)
+    assert training_footprint(replace(WORK, on_cpu=False)).checkpoint == 0
+
+
+def test_activations_grow_with_tokens_and_shrink_when_they_are_recomputed() -> None:
+    activations = training_footprint(WORK).activations
+    assert training_footprint(replace(WORK, batch_size=32)).activations == 2 * activations
+    recomputed = training_footprint(replace(WORK, gradient_checkpointing=True)).activations
+    assert recomputed < activations / 2
+    deeper = SHAPE.replace(n_layer=8)
+    assert training_footprint(replace(WORK, shape=deeper)).activations > 1.8 * activations
+
+
+def test_settings_that_fit_keep_the_steps_as_they_are() -> None:
+    whole = training_footprint(WORK).total
+    assert fitting(WORK, whole) == WORK
+    half = fitting(WORK, whole - 1)
+    assert half == replace(WORK, batch_size=8, gradient_accumulation_steps=2)
+    least = training_footprint(replace(WORK, batch_size=1, gradient_checkpointing=True)).total
+    assert fitting(WORK, least) == replace(
+        WORK, batch_size=1, gradient_accumulation_steps=16, gradient_checkpointing=True
+    )
+    assert fitting(WORK, least - 1) is None
+    odd = fitting(replace(WORK, batch_size=15), least)
+    assert odd is not None
+    assert odd.batch_size * odd.gradient_accumulation_steps == 15
+
+
+TRAINS = """
+import json, resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from smelt.run_configs import TrainConfig
+from smelt.training.pretraining import pretrain
+folder = Path(sys.argv[1])
+pretrain(TrainConfig(**json.loads(sys.argv[2]), out_dir=str(folder / "out")), folder / "data", folder / "models")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux alone")
+def test_a_process_takes_what_was_predicted(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Some text that is read over and over again.\n" * 1000)
+    config = {
+        "data_path": str(tmp_path / "text.txt"),
+        "tokenizer": "bytes",
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 256,
+        "batch_size": 16,
+        "max_iters": 2,
+        "eval_interval": 1,
+        "eval_iters": 1,
+        "device": "cpu",
+        "dtype": "float32",
+        "compile": "false",
+        "threads": 1,
+    }
+    command = [sys.executable, "-c", TRAINS, str(tmp_path), json.dumps(config)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.7 < int(ended.stdout.split()[-1]) / training_footprint(WORK).total < 1.4
