@@ -25,12 +25,13 @@ from smelt.api import (
     openai,
     openai_batches,
     openai_files,
-    resources,
     openai_fine_tuning,
+    resources,
     text_generation,
     tinker,
     tinker_completions,
     training_form,
+    training_sessions,
 )
 from smelt.api.gate import Gate
 from smelt.api.services import Services
@@ -66,9 +67,9 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         openai.router(services),
         openai_files.router(services),
         openai_batches.router(services),
+        openai_fine_tuning.router(services.fine_tuning),
         tinker.router(services),
         tinker_completions.router(services),
-        openai_fine_tuning.router(services.fine_tuning),
         chat_training.router(services),
         completions_by_query.router(services),
         text_generation.router(services),
@@ -77,6 +78,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
         loaded_model.router(services, imports),
         resources.router(services),
         training_form.router(services, dataset_requests),
+        training_sessions.router(services),
         datasets.router(services, dataset_requests),
         bans.router(services),
         health.router(services),

@@ -7,7 +7,7 @@ gets what it missed.
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from fastapi import APIRouter, Body, Header, Query, Request, status
@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 
 from smelt.api.services import Services
 from smelt.control.model_server import WorkerInfo
-from smelt.control.run_changes import RunChange, RunFollowers
+from smelt.control.run_changes import RunFollowers
 from smelt.control.run_metrics import Curves
 from smelt.control.run_requests import RunRequests
 from smelt.control.runs import MAX_LOG_LINES, Checkpoint, Log, RunDetails, RunStatus
@@ -143,12 +143,23 @@ def visible_to(request: Request) -> str | None:
     return None if "admin" in caller.scopes else str(caller.owner)
 
 
-def event_stream(events: AsyncGenerator[RunChange | None, None]) -> StreamingResponse:
+class Change(Protocol):
+    """Something new for those who follow; they may come back with its cursor, if it has one."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def cursor(self) -> str: ...
+
+
+def event_stream(events: AsyncGenerator[Change | None, None]) -> StreamingResponse:
     """The events as an answer that ends when the client leaves."""
     return StreamingResponse(frames(events), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
-async def frames(events: AsyncGenerator[RunChange | None, None]) -> AsyncIterator[bytes]:
+async def frames(events: AsyncGenerator[Change | None, None]) -> AsyncIterator[bytes]:
     """Events as they go over the wire; a comment in a long silence, so that proxies and we notice who has left."""
     async with aclosing(events):
         async for event in events:

@@ -38,10 +38,11 @@ from smelt.settings import Settings, load_settings, runtime_folder
 from smelt.storage.database import check_integrity, open_database
 from smelt.storage.faults import fault_from
 from smelt.storage.files import Files
-from smelt.storage.futures import Ledger
+from smelt.storage.futures import Granted, Ledger
 from smelt.storage.writer import Writer
 from smelt.transport.addresses import Address, server_tls, socket_path
 from smelt.transport.keys import make_key
+from smelt.transport.messages import Result
 from smelt.transport.streams import listen
 
 DRAIN_SECONDS = 30.0
@@ -101,7 +102,12 @@ async def run(settings: Settings, listener: socket.socket, default_model: str | 
     signals = EndSignals()
     with opened(settings) as (engine, writer, ledger):
         checker = AbuseChecker(settings, engine, writer)
-        workers = Workers(ledger, witness=partial(note_background, checker))
+
+        def witness(row: Granted, result: Result) -> None:
+            note_background(checker, row, result)
+            services.post_training.figures.note(row, result)
+
+        workers = Workers(ledger, witness=witness)
         services = Services(settings, engine, writer, ledger, workers, checker, default_model)
         app = Draining(create_app(services))
         async with AsyncExitStack() as doors, chores(services):

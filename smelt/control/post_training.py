@@ -7,6 +7,7 @@ from sqlalchemy import Engine
 from smelt.control.catalogue import Catalogue
 from smelt.control.samplers import Samplers
 from smelt.control.saved_weights import WeightsStore
+from smelt.control.session_figures import SessionFigures
 from smelt.control.sessions import Sessions
 from smelt.control.training_models import TrainingModels
 from smelt.storage.futures import Ledger
@@ -18,6 +19,7 @@ class PostTraining:
 
     def __init__(self, home: Path, database: Engine, writer: Writer, ledger: Ledger, catalogue: Catalogue) -> None:
         self.ledger = ledger
+        self.figures = SessionFigures(home)
         self.catalogue = catalogue
         self.sessions = Sessions(database, writer)
         self.weights = WeightsStore(database, writer, home, catalogue.models_folder)

@@ -76,15 +76,7 @@ def router() -> APIRouter:
             return RedirectResponse("/dashboard")
         return JSONResponse(INDEX)
 
-    @routes.get("/dashboard")
-    async def runs(request: Request) -> Response:
-        """The list of runs."""
-        return page(request, "runs.html")
-
-    @routes.get("/dashboard/runs/{run_id}")
-    async def run(request: Request, run_id: str) -> Response:
-        """One run with its charts."""
-        return page(request, "run.html", CHART_POLICY, run_id=run_id, section="Runs")
+    _add_training(routes)
 
     @routes.get("/dashboard/playground")
     async def playground(request: Request) -> Response:
@@ -105,6 +97,30 @@ def router() -> APIRouter:
         return known[name].response(request)
 
     return routes
+
+
+def _add_training(routes: APIRouter) -> None:
+    """What is being trained, and was."""
+
+    @routes.get("/dashboard")
+    async def runs(request: Request) -> Response:
+        """The list of runs."""
+        return page(request, "runs.html")
+
+    @routes.get("/dashboard/runs/{run_id}")
+    async def run(request: Request, run_id: str) -> Response:
+        """One run with its charts."""
+        return page(request, "run.html", CHART_POLICY, run_id=run_id, section="Runs")
+
+    @routes.get("/dashboard/sessions")
+    async def sessions(request: Request) -> Response:
+        """The sessions of training by request."""
+        return page(request, "sessions.html")
+
+    @routes.get("/dashboard/sessions/{session_id}")
+    async def session(request: Request, session_id: str) -> Response:
+        """One session with the charts of its models."""
+        return page(request, "session.html", CHART_POLICY, session_id=session_id, section="Sessions")
 
 
 def page(request: Request, template: str, policy: str = POLICY, **values: object) -> HTMLResponse:

@@ -6,7 +6,7 @@ Pure SQL. What anybody may ask is given whoever owns it: the caller compares the
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from sqlalchemy import Connection, Select, and_, func, or_, select
+from sqlalchemy import Connection, Select, and_, func, or_, select, text
 
 from smelt.storage import records
 from smelt.storage.records import Record, SamplerRecord, SavedWeights, Session, TrainingModel
@@ -42,6 +42,14 @@ def any_model(connection: Connection, model_id: str) -> TrainingModel | None:
     """The model of that id, whoever owns it."""
     found = records.of_all_owners(connection, TrainingModel, id=model_id)
     return found[0] if found else None
+
+
+def num_unfinished(connection: Connection, session_id: str) -> dict[str, int]:
+    """lane -> how many requests of it are not finished, of the lanes of a session."""
+    query = select(futures.c.lane, func.count()).group_by(futures.c.lane)
+    is_unfinished = or_(text("state = 'queued'"), text("state = 'granted'"))  # as the indexes have it
+    of_session = futures.c.lane.startswith(f"{session_id}:", autoescape=True)
+    return dict(row._tuple() for row in connection.execute(query.where(is_unfinished, of_session)))
 
 
 def any_weights(connection: Connection, model_id: str, kind: str, name: str) -> tuple[SavedWeights, str | None] | None:

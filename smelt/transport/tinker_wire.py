@@ -137,6 +137,28 @@ def encode_samples(
     return message.SerializeToString(deterministic=True)
 
 
+def loss_told(request: bytes, answer: bytes) -> tuple[float, float, int] | None:
+    """(loss, the weight it is over, tokens) of a request for a loss that was done; None where it had no gradient.
+
+    The weight is the sum of the weights or, for losses of rewards, the number of tokens that have an advantage.
+    """
+    message, output = _forward_backward(request), pb.ForwardBackwardOutput()
+    if message.forward_only:
+        return None
+    output.ParseFromString(answer)
+    num_tokens = sum(len(chunk.encoded_text.tokens) for datum in message.data for chunk in datum.model_input) // 4
+    weight = sum(_weight(datum) for datum in message.data)
+    return output.metrics["loss:sum"], weight, num_tokens
+
+
+def samples_told(answer: bytes) -> tuple[int, int, float]:
+    """(samples, their tokens, the sum of their log-probabilities) of an answer of ours."""
+    message = pb.SampleResponse()
+    message.ParseFromString(answer)
+    logprobs = [np.frombuffer(each.logprobs, "<f4") for each in message.sequences]
+    return len(logprobs), sum(map(len, logprobs)), float(sum(each.sum(dtype=np.float64) for each in logprobs))
+
+
 def padded_top(rows: Sequence[Sequence[tuple[int, float]]], k: int) -> TopLogprobs:
     """(id, log-probability) pairs of each place as arrays of K columns; a place without any is all filler."""
     token_ids = np.full((len(rows), k), NO_TOKEN, np.int32)
@@ -154,6 +176,17 @@ def _forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
     except DecodeError as error:
         raise InvalidInput(f"the body is no ForwardBackwardRequest: {error}") from None
     return message
+
+
+def _weight(datum: pb.Datum) -> float:
+    inputs = datum.loss_fn_inputs
+    for name in ("weights", "advantages"):
+        if name in inputs:
+            tensor = inputs[name]
+            dense = tensor.sparse_csr.values if tensor.WhichOneof("encoding") == "sparse_csr" else tensor.dense
+            values = np.frombuffer(dense, DTYPES[tensor.dtype])
+            return float(np.abs(values).sum(dtype=np.float64) if name == "weights" else np.count_nonzero(values))
+    return sum(len(chunk.encoded_text.tokens) for chunk in datum.model_input) / 4
 
 
 def _encoded(datum: Datum) -> pb.Datum:

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from smelt.dashboard import pages
 
 PAGES = ["/dashboard", "/dashboard/runs/run-000000000001", "/dashboard/playground", "/dashboard/models"]
+PAGES += ["/dashboard/sessions", "/dashboard/sessions/0123456789abcdef"]
 
 
 def client_of(csrf_token: str = "") -> TestClient:
@@ -53,7 +54,7 @@ def test_a_page_brings_no_script_and_no_style_of_its_own_and_loads_only_from_her
 
 def test_only_pages_with_charts_may_set_styles(client: TestClient) -> None:
     allows = {path: "unsafe-inline" in client.get(path).headers["content-security-policy"] for path in PAGES}
-    assert [path for path, does in allows.items() if does] == [PAGES[1]]
+    assert [path for path, does in allows.items() if does] == [PAGES[1], PAGES[5]]
 
 
 def test_an_id_from_the_address_is_escaped(client: TestClient) -> None:

@@ -64,6 +64,22 @@ export function showState(element, run) {
   element.title = run.reason;
 }
 
+const STANDINGS = {
+  active: ["running", "Active"],
+  finished: ["succeeded", "Finished"],
+  gone: ["cancelled", "Silent"],
+};
+
+// Writes whether the client of a session is there into an element.
+export function showStanding(element, session) {
+  const [state, text] = STANDINGS[session.standing];
+  element.className = `state ${state}`;
+  element.textContent = text;
+}
+
+// What of a model a session trains.
+export const trained = (model) => (model.rank ? `Rank ${model.rank}` : "All weights");
+
 export function fraction(run) {
   return run.max_iters ? Math.min(1, run.step / run.max_iters) : 0;
 }
