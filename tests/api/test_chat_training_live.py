@@ -1,6 +1,7 @@
 """Plain HTTP against `smelt serve` with a tiny chat model: it learns what it is told, and goes on after a crash."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,23 @@ def test_an_adapter_leaves_and_comes_back(server: Server, client: httpx.Client) 
     answers = [post(client, "/v1/chat/completions", model=name, **body) for name in ("coming", "base-chat")]
     said, base = (answer["choices"][0]["message"]["content"] for answer in answers)
     assert said == say(client, "again") != base
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("library", ["requests", "tinker"])
+def test_the_documentation_s_snippets_work(
+    server: Server, client: httpx.Client, library: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "tinker.md"
+    section = page.read_text().partition("## Without the client")[2].partition("\n## ")[0]
+    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL) if f"import {library}" in code]
+    exec(compile(snippet.replace("http://127.0.0.1:8000", server.url), str(page), "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    if library == "requests":
+        assert float(lines[0].removeprefix("Loss: ")) > 0.1 > float(lines[-2].removeprefix("Loss: "))
+        assert lines[-1] == "4"
+    else:
+        assert "'grad_norm'" in lines[0]
 
 
 def test_an_adapter_survives_the_worker(server: Server, client: httpx.Client) -> None:
