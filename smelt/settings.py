@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     model_memory_mb: int | None = Field(None, ge=1, description="MiB for all models of a worker (what is free)")
     kv_cache_mb: int | None = Field(None, ge=1, description="MiB for the cache of each model (a quarter of the free)")
     max_running: int = Field(64, ge=1, description="answers that a model writes at once")
+    gradient_checkpointing: bool = Field(False, description="training by request keeps less in memory, and is slower")
     keep_alive_s: float = Field(300.0, ge=0, description="seconds after which a model that nobody asks is unloaded")
 
     host: str = Field("127.0.0.1", description="address to serve on; any but this machine's own needs an API key")

@@ -168,7 +168,9 @@ class Shelf:
         path = resolve(source, self._settings.models)
         if not path.is_file() and classifier_in(base_of(path)) is not None:
             return load_classifier(source)
-        return load(source)
+        text_model = load(source)
+        text_model.model.gradient_checkpointing = self._settings.gradient_checkpointing  # where sessions train on it
+        return text_model
 
     def examine(self, name: str) -> Candidate:
         """The state of its files, and the memory it would take."""

@@ -47,7 +47,7 @@ class Decoder(nn.Module):
             rotary = self._rotary_tables(batch, x_BTC.dtype)
         x_BTC = F.dropout(x_BTC, self.dropout, self.training)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_BTC = checkpoint(block, x_BTC, rotary, attend, use_reentrant=False)
             else:
                 x_BTC = block(x_BTC, rotary, attend)

@@ -186,9 +186,9 @@ class SessionTrainer:
         packed = pack([sequence.tokens for sequence in sequences])
         members = _members(sequences, packed.places)
         adapters = AdapterPass(members, self._matrices, self.model)
-        with torch.set_grad_enabled(backward), fixed_tiles():
-            with adapters.applied():
-                hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
+        # The adapters stay applied: with gradient checkpointing the blocks are computed once more in backward.
+        with torch.set_grad_enabled(backward), fixed_tiles(), adapters.applied():
+            hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
             wanted = self._wanted(sequences, packed.places)
             logprobs = target_logprobs(hidden_NC, self._head, wanted, adapters.anchor)
             losses = [_loss(datum, own) for datum, own in zip(datums, _joined(datums, logprobs), strict=True)]

@@ -251,6 +251,30 @@ def test_how_it_is_cut_into_passes_changes_no_bit(max_pass_tokens: int) -> None:
     assert bits(parts, [own], 0) == bits(whole, [own], 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_that_are_computed_again_change_no_bit(dtype: torch.dtype) -> None:
+    """With the adapters in the second forward pass too."""
+    model = make_model(dtype)
+    trainer = SessionTrainer(model)
+    works = [Work(adapter_of(trainer, seed), [rl_datum(70, 1), rl_datum(12, 2)], "ppo") for seed in range(2)]
+    kept = bits(trainer, works, 1)
+    whole = Work(trainer.create_whole(), works[0].data, "ppo")
+    kept_whole = bits(trainer, [whole], 0)
+    num_blocks = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_blocks
+        num_blocks += 1
+
+    model.gradient_checkpointing = True
+    hook = model.blocks[0].register_forward_pre_hook(count)
+    again = Work(trainer.create_whole(), works[0].data, "ppo")
+    assert bits(trainer, works, 1) == kept
+    assert num_blocks == 2
+    assert bits(trainer, [again], 0) == kept_whole
+    hook.remove()
+
+
 def test_gradients_add_up_until_the_step(trainer: SessionTrainer) -> None:
     once, twice = adapter_of(trainer), adapter_of(trainer)
     data = [datum_of(30, 1), datum_of(50, 2)]
