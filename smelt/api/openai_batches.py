@@ -15,7 +15,7 @@ from smelt.api.metering import metered
 from smelt.api.openai import MAX_BODY_BYTES, chat_call, text_call
 from smelt.api.openai_answers import encode, whole
 from smelt.api.openai_chat_types import ChatBody
-from smelt.api.openai_desk import Call
+from smelt.api.openai_desk import IDEMPOTENCY_KEY, Call
 from smelt.api.openai_embeddings import embeddings_of
 from smelt.api.openai_files import MAX_SECONDS, MIN_SECONDS
 from smelt.api.openai_lists import Listing, Metadata, listing
@@ -25,6 +25,7 @@ from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, NoAnswer, json_body
 from smelt.control.batch_files import Outcome
 from smelt.control.batch_lines import Answering, Line
+from smelt.control.batches import BatchRequest
 from smelt.control.completions import gathered
 from smelt.control.keys import Caller
 from smelt.errors import InvalidInput, SmeltError, Unavailable
@@ -56,12 +57,13 @@ class BatchBody(Body):
     metadata: Metadata = Field(None, description="up to 16 texts of yours")
     output_expires_after: OutputExpiry | None = Field(None, description="when its files are removed (after 30 days)")
 
-    def window_s(self) -> float:
-        """The completion window in seconds. InvalidInput where it is too long."""
+    def asked(self) -> BatchRequest:
+        """What is asked for. InvalidInput where its completion window is too long."""
         hours = int(self.completion_window[:-1])
         if hours > MAX_WINDOW_HOURS:
             raise InvalidInput(f"completion_window may be {MAX_WINDOW_HOURS}h at most", "completion_window")
-        return hours * 3600.0
+        seconds = None if self.output_expires_after is None else float(self.output_expires_after.seconds)
+        return BatchRequest(self.endpoint, self.input_file_id, hours * 3600.0, seconds, self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +125,8 @@ def router(services: Services) -> APIRouter:
         except ClientLeft:
             return NoAnswer()
         check_neutral(body.model_extra, {})
-        caller, expiry = request.state.caller, body.output_expires_after
-        return shown_batch(
-            await batches.create(
-                caller.owner,
-                caller.key_id,
-                body.endpoint,
-                body.input_file_id,
-                body.window_s(),
-                None if expiry is None else float(expiry.seconds),
-                body.metadata,
-            )
-        )
+        caller, key = request.state.caller, request.headers.get(IDEMPOTENCY_KEY)
+        return shown_batch(await batches.create(caller.owner, caller.key_id, body.asked(), key))
 
     @routes.get("/batches")
     async def list_batches(

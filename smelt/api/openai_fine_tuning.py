@@ -6,6 +6,7 @@ from typing import Annotated, TypeVar
 from fastapi import APIRouter, Query, Request
 
 from smelt.api.openai import MAX_BODY_BYTES
+from smelt.api.openai_desk import IDEMPOTENCY_KEY
 from smelt.api.openai_fine_tuning_types import CheckpointObject, EventObject, JobBody, JobObject
 from smelt.api.openai_lists import Listing, listing
 from smelt.api.openai_parsing import parse, schema_of
@@ -47,7 +48,8 @@ def _add_jobs(routes: APIRouter, jobs: FineTuning) -> None:
         except ClientLeft:
             return NoAnswer()
         owner = request.state.caller.owner
-        job = await jobs.create(owner, body.model, body.files(), body.values(), body.suffix, body.metadata)
+        key = request.headers.get(IDEMPOTENCY_KEY)
+        job = await jobs.create(owner, body.model, body.files(), body.values(), body.suffix, body.metadata, key)
         return await _shown(jobs, job)
 
     @routes.get("/jobs")

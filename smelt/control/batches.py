@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from sqlalchemy import Connection, Engine
 
 from smelt.control.batch_course import INPUT, Course, Desk, remove
 from smelt.control.batch_lines import Answering, BatchLines
+from smelt.control.completions import key_digest
 from smelt.control.sessions import ask
 from smelt.control.uploads import Uploads
 from smelt.disk import sync
-from smelt.errors import InvalidInput, NotFound, RateLimited
+from smelt.errors import InvalidInput, NotFound, RateLimited, SeqReused
 from smelt.storage import batch_rows, records
 from smelt.storage.batch_rows import OVER
 from smelt.storage.futures import Ledger
@@ -31,6 +32,17 @@ from smelt.storage.writer import Writer
 FOLDER = "batches"
 PURPOSE = "batch"
 MAX_OPEN = 50  # batches of an owner that are not over
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """What is asked for."""
+
+    endpoint: str
+    input_file_id: str
+    window_s: float
+    output_seconds: float | None = None  # that what comes of it is kept
+    user_metadata: dict[str, Any] | None = None
 
 
 class Batches:
@@ -46,47 +58,52 @@ class Batches:
         self._tasks: set[asyncio.Task[None]] = set()
         self._desk: Desk | None = None
 
-    async def create(
-        self,
-        owner: str,
-        key_id: str | None,
-        endpoint: str,
-        input_file_id: str,
-        window_s: float,
-        output_seconds: float | None = None,
-        user_metadata: dict[str, Any] | None = None,
-    ) -> BatchJob:
+    async def create(self, owner: str, key_id: str | None, asked: BatchRequest, key: str | None = None) -> BatchJob:
         """Accept a batch: when this returns it will be answered, whatever dies.
 
-        NotFound and InvalidInput say what is wrong with its file, RateLimited that the owner has too many under way.
+        With a key of the caller's, the same request gets the same batch again; SeqReused where the key came with
+        another. NotFound and InvalidInput say what is wrong with its file, RateLimited that the owner has too many.
         """
-        upload = await self._uploads.find(owner, input_file_id)
+        now = time.time()
+        batch = BatchJob(
+            id=f"batch_{key_digest(owner, key)[:32] if key else secrets.token_hex(16)}",
+            owner=owner,
+            created=now,
+            endpoint=asked.endpoint,
+            input_file_id=asked.input_file_id,
+            key_id=key_id,
+            deadline=now + asked.window_s,
+            output_seconds=asked.output_seconds,
+            user_metadata=asked.user_metadata,
+        )
+        if key is not None and (known := await self._known(batch)) is not None:
+            return known
+        upload = await self._uploads.find(owner, asked.input_file_id)
         if upload.purpose != PURPOSE:
-            text = f"{input_file_id} was uploaded with the purpose {upload.purpose}; upload it with {PURPOSE!r}"
+            text = f"{upload.id} was uploaded with the purpose {upload.purpose}; upload it with {PURPOSE!r}"
             raise InvalidInput(text, "input_file_id")
         count = partial(batch_rows.num_unfinished, owner=owner)
         if await asyncio.to_thread(ask, self._database, count) >= MAX_OPEN:
             raise RateLimited(f"{MAX_OPEN} of your batches are not over; wait for one of them, or cancel it", 60)
-        now = time.time()
-        batch = BatchJob(
-            id=f"batch_{secrets.token_hex(16)}",
-            owner=owner,
-            created=now,
-            endpoint=endpoint,
-            input_file_id=input_file_id,
-            key_id=key_id,
-            deadline=now + window_s,
-            output_seconds=output_seconds,
-            user_metadata=user_metadata,
-        )
         folder = self._folder / batch.id
-        await asyncio.to_thread(folder.mkdir, parents=True)
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)  # it may have come and crashed
         await self._uploads.lend(upload, folder / INPUT)
         for each in (folder, self._folder):
             await asyncio.to_thread(sync, each)
         await asyncio.wrap_future(self._writer.write(partial(records.add, record=batch)))
         self._begin(batch)
         return batch
+
+    async def _known(self, batch: BatchJob) -> BatchJob | None:
+        """The batch that came with the same key, if one did. SeqReused where it is another."""
+        try:
+            known = await self.read(batch.owner, batch.id)
+        except NotFound:
+            return None
+        asked = ("endpoint", "input_file_id", "output_seconds", "user_metadata")
+        if any(getattr(known, name) != getattr(batch, name) for name in asked):
+            raise SeqReused(f"that idempotency key came with another batch, {known.id}; use a new one")
+        return known
 
     async def read(self, owner: str, batch_id: str) -> BatchJob:
         """How a batch stands. NotFound where the owner has none of that id."""

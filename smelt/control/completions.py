@@ -103,7 +103,7 @@ class Completions:
             raise TooLarge(f"a request for later may have {MAX_INLINE:,} bytes, and this one has {len(body):,}")
         submission = Submission(request.owner, KIND, fingerprint, body)
         if key is not None:
-            lane = _lane_of(request.owner, key)
+            lane = f"{KIND}/{key_digest(request.owner, key)}"
             submission = replace(submission, lane=lane, seq=1, first_seq=None)
         return await self._ledger.accept(submission)
 
@@ -154,11 +154,11 @@ def written(row: Granted, result: Result) -> tuple[Generate, list[Completion]] |
     return request, msgspec.msgpack.decode(result.body, type=list[Completion])
 
 
-def _lane_of(owner: str, key: str) -> str:
-    """A place that the key alone decides. Hashed, for a lane's name is short and a key is anybody's text."""
+def key_digest(owner: str, key: str) -> str:
+    """What stands for an idempotency key of an owner's: hashed, for names are short and a key is anybody's text."""
     if not 0 < len(key) <= MAX_KEY_CHARS or not key.isprintable():
         raise InvalidInput(f"an idempotency key has 1 to {MAX_KEY_CHARS} printable characters")
-    return f"{KIND}/{hashlib.sha256(msgspec.json.encode([owner, key])).hexdigest()}"
+    return hashlib.sha256(msgspec.json.encode([owner, key])).hexdigest()
 
 
 def _promise(future: Future) -> Promise:

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Engine
 
 from smelt.configs import RUN_METRICS
 from smelt.control.catalogue import Catalogue
+from smelt.control.completions import key_digest
 from smelt.control.fine_tuning_story import Event, Story, events_of, read_story, table_of
 from smelt.control.run_requests import RunRequests
 from smelt.control.runs import ENDED, Checkpoint, RunStatus, checkpoints_in
@@ -28,7 +29,7 @@ from smelt.control.sessions import ask
 from smelt.control.trained_models import register_result
 from smelt.control.uploads import Uploads
 from smelt.data.training_examples import check_examples
-from smelt.errors import DataError, InUse, InvalidInput, NotFound, OutOfSpace, SmeltError, StorageError
+from smelt.errors import DataError, InUse, InvalidInput, NotFound, OutOfSpace, SeqReused, SmeltError, StorageError
 from smelt.models.registry import is_registered
 from smelt.run_configs import FineTuneConfig, config_of
 from smelt.storage import records
@@ -81,9 +82,11 @@ class FineTuning:
         config: Mapping[str, Any],
         suffix: str | None = None,
         user_metadata: dict[str, Any] | None = None,
+        key: str | None = None,
     ) -> FineTuningJob:
         """Accept a job: when this returns it will be done, whatever dies.
 
+        With a key of the caller's, the same request gets the same job again; SeqReused where the key came with another.
         `files`: training_file and maybe validation_file, by their ids. `config`: of a FineTuneConfig what is not its
         default. UnknownModel, NotFound and InvalidInput say what is wrong.
         """
@@ -98,15 +101,27 @@ class FineTuning:
         values = {**config, "recipe": "fine-tune", "model": served.name}
         config_of({**values, "data": "training_file"})  # says what is wrong with it
         job = FineTuningJob(
-            id=f"ftjob-{secrets.token_hex(12)}",
+            id=f"ftjob-{key_digest(owner, key)[:24] if key else secrets.token_hex(12)}",
             owner=owner,
             model=served.name,
             request={**files, "config": values, "suffix": suffix},
             user_metadata=user_metadata,
         )
-        await self._write(records.add, job)
+        if key is not None and (known := await self._known(job)) is not None:
+            return known
+        await asyncio.wrap_future(self._writer.write(partial(records.add, record=job)))
         self._begin(job)
         return job
+
+    async def _known(self, job: FineTuningJob) -> FineTuningJob | None:
+        """The job that came with the same key, if one did. SeqReused where it is another."""
+        try:
+            known = await self.read(job.owner, job.id)
+        except NotFound:
+            return None
+        if (known.model, known.request, known.user_metadata) != (job.model, job.request, job.user_metadata):
+            raise SeqReused(f"that idempotency key came with another job, {known.id}; use a new one")
+        return known
 
     async def _find(self, owner: str, param: str, file_id: str) -> Upload:
         try:
@@ -338,9 +353,6 @@ class FineTuning:
             return now
 
         return await asyncio.wrap_future(self._writer.write(change))
-
-    async def _write(self, change: Any, job: FineTuningJob) -> None:
-        await asyncio.wrap_future(self._writer.write(partial(change, record=job)))
 
 
 def name_of(job: FineTuningJob) -> str:

@@ -18,6 +18,7 @@ from smelt.api.openai_batches import answering
 from smelt.api.services import Services
 from smelt.control.batch_course import FEED_LINES, MAX_AHEAD
 from smelt.control.batch_lines import MAX_RUNNING
+from smelt.control.batches import BatchRequest
 from smelt.control.keys import LOCAL
 from smelt.errors import Unavailable, WorkerLost
 from smelt.storage import records
@@ -221,7 +222,7 @@ async def test_what_is_not_answered_in_time_is_told_of(
 ) -> None:
     model_server.script = endless
     upload = await uploaded(client, [request(number) for number in range(100)])
-    batch = await services.batches.create(LOCAL.owner, None, TEXTS, upload, 0.5)
+    batch = await services.batches.create(LOCAL.owner, None, BatchRequest(TEXTS, upload, 0.5))
     done = await ended(client, {"id": batch.id})
     assert (done["status"], done["output_file_id"]) == ("expired", None)
     errors = await told(client, done["error_file_id"])
@@ -304,6 +305,16 @@ async def test_what_is_wrong_with_a_batch_is_said(client: httpx.AsyncClient, ser
         record = BatchJob(owner=LOCAL.owner, id=f"b{number}", endpoint="", input_file_id="", key_id=None, deadline=0)
         services.writer.write(lambda connection, record=record: records.add(connection, record)).result(5)
     assert "50 of your batches" in (await refused(client, "/v1/batches", asked, 429))["message"]
+
+
+async def test_a_batch_that_is_asked_for_again_is_the_same(client: httpx.AsyncClient) -> None:
+    asked = {"input_file_id": await uploaded(client, [request(1)]), "endpoint": TEXTS, "completion_window": "24h"}
+    key = {"Idempotency-Key": "mine"}
+    batches = [(await client.post("/v1/batches", json=asked, headers=key)).json() for _ in range(2)]
+    assert batches[0] == batches[1]
+    other = await client.post("/v1/batches", json=asked | {"metadata": {"a": "b"}}, headers=key)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert len((await client.get("/v1/batches")).json()["data"]) == 1
 
 
 async def test_batches_are_their_owners_alone(services: Services) -> None:

@@ -291,6 +291,15 @@ async def test_what_is_wrong_with_a_body_is_said(
     assert (await client.get(JOBS)).json()["data"] == []
 
 
+async def test_a_job_that_is_asked_for_again_is_the_same(client: httpx.AsyncClient, base: str) -> None:
+    asked = {"model": base, "training_file": await uploaded(client, CHATS)}
+    key = {"Idempotency-Key": "mine"}
+    jobs = [(await client.post(JOBS, json=asked, headers=key)).json() for _ in range(2)]
+    assert jobs[0]["id"] == jobs[1]["id"]
+    other = await client.post(JOBS, json=asked | {"seed": 5}, headers=key)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+
+
 async def test_permissions_are_refused_by_name(client: httpx.AsyncClient) -> None:
     error = await refused(client, "/v1/fine_tuning/checkpoints/ft:base:mine:1/permissions", {"project_ids": []})
     assert "needs no permissions" in error["message"]
