@@ -1,195 +1,27 @@
 """The pages as people use them, driven in Chromium: live curves, a streaming playground, phone, dark, keyboard."""
 
-import asyncio
-import fcntl
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from pathlib import Path
-from typing import Any, TextIO
-from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
+from browsing import DESKTOP, LIVE_MS, PHONE, Site, Visit, wait_for_chart, wait_until
+from classifiers import save_small_classifier
 from gated import make_key
 from holding import write_source
-from live import serving
-from scripted import Scripted, scripted
-from smelt.api.app import create_app
-from smelt.api.services import Services
-from smelt.configs import RUN_LOCK, RUN_LOG, RUN_METRICS
-from smelt.control.model_server import WorkerInfo
-from smelt.control.run_folders import register
-from smelt.errors import InvalidInput, SmeltError
-from smelt.run_configs import TrainConfig
-from smelt.transport.messages import Finish, Generate
+from smelt.configs import RUN_METRICS
+from smelt.errors import InvalidInput
 from smelt.types import SamplingParams
 
 pytestmark = pytest.mark.slow
-# It shall do nothing of its own accord, least of all call home.
-FLAGS = [
-    "--no-sandbox",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+PATHS = [
+    *("/dashboard", "/dashboard/runs/{run}", "/dashboard/datasets", "/dashboard/playground"),
+    "/dashboard/models",
 ]
-DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
-PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
-PATHS = ["/dashboard", "/dashboard/runs/{run}", "/dashboard/playground", "/dashboard/models"]
-LIVE_MS = 2000  # what happens in a run is on the page within this time
-
-
-class Author:
-    """Writes numbered words with marks that must stay text, or fails when told to."""
-
-    def __init__(self) -> None:
-        self.num_words = 5
-        self.problem: SmeltError | None = None
-
-    async def write(self, _request: Generate) -> AsyncGenerator[str | Finish, None]:
-        if self.problem is not None:
-            raise self.problem
-        for number in range(self.num_words):
-            yield f" word{number}." if number % 2 else f" <b>word{number}</b>"
-            await asyncio.sleep(0.02)
-
-
-class Site:
-    """The pages on a real port, with runs that a test moves on line by line."""
-
-    def __init__(self, folder: Path, services: Services, models: Scripted, author: Author) -> None:
-        self.folder = folder
-        self.services = services
-        self.models = models
-        self.author = author
-        self.url = ""
-        self.locks: list[TextIO] = []
-
-    def start_run(self, name: str) -> "LiveRun":
-        out_dir = self.folder / name
-        out_dir.mkdir()
-        config = TrainConfig(out_dir=str(out_dir), max_iters=200)
-        entry = register(config, self.services.settings.runs)
-        lock = (out_dir / RUN_LOCK).open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        self.locks.append(lock)
-        return LiveRun(entry.id, out_dir, lock)
-
-
-class LiveRun:
-    """A run that a test trains by hand."""
-
-    def __init__(self, run_id: str, out_dir: Path, lock: TextIO) -> None:
-        self.id = run_id
-        self.out_dir = out_dir
-        self.lock = lock
-        self.num_steps = 0
-
-    def train(self, num_steps: int = 1) -> None:
-        for _ in range(num_steps):
-            self.num_steps += 1
-            values = {"kind": "step", "step": self.num_steps, "loss": 4 / self.num_steps, "seconds": 0.5}
-            self.write({**values, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1234.0})
-            with (self.out_dir / RUN_LOG).open("a") as file:
-                file.write(f"step {self.num_steps} is done\n")
-
-    def evaluate(self, val_loss: float) -> None:
-        self.write({"kind": "evaluation", "step": self.num_steps, "val_loss": val_loss, "final": False})
-
-    def write(self, values: dict[str, Any]) -> None:
-        with (self.out_dir / RUN_METRICS).open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def end(self, values: dict[str, Any]) -> None:
-        self.write(values)
-        self.lock.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("Chromium is absent: install the system's package chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    author = Author()
-    with scripted(tmp_path / "home", author.write) as (services, models):
-        models.workers = [WorkerInfo("here:1", 1, "cpu", ("tiny",), 0, 0)]
-        site = Site(tmp_path, services, models, author)
-        with serving(create_app(services), lifespan="on") as site.url:  # which does imports
-            yield site
-        for lock in site.locks:
-            lock.close()
-
-
-class Visit:
-    """A page under watch: it must not complain, and must not ask any other host."""
-
-    def __init__(self, page: Page, url: str) -> None:
-        self.page = page
-        self.url = url
-        self.complaints: list[str] = []
-        self.hosts: set[str] = set()
-        page.on(
-            "console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text)
-        )
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
-        page.on("requestfailed", self.note_failure)
-
-    def note_line(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
-
-    def note_failure(self, request: Any) -> None:
-        if request.failure != "net::ERR_ABORTED":  # what the page itself gave up: a stream when it is left
-            self.complaints.append(f"{request.url}: {request.failure}")
-
-    def open(self, path: str) -> Page:
-        self.page.goto(self.url + path)
-        return self.page
-
-    def check(self) -> None:
-        assert self.complaints == []
-        assert self.hosts <= {urlsplit(self.url).netloc}
-
-
-@pytest.fixture
-def visit(browser: Browser, site: Site, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    context = browser.new_context(**getattr(request, "param", DESKTOP))
-    context.set_default_timeout(15_000)
-    visit = Visit(context.new_page(), site.url)
-    yield visit
-    context.close()
-    visit.check()
-
-
-def wait_until(page: Page, is_so: Callable[[], bool], limit_ms: int = 15_000) -> None:
-    """Wait for what the page's own functions for waiting cannot see, or may not: its policy forbids them to eval."""
-    end = time.monotonic() + limit_ms / 1000
-    while not is_so():
-        assert time.monotonic() < end
-        page.wait_for_timeout(20)
-
-
-def wait_for_chart(page: Page, condition: str, limit_ms: int = 15_000) -> None:
-    """Wait until something holds of the loss chart's curves: train, train smoothed, validation."""
-    expression = f"Boolean(document.getElementById('loss-chart').data?.{condition})"
-    wait_until(page, lambda: bool(page.evaluate(expression)), limit_ms)
 
 
 def test_the_list_shows_runs_as_they_start_move_and_end(site: Site, visit: Visit) -> None:
@@ -228,7 +60,7 @@ def test_the_curves_of_a_run_move_while_it_trains(site: Site, visit: Visit) -> N
     expect(page.locator("#log")).to_contain_text("step 5 is done")
     assert page.locator("#loss-chart .scatterlayer path.js-line").count() == 3
     run.end({"kind": "summary", "stop_reason": "done"})
-    expect(page.locator("#state")).to_have_text("Finished", timeout=LIVE_MS)
+    expect(page.locator("#state")).to_have_text("Succeeded", timeout=LIVE_MS)
 
 
 def test_a_run_shows_its_config_its_command_and_its_figures_as_a_table(site: Site, visit: Visit) -> None:
@@ -292,6 +124,28 @@ def test_the_playground_continues_a_text(site: Site, visit: Visit) -> None:
     (asked,) = site.models.asked
     assert (asked.model, asked.prompt) == ("tiny", "Once")
     assert asked.params == SamplingParams(max_tokens=200, temperature=0.0, top_p=1.0, seed=7, stop=("END",))
+
+
+def test_the_playground_classifies_a_text(site: Site, visit: Visit) -> None:
+    save_small_classifier(site.services.settings.models / "news")
+    page = visit.open("/dashboard/playground")
+    expect(page.get_by_label("Model").locator("option").first).to_have_text("tiny")
+    page.get_by_label("Classify a text").check()
+    expect(page.get_by_label("Model").locator("option")).to_have_text(["news"])
+    expect(page.get_by_label("Temperature")).to_be_hidden()
+    page.get_by_label("Text to classify").fill("abcde")
+    page.keyboard.press("Enter")
+    rows = page.get_by_role("list", name="Probabilities").get_by_role("listitem")
+    expect(rows).to_have_text(["long66.7 %", "short33.3 %"])
+    expect(rows.first.get_by_role("meter")).to_have_js_property("value", 0.6667)
+    (asked,) = site.models.classified
+    assert (asked.model, asked.texts) == ("news", ("abcde",))
+    page.get_by_label("Text to classify").fill(" ")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("only white space")
+    visit.complaints.clear()  # the browser's own line about the 422
+    page.get_by_label("Chat").check()
+    expect(page.get_by_label("Model").locator("option").first).to_have_text("tiny")
 
 
 def test_a_model_is_asked_by_its_alias_and_sliders_set_what_it_is_asked_for(site: Site, visit: Visit) -> None:
@@ -528,4 +382,4 @@ def test_a_training_of_a_terminal_is_seen_live(site: Site, visit: Visit) -> None
         before = page.evaluate("document.getElementById('loss-chart').data[1].x.at(-1)")
         wait_for_chart(page, f"[1].x.at(-1) > {before}", LIVE_MS)
         trainer.kill()
-    expect(page.locator("#state")).to_have_text("Lost", timeout=LIVE_MS)
+    expect(page.locator("#state")).to_have_text("Failed", timeout=LIVE_MS)

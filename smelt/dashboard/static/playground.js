@@ -1,4 +1,4 @@
-// A model to write with: a text that it continues, or a conversation, streamed.
+// A model to write with: a text that it continues, or a conversation, streamed. Or one that says what a text is.
 
 import { ApiError, getJson, request, streamed } from "./api.js";
 import { count, showProblem } from "./format.js";
@@ -13,7 +13,10 @@ const stopButton = part("stop-button");
 let conversation = []; // of the chat, as the API takes it
 let running = null; // what stops the answer that is being written
 
+let cards = []; // of the models that are served
+
 const isChat = () => form.elements.mode.value === "chat";
+const isClassify = () => form.elements.mode.value === "classify";
 
 function sampling() {
   const values = new FormData(form);
@@ -128,6 +131,43 @@ async function answer(text) {
   }
 }
 
+// What a classifier says: a bar for each label, the most probable first.
+async function classify(text) {
+  const body = { text, model: form.elements.model.value };
+  const began = performance.now();
+  const response = await request("/predict", { method: "POST", body, signal: running.signal });
+  const found = await response.json();
+  addTurn("user", text);
+  const turn = addTurn("assistant", found.label);
+  const shares = document.createElement("ul");
+  shares.className = "shares";
+  shares.setAttribute("aria-label", "Probabilities");
+  for (const [label, share] of Object.entries(found.all_probabilities).sort((a, b) => b[1] - a[1])) {
+    shares.append(shareRow(label, share));
+  }
+  turn.after(shares);
+  turns.scrollTop = turns.scrollHeight;
+  part("spoken").textContent = `${found.label}, ${percent(found.confidence)}`;
+  part("summary").textContent = `Classified in ${((performance.now() - began) / 1000).toFixed(2)} s.`;
+}
+
+function shareRow(label, share) {
+  const row = document.createElement("li");
+  const name = document.createElement("span");
+  name.textContent = label;
+  const bar = document.createElement("meter");
+  bar.max = 1;
+  bar.value = share;
+  bar.setAttribute("aria-label", label);
+  const figure = document.createElement("span");
+  figure.className = "number";
+  figure.textContent = percent(share);
+  row.append(name, bar, figure);
+  return row;
+}
+
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
 const REASONS = { stop: "it came to an end", length: "it reached the longest answer" };
 
 function summary({ reason, usage }, seconds) {
@@ -146,12 +186,14 @@ async function submit() {
   const text = prompt.value;
   if (running || !form.reportValidity()) return;
   showProblem(part("problem"), "");
-  part("summary").textContent = "Waiting for the first word…";
+  part("summary").textContent = isClassify() ? "Waiting for the answer…" : "Waiting for the first word…";
   setRunning(new AbortController());
   if (isChat()) prompt.value = "";
   try {
-    await answer(text);
+    await (isClassify() ? classify(text) : answer(text));
   } catch (error) {
+    part("summary").textContent = "";
+    if (error.name === "AbortError") return;
     if (!(error instanceof ApiError)) throw error;
     showProblem(part("problem"), error.message);
     if (isChat() && !prompt.value) prompt.value = text;
@@ -172,20 +214,32 @@ function clear() {
 
 async function loadModels() {
   try {
-    const cards = (await getJson("/v1/models")).data;
-    const models = cards.map((card) => card.id);
-    part("model").replaceChildren(
-      ...cards.map(({ id, alias_of: real }) => new Option(real === null ? id : `${id} (${real})`, id)),
-    );
-    const wanted = new URLSearchParams(location.search).get("model");
-    if (models.includes(wanted)) part("model").value = wanted;
-    part("no-models").hidden = models.length > 0;
-    send.disabled = !models.length;
+    cards = (await getJson("/v1/models")).data;
+    const wanted = cards.find((card) => card.id === new URLSearchParams(location.search).get("model"));
+    const writes = cards.some((card) => card.labels === null);
+    if (cards.length && (wanted ? wanted.labels !== null : !writes)) form.elements.mode.value = "classify";
+    showMode();
+    if (wanted) part("model").value = wanted.id;
+    part("no-models").hidden = cards.length > 0;
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     showProblem(part("problem"), error.message);
   }
 }
+
+// What the chosen mode needs: models that can do it, and its settings.
+function showMode() {
+  const fit = cards.filter((card) => (card.labels !== null) === isClassify());
+  part("model").replaceChildren(
+    ...fit.map(({ id, alias_of: real }) => new Option(real === null ? id : `${id} (${real})`, id)),
+  );
+  part("no-classifier").hidden = !isClassify() || fit.length > 0 || !cards.length;
+  part("parameters").hidden = isClassify();
+  part("prompt-label").textContent = LABELS[form.elements.mode.value];
+  send.disabled = running !== null || !fit.length;
+}
+
+const LABELS = { chat: "Your message", classify: "Text to classify", completion: "Text to continue" };
 
 // A slider for the mouse beside each number, which keeps what no slider reaches.
 for (const slider of form.querySelectorAll("input[type=range]")) {
@@ -206,7 +260,7 @@ prompt.addEventListener("keydown", (event) => {
 form.addEventListener("change", (event) => {
   if (event.target.name !== "mode") return;
   clear();
-  part("prompt-label").textContent = isChat() ? "Your message" : "Text to continue";
+  showMode();
 });
 stopButton.addEventListener("click", () => running?.abort());
 part("clear").addEventListener("click", clear);
