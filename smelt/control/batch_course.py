@@ -135,8 +135,8 @@ class Course:
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:
                 log.exception("batch %s failed", self._batch.id)
-                error = LineError("internal_error", "something went wrong inside the server; its log says more")
-                self._batch = await self._move(status="failed", errors=[msgspec.to_builtins(error)])
+                bug = LineError("internal_error", "something went wrong inside the server; its log says more")
+                self._batch = await self._move(status="failed", errors=[msgspec.to_builtins(bug)])
         await remove(self._batch.id, self._desk)
 
     async def _move(self, **changes: Any) -> BatchJob:

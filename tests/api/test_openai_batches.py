@@ -201,7 +201,7 @@ async def test_a_cancelled_batch_keeps_what_it_has(client: httpx.AsyncClient, mo
             await asyncio.Event().wait()
         yield "done"
 
-    model_server.script = first_ones  # type: ignore[assignment]
+    model_server.script = first_ones
     batch = await begun(client, [request(number) for number in range(300)])
     await reached(client, batch, lambda now: num_done(now) == 3)
     cancelled = await ask(client, f"/v1/batches/{batch['id']}/cancel", {})
@@ -242,12 +242,12 @@ async def test_what_one_process_has_begun_the_next_one_ends(
     async def all_of_them(request: Generate) -> AsyncIterator[str | Finish]:
         yield f"<{request.prompt}>"
 
-    model_server.script = some  # type: ignore[assignment]
+    model_server.script = some
     async with services.batches.running(answering(services)):
         batch = await begun(client, [request(number) for number in range(150)])
         await reached(client, batch, lambda now: num_done(now) == 20)
     answered = {asked.prompt for asked in model_server.asked[:20]}
-    model_server.script, model_server.asked = all_of_them, []  # type: ignore[assignment]
+    model_server.script, model_server.asked = all_of_them, []
     (services.settings.home / "batches" / "batch_never_accepted").mkdir()
     async with services.batches.running(answering(services)):
         done = await ended(client, batch)
@@ -275,7 +275,7 @@ async def test_a_request_is_tried_again_but_not_for_ever(
             raise Unavailable("not now")
         yield "well"
 
-    model_server.script = frail  # type: ignore[assignment]
+    model_server.script = frail
     done = await ended(client, await begun(client, [request(number) for number in range(5)]))
     assert done["request_counts"] == {"total": 5, "completed": 4, "failed": 1}
     assert num_tries == {"p0": 1, "p1": 3, "p2": 3, "p3": 10, "p4": 1}

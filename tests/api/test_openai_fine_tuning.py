@@ -80,7 +80,7 @@ async def training(services: Services) -> AsyncIterator[None]:
 async def uploaded(client: httpx.AsyncClient, lines: list[Any], name: str = "chats.jsonl") -> str:
     content = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     form = {"data": {"purpose": "fine-tune"}, "files": {"file": (name, content.encode())}}
-    return str((await client.post("/v1/files", **form)).raise_for_status().json()["id"])  # type: ignore[arg-type]
+    return str((await client.post("/v1/files", **form)).raise_for_status().json()["id"])
 
 
 async def begun(client: httpx.AsyncClient, lines: list[Any], **body: Any) -> dict[str, Any]:
