@@ -1,0 +1,5 @@
+"""Pages in Chromium."""
+
+from browsing import browser, site, visit
+
+__all__ = ["browser", "site", "visit"]
