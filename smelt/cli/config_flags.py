@@ -67,3 +67,11 @@ def given_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were given over the file that `--config` names."""
     values = {name: value for name, value in flags.items() if value is not None and name != "config"}
     return {**read_config_file(Path(flags["config"])), **values} if flags.get("config") else values
+
+
+def run_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's command was given; of a run that is to go on the saved config takes the file's place."""
+    values = given_values(flags)
+    if values.get("init_from") != "resume":
+        return values
+    return {**given_values({**flags, "config": None}), "out_dir": values.get("out_dir"), "init_from": "resume"}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from smelt.cli.config_flags import ConfigCommand, given_values
+from smelt.cli.config_flags import ConfigCommand, run_values
 from smelt.run_configs import FINE_TUNE_SECTIONS, FineTuneConfig
 
 HELP = """Teach a model from examples of what to answer, given as JSON lines.
@@ -33,10 +33,8 @@ def finetune(**flags: Any) -> None:
     from smelt.cli.run_here import run_here, say_what_next
     from smelt.library import run_config
 
-    values = {**given_values(flags), "recipe": "fine-tune"}
-    if values.get("init_from") == "resume":  # the saved config takes the file's place
-        values = {**given_values({**flags, "config": None}), "out_dir": values.get("out_dir"), "init_from": "resume"}
-    say_what_next(run_here(run_config(values)), "smelt finetune", "write with it: smelt generate")
+    config = run_config({**run_values(flags), "recipe": "fine-tune"})
+    say_what_next(run_here(config), "smelt finetune", "write with it: smelt generate")
 
 
 command = ConfigCommand(

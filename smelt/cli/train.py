@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from smelt.cli.config_flags import ConfigCommand, given_values
+from smelt.cli.config_flags import ConfigCommand, run_values
 from smelt.run_configs import TRAIN_SECTIONS, TrainConfig
 
 HELP = """Train a language model: from scratch, from where a run stopped, or from another model.
@@ -26,10 +26,7 @@ def train(**flags: Any) -> None:
     from smelt.cli.run_here import run_here, say_what_next
     from smelt.library import run_config
 
-    values = given_values(flags)
-    if values.get("init_from") == "resume":  # the saved config takes the file's place
-        values = {**given_values({**flags, "config": None}), "out_dir": values.get("out_dir"), "init_from": "resume"}
-    say_what_next(run_here(run_config(values)), "smelt train", "write with it: smelt generate")
+    say_what_next(run_here(run_config(run_values(flags))), "smelt train", "write with it: smelt generate")
 
 
 command = ConfigCommand(

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from smelt.cli.config_flags import ConfigCommand, given_values
+from smelt.cli.config_flags import ConfigCommand, run_values
 from smelt.run_configs import CLASSIFIER_SECTIONS, ClassifierConfig
 
 HELP = """Train a text classifier from texts with labels: from scratch, or from an encoder or a decoder.
@@ -28,10 +28,8 @@ def train_classifier(**flags: Any) -> None:
     from smelt.cli.run_here import run_here, say_what_next
     from smelt.library import run_config
 
-    values = given_values(flags)
-    if values.get("init_from") == "resume":  # the saved config takes the file's place
-        values = {**given_values({**flags, "config": None}), "out_dir": values.get("out_dir"), "init_from": "resume"}
-    elif "data" not in values:
+    values = run_values(flags)
+    if values.get("init_from") != "resume" and "data" not in values:
         raise click.UsageError("no data to train on: give --data, a file with a text and a label in each row")
     summary = run_here(run_config({**values, "recipe": "classify"}))
     show_scores(Path(summary.out_dir))

@@ -46,13 +46,15 @@ def base_for(model: str, models_folder: Path) -> Path:
     return models_folder / name
 
 
-def import_adapter(source: Path, name: str, base: Path, models_folder: Path) -> Path:
+def import_adapter(
+    source: Path, name: str, base: Path, models_folder: Path, origin: str | None = None, job: str | None = None
+) -> Path:
     """Register the adapter of a folder under a name, and return its folder. AlreadyExists, NotFound.
 
-    Whether it fits the model in `base` was looked at before.
+    Whether it fits the model in `base` was looked at before. `origin` (the folder) and `job` are as in `new_model`.
     """
     settings = read_json_object(source / ADAPTER_FILE)
-    with new_model(name, models_folder, str(source)) as folder:
+    with new_model(name, models_folder, origin or str(source), job) as folder:
         shutil.copyfile(source / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
         told = json.dumps({**settings, "base_model_name_or_path": str(base)}, indent=2)
         (folder / ADAPTER_FILE).write_text(told, encoding="utf-8")

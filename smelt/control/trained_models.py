@@ -1,11 +1,12 @@
 """What runs have made, as models of a name, served from then on; knows no process, no HTTP and no torch."""
 
-import shutil
 from pathlib import Path
 
-from smelt.control.models import import_model, job_of, new_model
-from smelt.models.folders import ADAPTER_FILE, ADAPTER_WEIGHTS, base_of, check_weights, is_adapter, read_config
-from smelt.models.registry import model_in
+from smelt.control.adapters import import_adapter
+from smelt.control.models import import_model, job_of
+from smelt.errors import InvalidInput
+from smelt.models.folders import base_of, check_weights, is_adapter, read_config
+from smelt.models.registry import model_in, name_at
 
 
 def register_result(out_dir: Path, name: str, models_folder: Path, job: str) -> Path:
@@ -22,10 +23,15 @@ def register_result(out_dir: Path, name: str, models_folder: Path, job: str) -> 
 
 
 def register_adapter(source: Path, name: str, models_folder: Path, origin: str, job: str | None = None) -> Path:
-    """Register an adapter which a run here has made. NotFound where its model is gone; AlreadyExists."""
+    """Register an adapter which a run here has made, beside the model that it changes.
+
+    NotFound where that model is gone; InvalidInput where it is not registered, so that nobody would serve it.
+    """
     base = base_of(source)
+    if name_at(base, models_folder) is None:
+        raise InvalidInput(
+            f"the adapter changes the model in {base}, which is not registered, so it would not be served: "
+            f"smelt models import {base} MODEL, then smelt adapters import {source} {name} --model MODEL"
+        )
     check_weights(base, read_config(base))
-    with new_model(name, models_folder, origin, job) as folder:
-        for file in (ADAPTER_FILE, ADAPTER_WEIGHTS):
-            shutil.copyfile(source / file, folder / file)
-    return models_folder / name
+    return import_adapter(source, name, base, models_folder, origin, job)

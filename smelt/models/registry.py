@@ -90,9 +90,9 @@ def owner_of(name: str) -> str | None:
 
 def name_at(path: Path, models_folder: Path) -> str | None:
     """The name of the registered model in a folder; None where the folder is not one."""
-    if not path.is_relative_to(models_folder):
+    if not path.absolute().is_relative_to(models_folder.absolute()):
         return None
-    name = path.relative_to(models_folder).as_posix()
+    name = path.absolute().relative_to(models_folder.absolute()).as_posix()
     return name if is_registered(name, models_folder) else None
 
 

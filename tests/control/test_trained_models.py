@@ -12,7 +12,7 @@ from smelt.control.catalogue import Catalogue
 from smelt.control.models import import_model, list_models
 from smelt.control.trained_models import register_result
 from smelt.data.characters import ByteTokenizer
-from smelt.errors import AlreadyExists, NotFound, UnsupportedModel
+from smelt.errors import AlreadyExists, InvalidInput, NotFound, UnsupportedModel
 from smelt.models.decoder import Decoder
 from smelt.models.folders import base_of
 from smelt.models.loading import convert, load_model
@@ -107,6 +107,15 @@ async def test_an_adapter_of_a_model_that_is_not_registered_is_not_served(run: P
     settings["base_model_name_or_path"] = str(home / "elsewhere")
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     assert await Catalogue(home / "models").all() == []
+
+
+def test_an_adapter_of_a_model_elsewhere_is_refused_with_the_way_to_serve_it(
+    run: Path, home: Path, tmp_path: Path
+) -> None:
+    (home / "models" / "base").rename(tmp_path / "elsewhere")
+    out = fine_tuned(tmp_path / "other", model=str(tmp_path / "elsewhere"))
+    with pytest.raises(InvalidInput, match=r"not registered.*: smelt models import .*elsewhere MODEL"):
+        register_result(out, NAME, home / "models", job="job-1")
 
 
 def test_a_run_without_a_checkpoint_has_nothing_to_register(home: Path, tmp_path: Path) -> None:

@@ -248,7 +248,15 @@ def test_without_a_validation_split_nothing_is_evaluated_and_all_is_learned(lab:
     assert (lab.folder / "out" / "last" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": False}, {"dropout": 0.1, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora": False, "gradient_checkpointing": True},
+        {"dropout": 0.1, "gradient_accumulation_steps": 2},
+        {"dtype": "bfloat16", "gradient_checkpointing": True},
+    ],
+)
 def test_stopping_and_resuming_gives_the_same_bits(lab: Lab, changes: dict[str, Any]) -> None:
     lab.run(lab.config("whole", **changes))
     assert lab.run(lab.config("parts", **changes), stop_at(4)).stop_reason == "interrupted"
