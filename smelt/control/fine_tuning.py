@@ -23,7 +23,7 @@ from smelt.configs import RUN_METRICS
 from smelt.control.catalogue import Catalogue
 from smelt.control.completions import key_digest
 from smelt.control.fine_tuning_story import Event, Story, events_of, read_story, table_of
-from smelt.control.run_requests import RunRequests
+from smelt.control.run_requests import NEVER_ACCEPTED, RunRequests
 from smelt.control.runs import ENDED, Checkpoint, RunStatus, checkpoints_in
 from smelt.control.sessions import ask
 from smelt.control.trained_models import register_result
@@ -99,7 +99,10 @@ class FineTuning:
         if suffix is not None and not SUFFIX.fullmatch(suffix):
             raise InvalidInput("suffix has 1 to 64 letters, digits, '.', '_' and '-'", "suffix")
         values = {**config, "recipe": "fine-tune", "model": served.name}
-        config_of({**values, "data": "training_file"})  # says what is wrong with it
+        wanted = config_of({**values, "data": "training_file"})  # says what is wrong with it
+        if served.base is not None and getattr(wanted, "lora", False):
+            text = f"{model!r} is an adapter of {served.base}; fine-tune that one, or all weights: lora false"
+            raise InvalidInput(text, "model")
         job = FineTuningJob(
             id=f"ftjob-{key_digest(owner, key)[:24] if key else secrets.token_hex(12)}",
             owner=owner,
@@ -276,10 +279,19 @@ class FineTuning:
             if (file_id := job.request.get(param)) is not None:
                 values[name] = file_id
                 await self._check(job, param, file_id)
-        run = await self._runs.create(values, job.owner, label=job.id)
-        now = await self._replace(job, state="running", run_id=run.id)
-        if now.run_id != run.id:  # somebody has cancelled the job meanwhile
-            await self._runs.cancel(run.id)
+        run_id = await self._run_for(job, values)
+        now = await self._replace(job, state="running", run_id=run_id)
+        if now.run_id != run_id:  # somebody has cancelled the job meanwhile
+            await self._runs.cancel(run_id)
+
+    async def _run_for(self, job: FineTuningJob, values: dict[str, Any]) -> str:
+        """The id of a job's run, which may be there already: a process that came so far has died."""
+        for status in await self._runs.all(job.owner):
+            if status.name == job.id:
+                if status.reason == NEVER_ACCEPTED:
+                    await self._runs.resume(status.id)
+                return status.id
+        return (await self._runs.create(values, job.owner, label=job.id)).id
 
     async def _check(self, job: FineTuningJob, param: str, file_id: str) -> None:
         upload = await self._find(job.owner, param, file_id)

@@ -20,6 +20,7 @@ from scripted import Scripted
 from smelt.api.app import create_app
 from smelt.api.services import Services
 from smelt.cluster.trainer import values_of
+from smelt.control.keys import LOCAL
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import SmeltError
 from smelt.library import run, run_config
@@ -242,6 +243,31 @@ async def test_what_one_process_has_begun_the_next_one_ends(
         await reached(client, jobs[0], lambda now: now["status"] == "queued")
     async with training(services):
         assert [(await ended(client, job))["status"] for job in jobs] == ["succeeded"] * 2
+
+
+async def test_a_run_that_was_asked_for_before_a_death_is_not_asked_for_again(
+    client: httpx.AsyncClient, services: Services, base: str
+) -> None:
+    job = await begun(client, CHATS)
+    values = {"recipe": "fine-tune", "model": base, "data": job["training_file"], "train_val_split": 0.0, **QUICK}
+    run = await services.run_requests.create(values, LOCAL.owner, label=job["id"])
+    async with training(services):
+        done = await ended(client, job)
+    assert (done["status"], done["run_id"]) == ("succeeded", run.id)
+    assert len(await services.run_requests.all()) == 1
+
+
+async def test_what_was_fine_tuned_is_fine_tuned_further(
+    client: httpx.AsyncClient, services: Services, base: str
+) -> None:
+    async with training(services):
+        first = (await ended(client, await begun(client, CHATS)))["fine_tuned_model"]
+        asked = {"model": first, "training_file": await uploaded(client, CHATS)}
+        assert "is an adapter of base" in (await refused(client, JOBS, asked))["message"]
+        second = await ended(client, await begun(client, CHATS, model=first, config={**QUICK, "lora": False}))
+    assert second["status"] == "succeeded", second["error"]
+    served = await services.catalogue.find(second["fine_tuned_model"])
+    assert (served.base, served.adapter) == (None, None)
 
 
 async def test_preferences_are_learned(client: httpx.AsyncClient, services: Services, base: str) -> None:
