@@ -10,23 +10,35 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import msgspec
+import yaml
 from fastapi import APIRouter, Body, Header, Query, Request, status
 from fastapi.responses import StreamingResponse
 
+from smelt.api.openai_parsing import object_of, schema_of
 from smelt.api.services import Services
+from smelt.api.streaming import ClientLeft, NoAnswer, json_body, whole_body
 from smelt.control.model_server import WorkerInfo
 from smelt.control.run_changes import RunFollowers
 from smelt.control.run_metrics import Curves
-from smelt.control.run_requests import RunRequests
+from smelt.control.run_requests import NOT_ASKED, RunRequests
 from smelt.control.runs import MAX_LOG_LINES, Checkpoint, Log, RunDetails, RunStatus
+from smelt.errors import InvalidInput
+from smelt.run_configs import RECIPE_CONFIGS, RECIPE_SECTIONS
 
 # Proxies must hand events on as they come.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-# Checked by TrainConfig itself, whose messages are the command line's too.
-RunConfig = Annotated[
-    dict[str, Any], Body(json_schema_extra={"example": {"dataset": "shakespeare", "preset": "nano", "max_iters": 2000}})
-]
+MAX_BODY_BYTES = 2**20
+YAML = "application/yaml"
+EXAMPLE = {"dataset": "shakespeare", "preset": "nano", "max_iters": 2000}
+# What a run is asked for by. Its keys are checked by the recipe's own class, whose messages are the command line's too.
+TAKES = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": {"type": "object", "example": EXAMPLE}},
+        YAML: {"schema": {"type": "string"}},
+    },
+}
 MaxIters = Annotated[int | None, Body(embed=True, ge=1, description="optimizer steps in all, in place of the config's")]
 
 
@@ -35,6 +47,22 @@ class RunList:
     """Runs, newest first."""
 
     data: list[RunStatus]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a config of `POST /v1/runs` may say, with its fields' names under their headings."""
+
+    name: str
+    sections: dict[str, list[str]]
+    json_schema: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeList:
+    """All of them."""
+
+    data: list[Recipe]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +86,11 @@ def router(services: Services) -> APIRouter:
     _add_streams(routes, requests)
     _add_runs(routes, requests)
     _add_changes(routes, requests)
+
+    @routes.get("/recipes")
+    async def list_recipes() -> RecipeList:
+        """What can be trained: the fields of each recipe's config, as JSON schema, under their headings."""
+        return RecipeList([_recipe(name) for name in RECIPE_CONFIGS])
 
     @routes.get("/workers", tags=["workers"])
     async def list_workers() -> WorkerList:
@@ -95,9 +128,18 @@ def _add_runs(routes: APIRouter, requests: RunRequests) -> None:
 
 
 def _add_changes(routes: APIRouter, requests: RunRequests) -> None:
-    @routes.post("/runs", status_code=status.HTTP_201_CREATED)
-    async def create_run(request: Request, config: RunConfig) -> RunDetails:
-        """Train by a config: the keys of `smelt train --config`. It is queued, on the disk, when this answers."""
+    @routes.post(
+        "/runs",
+        status_code=status.HTTP_201_CREATED,
+        response_model=RunDetails,
+        openapi_extra={"requestBody": TAKES},
+    )
+    async def create_run(request: Request) -> Any:
+        """Train by a config, as JSON or YAML: the keys of `smelt train --config`. It is queued, on the disk, then."""
+        try:
+            config = await _config(request)
+        except ClientLeft:
+            return NoAnswer()
         return await requests.create(config, request.state.caller.owner)
 
     @routes.post("/runs/{run_id}/resume")
@@ -112,6 +154,19 @@ def _add_changes(routes: APIRouter, requests: RunRequests) -> None:
     async def cancel_run(request: Request, run_id: str) -> RunStatus:
         """Take a queued run back, or have a running one stop after its step, with a checkpoint."""
         return await requests.cancel(run_id, visible_to(request))
+
+
+async def _config(request: Request) -> dict[str, Any]:
+    """The mapping in the body. InvalidInput where it is none, UnsupportedEncoding, TooLarge, ClientLeft."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != YAML:
+        return object_of(await json_body(request, MAX_BODY_BYTES))
+    try:
+        values = yaml.safe_load(await whole_body(request.receive, MAX_BODY_BYTES))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the body is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InvalidInput("the body must be a mapping of keys to values")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def _add_streams(routes: APIRouter, requests: RunRequests) -> None:
@@ -135,6 +190,14 @@ def _add_streams(routes: APIRouter, requests: RunRequests) -> None:
         """
         await requests.status(run_id, visible_to(request))  # a 404 must come before the stream
         return event_stream(followers.follow(run_id, visible_to(request), last_event_id or after))
+
+
+def _recipe(name: str) -> Recipe:
+    sections = {
+        heading: [field for field in fields if field not in NOT_ASKED]
+        for heading, fields in RECIPE_SECTIONS[name].items()
+    }
+    return Recipe(name, sections, schema_of(RECIPE_CONFIGS[name]))
 
 
 def visible_to(request: Request) -> str | None:

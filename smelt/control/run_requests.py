@@ -119,7 +119,7 @@ class RunRequests:
         return await self.status(run_id)
 
     async def _checked(self, values: dict[str, Any], out_dir: Path, owner: str) -> RunConfig:
-        given = [name for name in NOT_ASKED if name in values]
+        given = [name for name in NOT_ASKED if values.get(name)]
         if given:
             raise InvalidInput(f"{given[0]} cannot be set for a run on a server; leave it out", param=given[0])
         machine = {name: getattr(self._settings, name) for name in ("device", "dtype", "threads")}

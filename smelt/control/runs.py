@@ -55,7 +55,7 @@ class RunDetails(RunStatus):
     """A run on a page of its own."""
 
     config: dict[str, Any]
-    config_yaml: str
+    config_yaml: str  # without the folder: who trains by it again needs another
     command_line: str  # runs the same again, into a folder of its own
 
 
@@ -108,7 +108,7 @@ class Runs:
     def show(self, run_id: str, owner: str | None = None) -> RunDetails:
         """One run with its config. NotFound where the owner has none of that id."""
         entry, out_dir = self.find(run_id, owner)
-        given = {name: value for name, value in entry.config.items() if value is not None}
+        given = {name: value for name, value in entry.config.items() if value is not None and name != "out_dir"}
         return RunDetails(
             **asdict(self._status(entry, out_dir)),
             config=entry.config,

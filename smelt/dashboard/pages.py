@@ -112,6 +112,11 @@ def _add_training(routes: APIRouter) -> None:
         """One run with its charts."""
         return page(request, "run.html", CHART_POLICY, run_id=run_id, section="Runs")
 
+    @routes.get("/dashboard/datasets")
+    async def datasets(request: Request) -> Response:
+        """The datasets, and what is being made."""
+        return page(request, "datasets.html")
+
     @routes.get("/dashboard/sessions")
     async def sessions(request: Request) -> Response:
         """The sessions of training by request."""

@@ -1,7 +1,7 @@
 """How much memory training takes, by shape and settings alone, and how to take less; loads nothing, knows no torch.
 
 What is counted is what the code holds at the worst moment, the beginning of backward: see `activation_bytes`. Measured
-peaks lie within 0.7 and 1.4 of it (docs/experiments.md).
+peaks were 0.96 to 1.13 of it (docs/experiments.md).
 """
 
 from collections.abc import Iterator

@@ -94,7 +94,7 @@ def test_what_is_not_there_is_404_and_what_is_wrong_is_named(client: TestClient,
     assert client.post("/v1/runs/run-000000000000/cancel").status_code == 404
     assert client.get(f"/v1/runs/{run[0]}/log?lines=0").status_code == 422
     assert client.post("/v1/runs", json={"data_path": "/etc/passwd"}).status_code == 400
-    assert client.post("/v1/runs", json=[1]).status_code == 422
+    assert client.post("/v1/runs", json=[1]).status_code == 400
 
 
 def test_somebody_elses_run_looks_like_none(app: FastAPI, client: TestClient, run: tuple[str, Path]) -> None:
@@ -160,7 +160,28 @@ def test_every_route_is_in_the_openapi_document_with_what_it_answers(app: FastAP
     assert set(document["paths"]) == {
         "/v1/runs", "/v1/runs/events", "/v1/runs/{run_id}", "/v1/runs/{run_id}/metrics", "/v1/runs/{run_id}/log",
         "/v1/runs/{run_id}/events", "/v1/runs/{run_id}/cancel", "/v1/runs/{run_id}/resume",
-        "/v1/runs/{run_id}/checkpoints", "/v1/workers",
+        "/v1/runs/{run_id}/checkpoints", "/v1/recipes", "/v1/workers",
     }  # fmt: skip
     assert all(operation["description"] for path in document["paths"].values() for operation in path.values())
     assert "RunDetails" in document["components"]["schemas"]
+
+
+def test_a_run_starts_again_by_the_yaml_that_its_page_shows(client: TestClient) -> None:
+    asked = {"data_path": "builtin:pydoc", "max_iters": 7, "betas": [0.8, 0.9], "tokenizer": "bytes"}
+    first = client.post("/v1/runs", json=asked).json()
+    yaml_type = {"content-type": "application/yaml"}
+    again = client.post("/v1/runs", content=first["config_yaml"], headers=yaml_type)
+    assert again.status_code == 201, again.text
+    assert again.json()["config"] == {**first["config"], "out_dir": again.json()["out_dir"]}
+    for text, words in (("a: [", "not valid YAML"), ("- a", "must be a mapping"), ("n-layers: 3", "n_layers")):
+        assert words in client.post("/v1/runs", content=text, headers=yaml_type).json()["detail"]
+    assert client.post("/v1/runs", content="a=1", headers={"content-type": "text/plain"}).status_code == 415
+
+
+def test_the_recipes_say_what_a_config_may_hold(client: TestClient) -> None:
+    recipes = {recipe["name"]: recipe for recipe in client.get("/v1/recipes").json()["data"]}
+    assert {"pretrain", "fine-tune", "classify"} <= recipes.keys()
+    for recipe in recipes.values():
+        fields = {name for names in recipe["sections"].values() for name in names}
+        assert fields <= recipe["json_schema"]["properties"].keys()
+        assert "out_dir" not in fields

@@ -9,14 +9,17 @@ export class ApiError extends Error {
   }
 }
 
-// The answer to a request, once its status is good. ApiError has what the server says is wrong.
-export async function request(path, { method = "GET", body, signal } = {}) {
+// The answer to a request, once its status is good. ApiError has what the server says is wrong. The body is an object,
+// which goes as JSON, a form, or a text of that `type`.
+export async function request(path, { method = "GET", body, type = "application/json", signal } = {}) {
   const headers = { Accept: "application/json" };
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const isForm = body instanceof FormData; // the browser says its type, for it chooses the boundary
+  if (body !== undefined && !isForm) headers["Content-Type"] = type;
+  const sent = body === undefined || isForm || typeof body === "string" ? body : JSON.stringify(body);
   if (csrfToken) headers["X-CSRF-Token"] = csrfToken;
   let response;
   try {
-    response = await fetch(path, { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body) });
+    response = await fetch(path, { method, headers, signal, body: sent });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server cannot be reached. Is it running?");

@@ -1,8 +1,8 @@
 // One run: its figures, charts, log and config, kept up to date by a stream of events.
 
-import { ApiError, follow, getJson } from "./api.js";
+import { ApiError, follow, getJson, request } from "./api.js";
 import { chartIn, smoothed } from "./chart.js";
-import { count, duration, fraction, loss, short, showProblem, showState } from "./format.js";
+import { ago, count, duration, fraction, loss, short, showProblem, showState, size } from "./format.js";
 
 const MAX_POINTS = 4000; // beyond, the server thins the curves anew
 const MAX_LOG_LINES = 1000;
@@ -23,7 +23,10 @@ function showStatus(run) {
   part("name").textContent = run.name;
   document.title = `${run.name} · smelt`;
   showState(part("state"), run);
-  showProblem(part("reason"), run.reason);
+  showProblem(part("reason"), run.state === "failed" ? run.reason : "");
+  showProblem(part("waits-for"), run.state === "failed" ? "" : run.reason);
+  part("cancel").hidden = run.state !== "queued" && run.state !== "running";
+  part("resume").hidden = run.state !== "failed" && run.state !== "cancelled";
   part("place").textContent = run.out_dir;
   const portion = fraction(run);
   part("progress").value = portion;
@@ -126,6 +129,7 @@ async function load() {
     addLog(log.lines);
     showStatus(run);
     draw();
+    await showCheckpoints();
     showProblem(part("problem"), "");
     const after = encodeURIComponent(`${metrics.cursor}/${log.cursor}`);
     events = follow(`${path}/events?after=${after}`, handlers, part("connection"));
@@ -135,9 +139,46 @@ async function load() {
   }
 }
 
+async function showCheckpoints() {
+  const { data } = await getJson(`${path}/checkpoints`);
+  const rows = data.map((checkpoint) => {
+    const row = document.createElement("tr");
+    const marks = [checkpoint.is_best && "best", checkpoint.is_last && "last"].filter(Boolean).join(", ");
+    const cells = [count(checkpoint.step), marks, size(checkpoint.num_bytes), ago(checkpoint.created), checkpoint.path];
+    row.append(...cells.map((content, column) => {
+      const cell = document.createElement("td");
+      cell.className = column === 0 || column === 2 ? "number" : column === 4 ? "path" : "";
+      cell.append(content);
+      return cell;
+    }));
+    return row;
+  });
+  part("checkpoints").querySelector("tbody").replaceChildren(...rows);
+  part("checkpoints").hidden = !data.length;
+}
+
+async function ask(verb) {
+  showProblem(part("problem"), "");
+  try {
+    showStatus(await (await request(`${path}/${verb}`, { method: "POST" })).json());
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    showProblem(part("problem"), error.message);
+  }
+}
+
+part("cancel").addEventListener("click", () => ask("cancel"));
+part("resume").addEventListener("click", () => ask("resume"));
+
 const handlers = {
-  state: showStatus,
-  metrics: addMetrics,
+  state: (run) => {
+    showStatus(run);
+    showCheckpoints();
+  },
+  metrics: (added) => {
+    addMetrics(added);
+    if (added.some((event) => event.kind === "evaluation")) showCheckpoints();
+  },
   log: addLog,
   reset: load,
   removed: () => {
