@@ -87,12 +87,12 @@ class SessionViews:
 
     async def follow_all(self, owner: str) -> AsyncGenerator[SessionChange | None, None]:
         """All sessions, then those that change; None where none has."""
-        known: dict[str, SessionView] = {}
+        known: dict[str, SessionView] | None = None
         async for _ in _moments():
             views = await self.all(owner)
-            changed = [view for view in views if known.get(view.id) != view]
+            changed = [view for view in views if known is None or known.get(view.id) != view]
+            yield SessionChange("sessions", changed) if changed or known is None else None
             known = {view.id: view for view in views}
-            yield SessionChange("sessions", changed) if changed else None
 
     async def follow(self, owner: str, session_id: str) -> AsyncGenerator[SessionChange | None, None]:
         """A session and its curves, then what is added."""

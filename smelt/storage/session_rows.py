@@ -49,7 +49,7 @@ def num_unfinished(connection: Connection, session_id: str) -> dict[str, int]:
     query = select(futures.c.lane, func.count()).group_by(futures.c.lane)
     is_unfinished = or_(text("state = 'queued'"), text("state = 'granted'"))  # as the indexes have it
     of_session = futures.c.lane.startswith(f"{session_id}:", autoescape=True)
-    return dict(row._tuple() for row in connection.execute(query.where(is_unfinished, of_session)))
+    return {str(lane): int(num) for lane, num in connection.execute(query.where(is_unfinished, of_session))}
 
 
 def any_weights(connection: Connection, model_id: str, kind: str, name: str) -> tuple[SavedWeights, str | None] | None:

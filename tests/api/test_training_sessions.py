@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
+from noted_session import NotedSession
 from scripted_training import training_server
 from smelt.api.services import Services
-from smelt.control.session_figures import SessionFigures
-from smelt.storage.futures import Granted
-from smelt.transport.messages import Result
-from smelt.transport.operations import OptimStep
 
 
 @pytest.fixture
@@ -34,12 +30,6 @@ def session(server: tuple[str, Services]) -> tuple[str, str]:
         made = client.post("/create_model", json=asked).raise_for_status().json()
         client.post("/retrieve_future", json={"request_id": made["request_id"]}).raise_for_status()
     return session_id, f"{session_id}:train:0"
-
-
-def take_step(figures: SessionFigures, model_id: str, seq: int) -> None:
-    request = msgspec.msgpack.encode(OptimStep(learning_rate=0.5))
-    answer = msgspec.json.encode({"type": "optim_step", "metrics": {"grad_norm": 2.0}})
-    figures.note(Granted(f"f{seq}", "ann", "optim_step", model_id, seq, 0, request), Result(f"f{seq}", 1, answer))
 
 
 def events(lines: Iterator[str], kinds: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -74,9 +64,10 @@ def test_what_a_client_tells_belongs_to_the_step_it_takes_next(
     url, services = server
     place = f"{url}/v1/sessions/{session[0]}/models/{session[1]}/figures"
     assert httpx.post(place, json={"figures": {"reward": 0.25}}).status_code == 202
-    take_step(services.post_training.figures, session[1], 1)
+    client = NotedSession(services.post_training.figures, session[1])
+    client.step()
     assert httpx.post(place, json={"figures": {"reward": 0.5, "length": 7}}).status_code == 202
-    take_step(services.post_training.figures, session[1], 2)
+    client.step()
     services.post_training.figures.close()
     curves = httpx.get(f"{url}/v1/sessions/{session[0]}/figures").json()["data"]
     assert [step["told"] for step in curves[session[1]]] == [{"reward": 0.25}, {"reward": 0.5, "length": 7}]
@@ -106,7 +97,6 @@ def test_others_sessions_are_not_there(server: tuple[str, Services], session: tu
 
 def test_changes_come_as_events(server: tuple[str, Services], session: tuple[str, str]) -> None:
     url, services = server
-    figures = services.post_training.figures
     with httpx.stream("GET", f"{url}/v1/sessions/events", timeout=30) as all_of_them:
         changes = events(all_of_them.iter_lines(), ("sessions",))
         assert [each["id"] for each in next(changes)[1]] == [session[0]]
@@ -114,7 +104,7 @@ def test_changes_come_as_events(server: tuple[str, Services], session: tuple[str
             told = events(one.iter_lines(), ("session", "curves", "steps"))
             assert next(told)[1]["models"][0]["step"] == 0
             assert next(told) == ("curves", {session[1]: []})
-            take_step(figures, session[1], 1)
+            NotedSession(services.post_training.figures, session[1]).step()
             kind, view = next(told)
             assert (kind, view["models"][0]["step"]) == ("session", 1)
             kind, added = next(told)

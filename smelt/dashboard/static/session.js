@@ -58,7 +58,8 @@ function draw(entry) {
     ],
   });
   const names = [...new Set(steps.flatMap((step) => Object.keys(step.told)))].sort();
-  inside("told-chart").hidden = !names.length;
+  inside("told-heading").textContent = `Told by the client: ${names.join(", ")}`;
+  inside("told-heading").hidden = inside("told-chart").hidden = !names.length;
   if (names.length) entry.drawTold({ curves: names.map((name, index) => toldCurve(name, x, steps, index)) });
   inside("summary").textContent = summary(steps);
   if (inside("table").open) fillTable(entry);
