@@ -31,7 +31,6 @@ HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("SMELT_SHARED", HERE.parents[1] / "shared")) / "data"
 TRAIN, VALID = SHARED / "ag_news_train.csv", SHARED / "ag_news_valid.csv"
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-ROUNDS = 3
 
 
 def main() -> None:
@@ -40,6 +39,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--concurrency", type=int, default=16)
     arguments = parser.parse_args()
@@ -116,7 +116,7 @@ def training(arguments: argparse.Namespace) -> list[str]:
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as folder:
         make_distilbert(Path(folder, "model"))
-        for _ in range(ROUNDS):
+        for _ in range(arguments.rounds):
             for name, work in contenders.items():
                 figures[name].append(contend(work, Path(folder), arguments))
     lines = ["## Training DistilBERT (66M, random weights), batches of 32 texts, at most 128 tokens", ""]

@@ -25,7 +25,13 @@ NANOGPT_FILE = "ckpt.pt"
 RUN_LINKS = ("best", "last")  # what a run's folder points to, in the order of preference
 
 # Names that everybody knows -> repositories of the hub; the older name may be the one in the cache.
-HUB_NAMES = {name: (f"openai-community/{name}", name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB_OWNERS = {
+    **dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community"),
+    "distilbert-base-uncased": "distilbert",
+    "bert-base-uncased": "google-bert",
+    "roberta-base": "FacebookAI",
+}
+HUB_NAMES = {name: (f"{owner}/{name}", name) for name, owner in HUB_OWNERS.items()}
 
 
 def resolve(name_or_folder: str, models_folder: Path, progress: "Progress | None" = None) -> Path:

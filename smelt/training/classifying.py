@@ -113,7 +113,7 @@ def _read_start(folder: Path, checkpoint: Path | None) -> Start:
 
 def read_data(config: ClassifierConfig, start: Start, progress: Progress) -> tuple[LabelledTexts, LabelledTexts]:
     """The texts to train on and those to validate on, by the same labels."""
-    columns = Columns(config.text_column, config.label_column)
+    columns = Columns(config.text_column or "", config.label_column or "")
 
     def read(spec: str, names: Sequence[str] | None) -> LabelledTexts:
         return read_labelled(spec, columns, names, Reading(config.errors), progress)
