@@ -24,7 +24,7 @@ LOST = "its process ended without a word, as after kill -9 or a power loss; it c
 STOPPED = "it was stopped before its end; it can be resumed"
 ENDED = ("succeeded", "failed", "cancelled")
 MAX_LOG_LINES = 2000
-VERBS = {"pretrain": "train", "fine-tune": "finetune"}  # the command of each recipe
+VERBS = {"pretrain": "train", "fine-tune": "finetune", "classify": "train-classifier"}  # the command of each recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
