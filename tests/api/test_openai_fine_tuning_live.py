@@ -16,7 +16,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from families import random_state
 from processes import eventually, needs_proc
-from serving import Server, serving
+from serving import serving
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
 from smelt.models.weights import write_model
@@ -61,13 +61,18 @@ def at_end(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
     return found
 
 
-def kill_while_it_runs(server: Server, client: openai.OpenAI, job: FineTuningJob) -> None:
-    def has_begun() -> bool:
-        events = client.fine_tuning.jobs.list_events(job.id).data
-        return any(event.type == "metrics" for event in events)
+def num_steps(client: openai.OpenAI, job: FineTuningJob) -> int:
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+    return sum(event.type == "metrics" for event in events)
 
-    eventually(has_begun, "the first step", 120)
-    os.kill(server.pid_of("api"), signal.SIGKILL)
+
+def pause_and_resume(client: openai.OpenAI, job: FineTuningJob) -> None:
+    """In the middle of its run."""
+    eventually(lambda: num_steps(client, job) > 1, "the first steps", 120)
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    before = num_steps(client, job)
+    assert client.fine_tuning.jobs.resume(job.id).status in ("queued", "running")
+    eventually(lambda: num_steps(client, job) > before + 2, "more steps", 120)
 
 
 def test_the_whole_flow_on_real_text(tmp_path: Path, shared_data: Path) -> None:
@@ -94,7 +99,8 @@ def test_the_whole_flow_on_real_text(tmp_path: Path, shared_data: Path) -> None:
             hyperparameters={"n_epochs": 4, "batch_size": 8},
             extra_body={"config": {"lora": False, "learning_rate": 3e-3}},
         )
-        kill_while_it_runs(server, client, job)
+        pause_and_resume(client, job)
+        os.kill(server.pid_of("api"), signal.SIGKILL)
         played = at_end(client, job)
         assert played.status == "succeeded", played.error
         losses = [
