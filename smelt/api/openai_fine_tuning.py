@@ -1,5 +1,6 @@
 """OpenAI's fine-tuning: jobs asked for, followed, paused, resumed, cancelled; computes nothing and reads no file."""
 
+import re
 import time
 from typing import Annotated, TypeVar
 
@@ -18,6 +19,7 @@ from smelt.errors import InvalidInput, NotFound
 from smelt.storage.records import FineTuningJob
 
 DEFAULT_LISTED, MAX_LISTED = 20, 1000
+METADATA = re.compile(r"metadata\[(.*)\]")
 ALTERNATIVES = {
     "n_epochs": '"auto" or a number of epochs',
     "batch_size": '"auto" or a number of examples',
@@ -56,8 +58,10 @@ def _add_jobs(routes: APIRouter, jobs: FineTuning) -> None:
     async def list_jobs(
         request: Request, after: str | None = None, limit: Limit = DEFAULT_LISTED
     ) -> Listing[JobObject]:
-        """Your jobs, newest first."""
-        found = await jobs.page(request.state.caller.owner, limit + 1, after)
+        """Your jobs, newest first; with `metadata[NAME]=VALUE` those that have it."""
+        named = METADATA.fullmatch
+        metadata = {match[1]: value for name, value in request.query_params.items() if (match := named(name))}
+        found = await jobs.page(request.state.caller.owner, limit + 1, after, metadata)
         shown = [await _shown(jobs, job) for job in found]
         return listing(shown, limit, lambda job: job, lambda job: job.id)
 

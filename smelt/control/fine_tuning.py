@@ -144,11 +144,24 @@ class FineTuning:
         except NotFound:
             raise NotFound(f"there is no fine-tuning job {job_id[:80]!r}") from None
 
-    async def page(self, owner: str, limit: int, after: str | None = None) -> list[FineTuningJob]:
-        """The owner's jobs, newest first, from behind the one of that id. NotFound where there is none."""
+    async def page(
+        self, owner: str, limit: int, after: str | None = None, metadata: Mapping[str, str] | None = None
+    ) -> list[FineTuningJob]:
+        """The owner's jobs, newest first, from behind the one of that id; those with that metadata, if any is given.
+
+        NotFound where the owner has none of that id.
+        """
+        wanted = (metadata or {}).items()
 
         def read(connection: Connection) -> list[FineTuningJob]:
-            return records.page(connection, FineTuningJob, owner, limit, after)
+            found: list[FineTuningJob] = []
+            place = after
+            while some := records.page(connection, FineTuningJob, owner, limit, place):
+                found += [job for job in some if wanted <= (job.user_metadata or {}).items()]
+                if len(found) >= limit:
+                    break
+                place = some[-1].id
+            return found[:limit]
 
         return await asyncio.to_thread(ask, self._database, read)
 

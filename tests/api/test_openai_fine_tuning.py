@@ -157,6 +157,9 @@ async def test_lists_go_page_by_page(client: httpx.AsyncClient, base: str) -> No
     assert ([job["id"] for job in page["data"]], page["has_more"]) == ([jobs[2]["id"], jobs[1]["id"]], True)
     page = (await client.get(f"{JOBS}?limit=2&after={page['last_id']}")).json()
     assert ([job["id"] for job in page["data"]], page["has_more"]) == ([jobs[0]["id"]], False)
+    tagged = [await begun(client, CHATS, metadata={"team": team, "x": "1"}) for team in "ab"]
+    page = (await client.get(JOBS, params={"metadata[team]": "a", "metadata[x]": "1", "limit": 1})).json()
+    assert ([job["id"] for job in page["data"]], page["has_more"]) == ([tagged[0]["id"]], False)
     events = await read(client, jobs[0], "/events?limit=1")
     assert events["has_more"]
     later = await read(client, jobs[0], f"/events?after={events['last_id']}")
