@@ -23,7 +23,7 @@ from smelt.api.chat_training_types import (
     StepBody,
 )
 from smelt.api.services import Services
-from smelt.api.streaming import Presence, json_body
+from smelt.api.streaming import ClientLeft, Presence, json_body
 from smelt.api.tinker_answers import add_direct, aside, encoded, iso_time, owner_of, promise
 from smelt.api.tinker_types import RetrieveBody, understand
 from smelt.control.adapters_in_training import name_of
@@ -71,8 +71,11 @@ class ChatTraining:
         """What became of a promise, when it is there; 202 where that takes longer than a minute."""
         body = understand(RetrieveBody, await json_body(request, MAX_JSON_BYTES))
         owner = owner_of(request)
-        async with Presence(request.receive):
-            found = await outcome(self._services.ledger, owner, body.request_id, POLL_S)
+        try:
+            async with Presence(request.receive):
+                found = await outcome(self._services.ledger, owner, body.request_id, POLL_S)
+        except ClientLeft:  # also when the server goes down: then it hears to ask again
+            found = None
         if found is None:
             return encoded({"status": "pending", "request_id": body.request_id}, 202)
         future = await self._services.ledger.read(owner, body.request_id)

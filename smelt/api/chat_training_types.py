@@ -12,13 +12,14 @@ from pydantic import Field
 from smelt.api.tinker_types import TinkerBody
 from smelt.control.adapters_in_training import RANK, LossRequest, Wanted
 from smelt.data.chat import parse_messages
-from smelt.errors import DataError, InvalidInput
+from smelt.errors import DataError, InvalidInput, TooLarge
 from smelt.models.aliases import DEFAULT
 from smelt.transport.operations import OptimStep
 from smelt.types import ASSISTANT, ChatExample, ChatMessage, Conversation
 
 MAX_EXAMPLES = 4096  # of a request
 ALPHA = 32  # every adapter's
+MAX_TURNS = 8192  # of all examples of a request: each of the assistant's is rendered with what came before it
 PADDING = -100  # fills lists of tokens up
 TARGETS = "target_tokens"
 TOKEN_INPUTS = ("logprobs", "advantages", "weights", "sequence_ratio_mask")
@@ -51,6 +52,7 @@ class ForwardBackwardBody(TinkerBody):
         inputs = self.loss_fn_inputs or {}
         _check_inputs(self.loss_fn, inputs, len(self.data))
         examples = tuple(_numbered(number, given, inputs, self.loss_fn) for number, given in enumerate(self.data))
+        _check_turns(examples)
         return LossRequest(examples, self.loss_fn, self.loss_fn_config, self.forward_only)
 
 
@@ -145,6 +147,15 @@ def _check_inputs(loss_name: str, inputs: TokenLists, num_examples: int) -> None
             )
     if inputs and TARGETS not in inputs:
         raise InvalidInput(f"loss_fn_inputs needs {TARGETS}: what the other lists are about", "loss_fn_inputs")
+
+
+def _check_turns(examples: Iterable[ChatExample]) -> None:
+    both = [part for each in examples for part in (each.conversation, each.rejected) if part is not None]
+    num_turns = sum(len(conversation.messages) for conversation in both)
+    if num_turns > MAX_TURNS:
+        raise TooLarge(
+            f"the data have {num_turns} turns, and a request may have {MAX_TURNS}; send them in parts", "data"
+        )
 
 
 def _numbered(number: int, given: Any, inputs: TokenLists, loss_name: str) -> ChatExample:

@@ -114,7 +114,8 @@ class _Tokens:
 
     def reply(self, number: int) -> slice:
         """The tokens of a turn of the assistant's, up to that which ends it: no model is asked for what follows."""
-        start, end = _span(self.rendering, self.text, number)
+        is_last = number == len(self.conversation.messages) - 1
+        start, end = _span(self.rendering, self.text, number, is_last=is_last)
         first, last = bisect_right(self.ends, start), bisect_right(self.ends, end)
         stops = [place for place in range(first, last) if self.ids[place] in self.stop_token_ids]
         return slice(first, stops[-1] + 1 if stops else last)
@@ -175,9 +176,10 @@ def _check_turns(conversation: Conversation) -> None:
         raise InvalidInput("a conversation cannot begin with a turn of the role `assistant`", "messages")
 
 
-def _span(rendering: Rendering, text: str, number: int) -> tuple[int, int]:
+def _span(rendering: Rendering, text: str, number: int, *, is_last: bool) -> tuple[int, int]:
     """Where in the text a turn of the assistant's begins and ends. InvalidInput where that cannot be told."""
-    before, with_it = rendering.text_of(number, True), rendering.text_of(number + 1, False)
+    before = rendering.text_of(number, True)
+    with_it = text if is_last else rendering.text_of(number + 1, False)
     if not text.startswith(before):
         raise _not_told_apart(number, "what comes before")
     if not text.startswith(with_it) and not with_it.startswith(text):

@@ -176,8 +176,6 @@ class Rendering:
     data: list[Datum] = field(default_factory=list)
     has_begun: bool = False
 
-    is_long = True  # a template takes milliseconds for each turn
-
     def prepare(self, model: TextModel) -> None:
         """Render them. InvalidInput says which one cannot be."""
         config = model.config

@@ -2,7 +2,7 @@
 
     any thread:   submit, embed, load, unload, cancel  -> commands
     own thread:   commands, then one step of each model with work, then what came of it -> `deliver`
-    side threads: loading a model, turning text into tokens; neither holds up the steps of the others
+    side threads: loading a model, turning text and conversations into tokens; neither holds up the steps of the others
 
 Between the steps a companion does work of its own on the same thread and models, a bounded piece at a time.
 
@@ -75,6 +75,7 @@ class InferenceServer:
         # Two, so that short texts need not wait for a long one.
         self._encoder = ThreadPoolExecutor(1, "prompt-encoder")
         self._long_encoder = ThreadPoolExecutor(1, "long-prompt-encoder")
+        self._renderer = ThreadPoolExecutor(1, "conversation-renderer")  # a request's may take it seconds
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
@@ -139,7 +140,7 @@ class InferenceServer:
         self._commands.put(None)
         self._thread.join()
         self._residents.close()
-        for pool in (self._encoder, self._long_encoder):
+        for pool in (self._encoder, self._long_encoder, self._renderer):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # --- The thread ----------------------------------------------------------------------------------------
@@ -312,7 +313,10 @@ class InferenceServer:
             assert isinstance(model, TextModel), "that it is no classifier was checked"
             job.come(model)
             return
-        encoder = self._long_encoder if job.is_long else self._encoder
+        if isinstance(job, Rendering):
+            encoder = self._renderer
+        else:
+            encoder = self._long_encoder if job.is_long else self._encoder
         prepare: Callable[..., None] = job.prepare
         prepared = encoder.submit(prepare, model)
         prepared.add_done_callback(lambda done: self._commands.put(partial(self._begin, job, resident, done)))

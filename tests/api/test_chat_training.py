@@ -240,6 +240,7 @@ async def test_samples_that_cannot_be_are_refused(client: httpx.AsyncClient, bod
         ({"model_id": "a", "data": [SUM], "loss_fn_inputs": {"target_tokens": [[1], [2]]}}, "has 2 lists"),
         ({"model_id": "a", "data": [SUM], "loss_fn_inputs": {"target_tokens": [[1.5]]}}, "whole numbers"),
         ({"model_id": "a", "data": [SUM], "loss_fn_inputs": {"target_tokens": [[999]]}}, "has tokens that the model"),
+        ({"model_id": "a", "data": [[*SUM, *SUM * 100]] * 41}, "8282 turns, and a request may have 8192"),
         ({"model_id": "a", "data": [SUM], "base_model": "gone"}, "no model 'gone' is served"),
         ({"model_id": "../a", "data": [SUM]}, "an adapter cannot be called '../a'"),
         ({"model_id": "a", "data": [SUM], "rank": 9999}, "rank must be from 1 to 512"),
@@ -249,7 +250,7 @@ async def test_what_cannot_be_learned_is_refused_at_once(
     client: httpx.AsyncClient, body: dict[str, Any], told: str
 ) -> None:
     answer = await client.post("/fwdbwd", json=body)
-    assert answer.status_code == (404 if "gone" in told else 400), answer.text
+    assert answer.status_code == (404 if "gone" in told else 413 if "8192" in told else 400), answer.text
     assert told in answer.json()["detail"]
     assert (await client.get("/adapters")).json() == {"adapters": []}  # and made nothing
 
@@ -312,6 +313,21 @@ async def test_an_adapter_becomes_a_model(client: httpx.AsyncClient, services: S
     for name, status in (("taken", 409), ("../out", 400)):
         assert (await client.post("/merge_lora", json={"model_id": "a", "name": name})).status_code == status
     assert (await client.post("/merge_lora", json={"model_id": "b", "name": "x"})).status_code == 404
+
+
+async def test_each_route_has_its_scope(services: Services, worker: Any) -> None:
+    keys = {scope: make_key(services, scope, scopes=[scope]) for scope in ("inference", "training")}
+    app = create_app(services)
+    async with client_of(app, keys["inference"]) as reader:
+        assert (await reader.post("/fwdbwd", json={"model_id": "a", "data": [SUM]})).status_code == 403
+        assert (await reader.get("/adapters")).status_code == 403
+        assert (await reader.post("/sample", json={"prompts": ["a"]})).status_code == 200
+    async with client_of(app, keys["training"]) as trainer:
+        await post(trainer, "/add_lora", model_id="a")
+        assert (await trainer.post("/merge_lora", json={"model_id": "a", "name": "x"})).status_code == 403
+    async with client_of(app) as nobody:
+        assert (await nobody.post("/retrieve_future", json={"request_id": "x"})).status_code == 401
+        assert (await nobody.get("/healthz")).status_code == 200
 
 
 async def test_what_there_is_can_be_asked(client: httpx.AsyncClient) -> None:

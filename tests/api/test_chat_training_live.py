@@ -1,14 +1,18 @@
 """Plain HTTP against `smelt serve` with a tiny chat model: it learns what it is told, and goes on after a crash."""
 
+import gc
 import os
 import re
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import tinker
+from tinker import types
 
 from chat_templates import QWEN_3, write_tokenizer
 from families import random_state
@@ -18,7 +22,12 @@ from smelt.control.adapters import import_adapter
 from smelt.control.models import import_model
 from smelt.models.weights import write_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    # Tinker's client leaves connections to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 CONFIG = DecoderConfig(vocab_size=288, block_size=128, n_layer=1, n_head=2, n_embd=32)
 QUESTION = {"role": "user", "content": "What is 2+2?"}
@@ -38,6 +47,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         patch.setenv("SMELT_DTYPE", "float32")
         with serving(folder / "home", str(folder / "chat")) as started:
             yield started
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +85,9 @@ def say(client: httpx.Client, name: str | None) -> str:
 
 def test_an_answer_is_learned_and_the_base_model_stays(client: httpx.Client) -> None:
     before = say(client, None)
-    losses = learn(client, 40, model_id="my-model", data=[SUM], loss_fn="cross_entropy")
+    losses = learn(client, 40, model_id="taught", data=[SUM], loss_fn="cross_entropy")
     assert losses[0] > 1 > 0.05 > losses[-1]
-    assert say(client, "my-model") == "4"
+    assert say(client, "taught") == "4"
     assert say(client, None) == before != "4"
 
 
@@ -106,7 +118,7 @@ def test_preferences_are_learned(client: httpx.Client) -> None:
 
 
 def test_a_conversation_that_the_template_refuses_is_the_user_s_fault(client: httpx.Client) -> None:
-    body = {"model_id": "my-model", "data": [[{"role": "tool", "content": "x"}]]}
+    body = {"model_id": "taught", "data": [[{"role": "tool", "content": "x"}]]}
     answer = client.post("/fwdbwd", json=body)
     assert answer.status_code == 400
     assert "data[0]" in answer.json()["detail"]
@@ -133,13 +145,18 @@ def test_an_adapter_leaves_and_comes_back(server: Server, client: httpx.Client) 
     result(client, post(client, "/load_weights", model_id="again", path=path, optimizer=False))
     found = result(client, post(client, "/fwdbwd", model_id="again", data=[SUM], forward_only=True))
     assert found["loss_fn_outputs"] == result(client, promised)["loss_fn_outputs"]
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-test") as service:
+        training = service.create_training_client_from_state(path).result(timeout=60)
+        assert training.get_info().model_data.model_name == "base-chat"
+        sampler = service.create_sampling_client(model_path=path).result(timeout=60)
+        drawn = sampler.sample(types.ModelInput.from_ints([65, 66]), 1, types.SamplingParams(max_tokens=2)).result()
+        assert drawn.sequences[0].tokens
     body = {"messages": [QUESTION], "max_tokens": 4, "temperature": 0}
     answers = [post(client, "/v1/chat/completions", model=name, **body) for name in ("coming", "base-chat")]
     said, base = (answer["choices"][0]["message"]["content"] for answer in answers)
     assert said == say(client, "again") != base
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("library", ["requests", "tinker"])
 def test_the_documentation_s_snippets_work(
     server: Server, client: httpx.Client, library: str, capsys: pytest.CaptureFixture[str]
