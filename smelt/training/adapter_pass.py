@@ -104,7 +104,31 @@ class _Stack:
         if len(owned) == 1:
             owned.append((owned[0][0] ^ 1, 0))  # rows have an even number of tiles
         self.tiles, self.slots = torch.tensor(owned, device=device).unbind(1)
+        self._is_in_order = [tile for tile, _ in owned] == list(range(len(owned)))
         self._firsts = _firsts(members)
+
+    def own(self, rows_NC: Tensor) -> Tensor:
+        """The stack's tiles of a row, (n, T, C): the row itself where they are all of it."""
+        tiles = rows_NC.reshape(-1, ADAPTER_TILE, rows_NC.shape[1])
+        return tiles if self._is_all_of(tiles) else tiles[self.tiles]
+
+    def added(self, rows_NC: Tensor, tiles: Tensor) -> Tensor:
+        """The row with what its tiles add to it."""
+        all_tiles = rows_NC.view(-1, ADAPTER_TILE, rows_NC.shape[1])
+        if self._is_all_of(all_tiles):
+            return (all_tiles + tiles).view_as(rows_NC)
+        num = self.num_tiles
+        return all_tiles.index_add(0, self.tiles[:num], tiles[:num]).view_as(rows_NC)
+
+    def spread(self, tiles: Tensor, num_rows: int) -> Tensor:
+        """A row of zeros but for these tiles."""
+        if self._is_in_order and num_rows == self.num_tiles * ADAPTER_TILE == len(self.tiles) * ADAPTER_TILE:
+            return tiles.flatten(0, 1)
+        num, row = self.num_tiles, tiles.new_zeros(num_rows // ADAPTER_TILE, *tiles.shape[1:])
+        return row.index_copy_(0, self.tiles[:num], tiles[:num]).flatten(0, 1)
+
+    def _is_all_of(self, tiles: Tensor) -> bool:
+        return self._is_in_order and len(tiles) == len(self.tiles) == self.num_tiles
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """What lies between A and B, (n, T, P R), by the scale of each tile's adapter."""
@@ -141,7 +165,7 @@ def _firsts(members: Sequence[Member]) -> list[list[tuple[int, int]]]:
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack) -> Tensor:
-        x = x_NC.view(-1, ADAPTER_TILE, x_NC.shape[1])[stack.tiles]
+        x = stack.own(x_NC)
         hidden = stack.scaled(torch.bmm(x, stack.a[stack.slots].transpose(1, 2)))
         parts = zip(
             torch.split(hidden, stack.rank, dim=2),
@@ -151,14 +175,14 @@ class _Add(torch.autograd.Function):
         added = torch.cat([torch.bmm(h, b.transpose(1, 2)) for h, b in parts], dim=2)
         ctx.stack = stack
         ctx.save_for_backward(x, hidden)
-        return _added(y_NO.clone(), added, stack)
+        return stack.added(y_NO, added)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (g_NO,) = gradients
         stack: _Stack = ctx.stack
         x, hidden = ctx.saved_tensors
-        g = g_NO.reshape(-1, ADAPTER_TILE, g_NO.shape[1])[stack.tiles]
+        g = stack.own(g_NO)
         g_parts = torch.split(g, stack.num_rows, dim=2)
         b_parts = torch.split(stack.b[stack.slots], stack.num_rows, dim=1)
         g_hidden = torch.cat([torch.bmm(g_part, b) for g_part, b in zip(g_parts, b_parts, strict=True)], dim=2)
@@ -168,11 +192,4 @@ class _Add(torch.autograd.Function):
         a_gradients = torch.bmm(g_hidden.transpose(1, 2).float(), x.float())
         stack.add_gradients(a_gradients, torch.cat(b_gradients, dim=1))
         g_x = torch.bmm(g_hidden, stack.a[stack.slots])
-        return _added(g_NO.new_zeros(len(g_NO), g_x.shape[2]), g_x, stack), g_NO, None, None
-
-
-def _added(rows: Tensor, tiles: Tensor, stack: _Stack) -> Tensor:
-    """The rows with what the stack's tiles add to them, in place."""
-    num = stack.num_tiles
-    rows.view(-1, ADAPTER_TILE, rows.shape[1]).index_add_(0, stack.tiles[:num], tiles[:num])
-    return rows
+        return stack.spread(g_x, len(g_NO)), g_NO, None, None

@@ -1,8 +1,8 @@
-"""Log-probabilities of targets without ever holding the logits of a whole batch; knows no loss and no session.
+"""Log-probabilities of targets without ever holding the fp32 logits of a whole batch; knows no loss and no session.
 
-Logits come in tiles of a fixed number of rows (`fixed_tiles`), forward and once more backward, where tiles that no
-gradient reaches are left out. What an adapter adds to them, and its gradient, is computed in pieces of ADAPTER_TILE
-rows of one datum: so a datum gets the same bits whoever else is in the pass.
+Logits come in tiles of a fixed number of rows (`fixed_tiles`), and once more in backward unless there was room to keep
+them; tiles that no gradient reaches are left out there. What an adapter adds to them, and its gradient, is computed in
+pieces of ADAPTER_TILE rows of one datum: so a datum gets the same bits whoever else is in the pass.
 
 Shapes: N rows of hidden states, C width, V token ids, K targets of a row, r rank of an adapter.
 """
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from smelt.models.fixed_tiles import TILE_ROWS, filled
 from smelt.training.packed_data import ADAPTER_TILE, Place
+
+MAX_KEPT_BYTES = 256 * 2**20  # of logits, between forward and backward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,41 +49,58 @@ def target_logprobs(
     Gradients pass to the hidden states, and of adapters into their place, datum by datum. `anchor`: something that
     wants a gradient, for where the hidden states do not.
     """
-    found: tuple[Tensor, ...] = _TargetLogprobs.apply(hidden_NC, weight, tuple(wanted), anchor)  # type: ignore[no-untyped-call]
+    num_kept = MAX_KEPT_BYTES // (TILE_ROWS * weight.shape[0] * weight.itemsize) if torch.is_grad_enabled() else 0
+    found: tuple[Tensor, ...] = _TargetLogprobs.apply(hidden_NC, weight, tuple(wanted), num_kept, anchor)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Piece(NamedTuple):
-    """ADAPTER_TILE rows, of which the first are the tokens `own` of a datum."""
+    """ADAPTER_TILE rows from `start`, of which the first are tokens of a datum, from `own_start`."""
 
     datum: int
-    rows: slice
-    own: slice
+    start: int
+    own_start: int
+    num_own: int
 
     @property
-    def num_own(self) -> int:
-        return self.own.stop - self.own.start
+    def rows(self) -> slice:
+        return slice(self.start, self.start + ADAPTER_TILE)
+
+    @property
+    def own(self) -> slice:
+        return slice(self.own_start, self.own_start + self.num_own)
+
+
+class _Logits(NamedTuple):
+    """(ADAPTER_TILE, V) in the weights' dtype, and scale A x where an adapter has a part in them."""
+
+    values: Tensor
+    hidden: Tensor | None
 
 
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NC: Tensor, weight: Tensor, wanted: tuple[Wanted, ...], _anchor: Tensor | None
+        ctx: Any, hidden_NC: Tensor, weight: Tensor, wanted: tuple[Wanted, ...], num_kept: int, _anchor: Tensor | None
     ) -> tuple[Tensor, ...]:
+        kept: dict[_Piece, _Logits] = {}
         logprobs = tuple(hidden_NC.new_empty(each.targets_NK.shape, dtype=torch.float32) for each in wanted)
         sums_N = hidden_NC.new_zeros(len(hidden_NC), dtype=torch.float32)
-        for tile in _tiles(list(_pieces(wanted))):
-            for piece, (logits, _) in zip(tile, _logits(hidden_NC, weight, wanted, tile), strict=True):
+        for number, tile in enumerate(_tiles(list(_pieces(wanted)))):
+            for piece, found_logits in zip(tile, _logits(hidden_NC, weight, wanted, tile), strict=True):
+                if number < num_kept:
+                    kept[piece] = found_logits
+                logits = found_logits.values.float()
                 sums = sums_N[piece.rows] = logits.logsumexp(dim=1)
                 targets = wanted[piece.datum].targets_NK[piece.own]
                 found = logits[: piece.num_own].gather(1, targets)
                 logprobs[piece.datum][piece.own] = found - sums[: piece.num_own, None]
-        ctx.weight, ctx.wanted = weight, wanted  # frozen, so that nothing has to watch over them
+        ctx.weight, ctx.wanted, ctx.kept = weight, wanted, kept  # frozen, so that nothing has to watch over them
         ctx.save_for_backward(hidden_NC, sums_N)
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         hidden_NC, sums_N = ctx.saved_tensors
         weight: Tensor = ctx.weight
         wanted: tuple[Wanted, ...] = ctx.wanted
@@ -89,9 +108,11 @@ class _TargetLogprobs(torch.autograd.Function):
         reached = [piece for piece in _pieces(wanted) if bool(gradients[piece.datum][piece.own].any())]
         for tile in _tiles(reached):
             g_tile = []
-            for piece, (logits, hidden) in zip(tile, _logits(hidden_NC, weight, wanted, tile), strict=True):
+            is_kept = all(piece in ctx.kept for piece in tile)
+            found = [ctx.kept.pop(p) for p in tile] if is_kept else _logits(hidden_NC, weight, wanted, tile)
+            for piece, (logits, hidden) in zip(tile, found, strict=True):
                 each = wanted[piece.datum]
-                g_logits = _logits_gradient(logits, sums_N[piece.rows], gradients[piece.datum], each, piece)
+                g_logits = _logits_gradient(logits.float(), sums_N[piece.rows], gradients[piece.datum], each, piece)
                 g_tile.append(g_logits.to(weight.dtype))
                 if each.adapter is not None and hidden is not None:
                     g_NC[piece.rows] = _adapter_gradient(g_tile[-1], hidden_NC[piece.rows], hidden, each.adapter)
@@ -99,7 +120,7 @@ class _TargetLogprobs(torch.autograd.Function):
                 g_rows = filled(torch.cat(g_tile)) @ weight
                 for piece, g in zip(tile, torch.split(g_rows, ADAPTER_TILE), strict=False):
                     g_NC[piece.rows] += g
-        return g_NC if ctx.needs_input_grad[0] else None, None, None, None
+        return g_NC if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 def _pieces(wanted: Sequence[Wanted]) -> Iterator[_Piece]:
@@ -107,9 +128,7 @@ def _pieces(wanted: Sequence[Wanted]) -> Iterator[_Piece]:
     for datum, each in enumerate(wanted):
         place = each.place
         for start in range(0, place.num_tokens, ADAPTER_TILE):
-            first = place.start + start
-            own = slice(start, min(start + ADAPTER_TILE, place.num_tokens))
-            yield _Piece(datum, slice(first, first + ADAPTER_TILE), own)
+            yield _Piece(datum, place.start + start, start, min(ADAPTER_TILE, place.num_tokens - start))
 
 
 def _tiles(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
@@ -117,20 +136,18 @@ def _tiles(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
     return (pieces[start : start + num] for start in range(0, len(pieces), num))
 
 
-def _logits(
-    hidden_NC: Tensor, weight: Tensor, wanted: Sequence[Wanted], tile: Sequence[_Piece]
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Of each piece the logits in fp32, rounded to the weights' dtype on the way as the sampler's, and scale A x."""
+def _logits(hidden_NC: Tensor, weight: Tensor, wanted: Sequence[Wanted], tile: Sequence[_Piece]) -> list[_Logits]:
+    """Of each piece, rounded to the weights' dtype as the sampler's are."""
     rows = torch.cat([hidden_NC[piece.rows] for piece in tile])
     parts = torch.split(F.linear(filled(rows), weight)[: len(rows)], ADAPTER_TILE)
-    found: list[tuple[Tensor, Tensor | None]] = []
+    found: list[_Logits] = []
     for piece, logits in zip(tile, parts, strict=True):
         adapter = wanted[piece.datum].adapter
         if adapter is None:
-            found.append((logits.float(), None))
+            found.append(_Logits(logits, None))
         else:
             hidden = F.linear(hidden_NC[piece.rows], adapter.a) * adapter.scale
-            found.append(((logits + F.linear(hidden, adapter.b)).float(), hidden))
+            found.append(_Logits(logits + F.linear(hidden, adapter.b), hidden))
     return found
 
 

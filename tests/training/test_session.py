@@ -17,6 +17,7 @@ from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
 from smelt.models.quantization import quantize
 from smelt.models.weights import read_model
+from smelt.training import target_logprobs
 from smelt.training.losses import LOSSES, REFERRING
 from smelt.training.session import Outcome, SessionTrainer, Work
 from smelt.training.trained_adapter import TrainedAdapter
@@ -444,3 +445,12 @@ def test_quantized_weights_are_refused() -> None:
     quantize(model, "int8")
     with pytest.raises(InvalidInput, match="without --quantize"):
         SessionTrainer(model)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 61 * 128 * 4 + 1, 2**30])
+def test_logits_that_are_computed_again_are_the_kept_ones(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    trainer = SessionTrainer(make_model())
+    works = [Work(adapter_of(trainer, seed), [rl_datum(70, 1), rl_datum(190, 2)], "ppo") for seed in range(2)]
+    expected = bits(trainer, works, 1)
+    monkeypatch.setattr(target_logprobs, "MAX_KEPT_BYTES", num_bytes)
+    assert bits(trainer, works, 1) == expected
