@@ -313,13 +313,14 @@ class InferenceServer:
             assert isinstance(model, TextModel), "that it is no classifier was checked"
             job.come(model)
             return
-        if isinstance(job, Rendering):
-            encoder = self._renderer
-        else:
-            encoder = self._long_encoder if job.is_long else self._encoder
         prepare: Callable[..., None] = job.prepare
-        prepared = encoder.submit(prepare, model)
+        prepared = self._encoder_for(job).submit(prepare, model)
         prepared.add_done_callback(lambda done: self._commands.put(partial(self._begin, job, resident, done)))
+
+    def _encoder_for(self, job: Writing | Sampling | Embedding | Rendering | Classifying) -> ThreadPoolExecutor:
+        if isinstance(job, Rendering):
+            return self._renderer
+        return self._long_encoder if job.is_long else self._encoder
 
     def _begin(
         self,

@@ -20,6 +20,7 @@ from session_worker import load_tiny
 from smelt.cluster import lanes as lanes_module
 from smelt.cluster import training_lanes
 from smelt.cluster.worker import Worker
+from smelt.control.models import new_model
 from smelt.control.workers import Workers
 from smelt.inference.service import TextModel
 from smelt.models.loading import load_model
@@ -32,6 +33,7 @@ from smelt.transport.operations import (
     SAMPLE,
     CreateModel,
     LoadWeights,
+    MergeWeights,
     OptimStep,
     Sample,
     Sampler,
@@ -178,6 +180,27 @@ async def test_a_session_from_its_opening_to_its_end(
         assert json.loads(ended or b"") == {"type": "unload_model", "model_id": LANE}
         assert (tmp_path / FOLDER / "weights/a/adapter_model.safetensors").is_file()
         assert await workers.unload_model("tiny") == 1
+
+
+async def test_an_adapter_becomes_a_model_and_once_only(
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+) -> None:
+    client, models = Client(ledger), tmp_path / "models"
+    async with serving(workers, ledger, socket_file), working(socket_file, tmp_path):
+        await client.results([await client.open(), *await client.round(0)])
+        whole = await client.submit("merge_weights", MergeWeights("whole", "models"))
+        taken = await client.submit("merge_weights", MergeWeights("whole", "models"))
+        with new_model("early", models, "a worker that died before it said so", f"{LANE}:{client.seq}"):
+            pass
+        early = await client.submit("merge_weights", MergeWeights("early", "models"))
+        told = [json.loads(result or b"") for result in await client.results([whole, early])]
+        assert told == [{"type": "merge_weights", "model": name} for name in ("whole", "early")]
+        assert (await outcome(ledger, taken)).category == "user"
+        await client.results(await client.round(1))
+    merged, base = load_model(models / "whole")[0].state_dict(), load_tiny("tiny").model.state_dict()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert "blocks.0.attention.out.weight" in changed
+    assert "embedding.weight" not in changed
 
 
 async def test_a_window_with_a_failure_never_steps(
