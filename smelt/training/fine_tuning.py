@@ -150,18 +150,19 @@ def read_data(config: FineTuneConfig, datasets_folder: Path, base: Base, progres
 
 
 def located_examples(spec: str, split: str, datasets_folder: Path) -> list[Located]:
-    """What a file or a dataset holds; a file that is not of JSON lines holds texts.
+    """What a dataset or a file holds; a file that is not of JSON lines holds texts.
 
-    NotFound where there is neither; DataError where lines are bad.
+    A dataset wins over a file of the same name: write ./NAME for the file. NotFound where there is neither; DataError
+    where lines are bad.
     """
-    if (path := Path(spec).expanduser()).is_file():
-        read = read_examples if input_file(path).kind in FORMATS else read_texts
-        return read(path, path.name)
-    if spec not in list_datasets(datasets_folder):
-        known = ", ".join(list_datasets(datasets_folder)) or "none"
-        raise NotFound(f"there is neither a file nor a dataset {spec!r}; datasets: {known}")
-    dataset = open_dataset(dataset_folder(datasets_folder, spec))
-    return located_texts(dataset.texts("val" if split == "val" else "train"), spec)
+    known = list_datasets(datasets_folder)
+    if spec in known:
+        dataset = open_dataset(dataset_folder(datasets_folder, spec))
+        return located_texts(dataset.texts("val" if split == "val" else "train"), spec)
+    if not (path := Path(spec).expanduser()).is_file():
+        raise NotFound(f"there is neither a file nor a dataset {spec!r}; datasets: {', '.join(known) or 'none'}")
+    read = read_examples if input_file(path).kind in FORMATS else read_texts
+    return read(path, path.name)
 
 
 def check_kind(located: list[Located], config: FineTuneConfig) -> None:

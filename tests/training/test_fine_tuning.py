@@ -17,7 +17,8 @@ from adapters import LLAMA_TARGETS
 from families import make_reference, save_reference
 from ranks import train_on_two_ranks
 from smelt.data.characters import ByteTokenizer
-from smelt.data.training_examples import Sample
+from smelt.data.preparation import PrepareOptions, prepare
+from smelt.data.training_examples import Sample, TextExample
 from smelt.errors import AlreadyExists, ConfigError, DataError, NotFound
 from smelt.models.adapter_folders import read_adapter
 from smelt.models.decoder import Decoder
@@ -25,7 +26,7 @@ from smelt.models.weights import read_model, write_model
 from smelt.run_configs import FineTuneConfig, TrainConfig, resumed_values
 from smelt.training.example_batches import ExampleBatches, example_batch
 from smelt.training.example_losses import preference, supervised
-from smelt.training.fine_tuning import fine_tune
+from smelt.training.fine_tuning import fine_tune, located_examples
 from smelt.training.lora_factors import LoraFactors, chosen_parts
 from smelt.training.metrics import EvalMetrics, Event, RunSummary, StepMetrics
 from smelt.training.parallel import Ranks
@@ -294,6 +295,21 @@ def test_a_run_goes_on_from_its_adapter_and_its_weights_are_those_of_the_model(l
     assert settings["base_model_name_or_path"] == str(lab.folder / "models" / "base")
     with pytest.raises(AlreadyExists, match="already holds a run"):
         lab.run(lab.config("out"))
+
+
+def test_a_dataset_holds_texts_and_wins_over_a_file_of_its_name(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lab.folder)
+    source = lab.write("source.jsonl", [{"text": f"line {number}"} for number in range(20)])
+    options = PrepareOptions(val_fraction=0.2, block_size=8)
+    prepare(source, lab.folder / "datasets", "lines", tokenizer="bytes", options=options)
+    lab.write("lines", [{"text": "a file"}])
+    train, valid = (located_examples("lines", split, lab.folder / "datasets") for split in ("train", "val"))
+    assert {type(each.example) for each in train} == {TextExample}
+    assert (len(train) + len(valid), len(valid) > 0) == (20, True)
+    assert train[0].where == "lines, document 1"
+    (text,) = located_examples("./lines", "train", lab.folder / "datasets")
+    assert isinstance(text.example, TextExample)
+    assert "a file" in text.example.completion
 
 
 @pytest.mark.slow
