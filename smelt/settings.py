@@ -6,7 +6,7 @@ The only module that reads the environment. Knows no torch and no model; what be
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     dtype: Dtype = Field("auto", description="auto picks the fastest that is safe on the device")
     quantize: Quantize = Field("none", description="int8 rounds the weights of models that are served")
     threads: int | None = Field(None, ge=1, description="CPU threads (all the machine's cores)")
+    launcher: Literal["local", "ray"] = Field("local", description="what starts a run's ranks: this machine, or Ray")
     model_memory_mb: int | None = Field(None, ge=1, description="MiB for all models of a worker (what is free)")
     kv_cache_mb: int | None = Field(None, ge=1, description="MiB for the cache of each model (a quarter of the free)")
     max_running: int = Field(64, ge=1, description="answers that a model writes at once")
@@ -185,6 +186,11 @@ def _file_values() -> dict[str, Any]:
     if named:
         return read_config_file(named)
     return read_config_file(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else {}
+
+
+def show_ray_token() -> None:
+    """Have Ray's processes ask each other for the cluster's token, and refuse whoever has none."""
+    os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def is_rank() -> bool:

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from smelt.run_configs import RunConfig, newest_checkpoint, out_dir_of
-from smelt.settings import is_rank
+from smelt.settings import is_rank, load_settings
 
 if TYPE_CHECKING:
     from smelt.training.metrics import RunSummary
@@ -23,7 +23,7 @@ def run_here(config: RunConfig) -> "RunSummary":
     Several ranks are processes of their own unless torchrun has started them; where one dies, all go on from the last
     checkpoint.
     """
-    if config.ranks > 1 and not is_rank():
+    if (config.ranks > 1 or load_settings().launcher != "local") and not is_rank():
         return _summary_of(asyncio.run(_on_ranks(config)), config)
     return _run_shown(config)
 
@@ -47,7 +47,8 @@ def _run_shown(config: RunConfig) -> "RunSummary":
 
 
 async def _on_ranks(config: RunConfig) -> "Result | None":
-    from smelt.cluster.launchers import LAUNCHERS, Lives, Ranks
+    from smelt.cluster.launchers import LAUNCHERS, Lives
+    from smelt.cluster.ranks import Ranks
     from smelt.cluster.trainer import PRELOADED
 
     multiprocessing.set_forkserver_preload(list(PRELOADED))
@@ -59,7 +60,7 @@ async def _on_ranks(config: RunConfig) -> "Result | None":
         nonlocal num_lives
         num_lives += 1
         goes_on = num_lives > 1 and newest_checkpoint(out_dir) is not None
-        return LAUNCHERS["local"](partial(rank_work, again if goes_on else config), config.ranks)
+        return LAUNCHERS[load_settings().launcher](partial(rank_work, again if goes_on else config), config.ranks)
 
     lives = Lives(launch, lambda: newest_checkpoint(out_dir), patience_s=None)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -80,7 +80,7 @@ class Launcher:
             config = msgspec.msgpack.decode(grant.body, type=TrainRequest).config
             out_dir, num_ranks = Path(config["out_dir"]), config.get("ranks", 1)
             lives = self._running[grant.future_id] = Lives(
-                lambda: LAUNCHERS["local"](partial(trainer.result_of, grant), num_ranks),
+                lambda: LAUNCHERS[load_settings().launcher](partial(trainer.result_of, grant), num_ranks),
                 lambda: newest_checkpoint(out_dir),
             )
             if grant.future_id in self._cancelled:

@@ -14,42 +14,20 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
 from smelt.cluster import trainer
+from smelt.cluster.ranks import Ranks, Work, verdict
 from smelt.configs import RUN_LOG
-from smelt.errors import ConfigError, LostRank
-from smelt.transport.messages import Failure, Result
+from smelt.errors import ConfigError
+from smelt.transport.messages import Result
 
 STOP_SECONDS = 10.0  # for a run's last step and its checkpoint, and for ranks that have lost another
 REST_SECONDS = 1.0  # before a run that died is continued
 MAX_DEATHS = 3  # of a run's processes, one time after the other, without a new checkpoint
 
-Work = Callable[[], Result]
-
 log = logging.getLogger(__name__)
-
-
-class Ranks(Protocol):
-    """One life of the processes that train together."""
-
-    async def start(self) -> None:
-        """Returns when they have been started; OSError or EOFError where they cannot be."""
-        ...
-
-    async def result(self) -> Result | None:
-        """What came of it, once all have ended; None where one died without a word, or lost another."""
-        ...
-
-    def interrupt(self) -> None:
-        """Ask all to save and end, without waiting."""
-        ...
-
-    def kill(self) -> None:
-        """End all at once."""
-        ...
 
 
 Launch = Callable[[Work, int], Ranks]  # of so many ranks
@@ -152,27 +130,14 @@ class LocalRanks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def verdict(answers: list[tuple[Result | None, bool]]) -> Result | None:
-    """What ranks said, each with whether it was killed for being late, as one result.
+def ray_ranks(work: Work, num_ranks: int) -> Ranks:
+    """Ranks on the hosts of a Ray cluster."""
+    from smelt.cluster.ray_launcher import RayRanks  # noqa: PLC0415 it needs what is above, and an extra
 
-    A mistake or a bug of any rank counts before the others' complaint that they have lost it; a death that nobody
-    explains is None.
-    """
-    said = [answer for answer, _ in answers if answer is not None]
-    failed = [answer for answer in said if answer.failure is not None]
-    telling = [answer for answer in failed if not is_about_others(answer.failure)]
-    if telling:
-        return telling[0]
-    died = any(answer is None and not was_killed for answer, was_killed in answers)
-    return None if died or failed or answers[0][0] is None else answers[0][0]
+    return RayRanks(work, num_ranks)
 
 
-def is_about_others(failure: Failure | None) -> bool:
-    """Whether a rank only says that it has lost another."""
-    return failure is not None and failure.error == LostRank.__name__
-
-
-LAUNCHERS: dict[str, Launch] = {"local": LocalRanks}
+LAUNCHERS: dict[str, Launch] = {"local": LocalRanks, "ray": ray_ranks}
 
 
 def gave_up(out_dir: Path) -> str:

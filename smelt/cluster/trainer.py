@@ -18,9 +18,12 @@ import msgspec
 from smelt.cluster.lifeline import die_at_end_of_file
 from smelt.configs import RUN_LOG
 from smelt.control.run_folders import read_entry
+from smelt.control.run_memory import wait_for_memory
+from smelt.control.run_metrics import note
 from smelt.errors import SmeltError, TrainingError
 from smelt.library import run, run_config
-from smelt.run_configs import newest_checkpoint
+from smelt.run_configs import RunConfig, newest_checkpoint, out_dir_of
+from smelt.settings import load_settings
 from smelt.transport.failures import failure_of
 from smelt.transport.messages import Grant, Result, TrainRequest
 
@@ -42,10 +45,9 @@ def main(work: Callable[[], Result], rank: int, num_ranks: int, rendezvous: str,
     assert launcher is not None, "a launcher starts this"
     os.setpgid(0, 0)
     die_at_end_of_file(launcher.sentinel)
-    if num_ranks > 1:
-        from smelt.training.parallel import describe_rank  # noqa: PLC0415 torch: launchers import this module too
+    from smelt.training.parallel import describe_rank  # noqa: PLC0415 torch: launchers import this module too
 
-        describe_rank(rank, num_ranks, rendezvous)
+    describe_rank(rank, num_ranks, rendezvous)
     answer.send_bytes(msgspec.msgpack.encode(work()))
 
 
@@ -55,7 +57,9 @@ def result_of(grant: Grant) -> Result:
     def train() -> "RunSummary":
         request = msgspec.msgpack.decode(grant.body, type=TrainRequest)
         log_to(Path(request.config["out_dir"]))
-        return run(run_config(values_of(request)))
+        config = run_config(values_of(request))
+        wait_for_room(config)
+        return run(config)
 
     return result_from(train, grant.future_id, grant.epoch)
 
@@ -75,6 +79,17 @@ def result_from(train: Callable[[], "RunSummary"], future_id: str = "", epoch: i
     else:
         return Result(future_id, epoch, body=msgspec.msgpack.encode(asdict(summary)))
     return Result(future_id, epoch, failure=failure_of(error))
+
+
+def wait_for_room(config: RunConfig) -> None:
+    """Return when there is the memory that a run needs, which workers of this machine may hold until now."""
+    from smelt.models.devices import pick_device  # noqa: PLC0415 torch: launchers import this module too
+
+    def tell(lack: str) -> None:
+        log.info("%s", lack)
+        note(out_dir_of(config), "waiting", lack)
+
+    wait_for_memory(config, load_settings(), str(pick_device(config.device)), tell)
 
 
 def values_of(request: TrainRequest) -> dict[str, Any]:

@@ -74,14 +74,17 @@ def lost_ranks_explained() -> Iterator[None]:
 
 
 def describe_rank(rank: int, num_ranks: int, rendezvous: str) -> None:
-    """Tell this process who it is among ranks of one machine, in torchrun's variables.
+    """Tell this process who it is, in torchrun's variables.
 
-    They meet at `rendezvous`, a `file://` URL, and talk over the loopback alone: neither opens a port to others.
+    `rendezvous` is where the ranks meet. A `file://` URL: all are on this machine, and talk over the loopback alone;
+    neither opens a port to others. A `tcp://` URL: each is on a host of its own, or sees only its own GPU.
     """
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
-    os.environ |= {name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, RENDEZVOUS: rendezvous}
+    is_local = rendezvous.startswith("file://")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), RENDEZVOUS: rendezvous}
+    os.environ |= {"LOCAL_RANK": str(rank if is_local else 0), "LOCAL_WORLD_SIZE": str(num_ranks if is_local else 1)}
+    if is_local:
+        loopback = "lo" if sys.platform == "linux" else "lo0"
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
 def read_ranks(num_asked: int = 1) -> Ranks:
