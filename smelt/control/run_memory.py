@@ -1,20 +1,26 @@
-"""Whether a run fits into the memory of this machine, before it starts; knows no ledger, no HTTP and no torch.
+"""Whether a run fits into this machine's memory, and waiting until it does; knows no ledger, no HTTP and no torch.
 
 What only its data could tell (a classifier's shape) and what lies on a GPU is not judged here.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from smelt.configs import DecoderConfig
 from smelt.control.datasets import open_for
-from smelt.errors import InvalidInput
+from smelt.errors import InvalidInput, Unavailable
+from smelt.models.architectures import CONFIG_FILE
 from smelt.models.folders import read_config
 from smelt.models.footprint import adapter_values
-from smelt.models.host_memory import host_bytes
+from smelt.models.host_memory import free_host_bytes, host_bytes
 from smelt.models.training_footprint import GIB, Workload, fitting, training_footprint
-from smelt.run_configs import FineTuneConfig, RunConfig, TrainConfig
+from smelt.run_configs import FineTuneConfig, RunConfig, TrainConfig, out_dir_of
 from smelt.settings import Settings
 
 MARGIN = 0.1  # of the memory, for whatever else the machine does
+PATIENCE_S = 1800.0  # that a run waits for memory which others hold: idle models are unloaded sooner
+LOOK_SECONDS = 0.5
 USUAL_VOCABULARIES = {"bytes": 257, "char": 256, None: 4096}
 GPT2_VOCABULARY = 50257
 USUAL_EXAMPLE = 256  # tokens: few are as long as they may be
@@ -46,6 +52,31 @@ def check_memory(config: RunConfig, settings: Settings, device: str) -> None:
     )
 
 
+def shortage(config: RunConfig, settings: Settings, device: str) -> str | None:
+    """What a run lacks now on that device, in words; None where it may begin, or nobody can tell."""
+    work = workload(config, settings) if device.startswith("cpu") else None
+    if work is None:
+        return None
+    needed, free = training_footprint(work).total * config.ranks, free_host_bytes()
+    if needed <= free:
+        return None
+    return f"it waits for memory: it needs about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
+
+
+def wait_for_memory(
+    config: RunConfig, settings: Settings, device: str, tell: Callable[[str], object], patience_s: float = PATIENCE_S
+) -> None:
+    """Return when a run has the memory that it needs; `tell` hears once what it waits for. Unavailable after long."""
+    end, has_told = time.monotonic() + patience_s, False
+    while (lack := shortage(config, settings, device)) is not None:
+        if time.monotonic() > end:
+            raise Unavailable(f"{lack}; unload models or end other programs, then resume the run")
+        if not has_told:
+            tell(lack)
+            has_told = True
+        time.sleep(LOOK_SECONDS)
+
+
 def remedy(work: Workload, smaller: Workload) -> str:
     """The settings that differ, as one would give them."""
     names = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
@@ -58,27 +89,41 @@ def remedy(work: Workload, smaller: Workload) -> str:
 
 def workload(config: RunConfig, settings: Settings) -> Workload | None:
     """What a config has trained on a CPU; None where its shape is not known yet."""
+    shape: DecoderConfig | None
     if isinstance(config, TrainConfig):
         if config.init_from == "scratch":
             shape = config.decoder_config(_vocab_size(config, settings))
+        elif config.init_from == "resume":
+            shape = _shape_in(out_dir_of(config) / "last")
         else:
-            shape = read_config(settings.models / config.init_from)
-        block_size, num_trained = config.block_size or shape.block_size, None
+            shape = _shape_in(settings.models / config.init_from)
+        num_trained = None
     elif isinstance(config, FineTuneConfig):
-        shape = read_config(settings.models / config.model)
-        block_size = min(config.max_length or shape.block_size, USUAL_EXAMPLE)
-        num_trained = adapter_values(shape, config.lora_rank) if config.lora else None
+        shape = _shape_in(settings.models / config.model)
+        num_trained = adapter_values(shape, config.lora_rank) if shape and config.lora else None
     else:
+        return None
+    if shape is None:
         return None
     return Workload(
         shape=shape,
         dtype=config.dtype if config.dtype != "auto" else _fastest_dtype(),
         batch_size=config.batch_size,
-        block_size=block_size,
+        block_size=_block_size(config, shape),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
         num_trained=num_trained,
     )
+
+
+def _shape_in(folder: Path) -> DecoderConfig | None:
+    return read_config(folder) if (folder / CONFIG_FILE).is_file() else None
+
+
+def _block_size(config: TrainConfig | FineTuneConfig, shape: DecoderConfig) -> int:
+    if isinstance(config, TrainConfig):
+        return config.block_size or shape.block_size
+    return min(config.max_length or shape.block_size, USUAL_EXAMPLE)
 
 
 def _vocab_size(config: TrainConfig, settings: Settings) -> int:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from smelt.configs import RUN_METRICS
+
 MAX_POINTS = 2000  # of a curve; more than a screen has columns
 SPARK_POINTS = 60
 SMOOTHING = 0.9  # weight of the past in the figures of pace
@@ -40,6 +42,12 @@ def parsed(line: bytes) -> Line | None:
         return LINE.decode(line)
     except msgspec.DecodeError:
         return None
+
+
+def note(out_dir: Path, kind: str, message: str = "") -> None:
+    """Say in the run's own file what became of it while nobody trained."""
+    with (out_dir / RUN_METRICS).open("ab") as file:
+        file.write(msgspec.json.encode({"kind": kind, "message": message}) + b"\n")
 
 
 class LineFile:
@@ -96,6 +104,7 @@ class Glance:
     tokens_per_second: float | None = None
     step_seconds: float | None = None
     ending: Line | None = None
+    waits_for: str = ""  # what it told to lack before it could begin
     spark: list[float] = field(default_factory=list)  # every so-manieth loss, evenly, at most SPARK_POINTS
     _stride: int = 1
     _num_losses: int = 0
@@ -104,8 +113,9 @@ class Glance:
         """Take one more event into account."""
         if line.kind in ENDINGS:
             self.ending = line
-        elif line.kind in ("start", "queued"):
+        elif line.kind in ("start", "queued", "waiting"):
             self.ending = None
+        self.waits_for = line.message if line.kind == "waiting" else ""
         if line.kind == "start":
             self.num_steps = line.num_steps
         elif line.kind == "step":

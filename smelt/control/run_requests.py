@@ -5,21 +5,23 @@ What such a run may read is for `run_sources` to say.
 
 import asyncio
 import hashlib
+import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from smelt.configs import RUN_METRICS
 from smelt.control.model_server import ModelServer
 from smelt.control.run_folders import Entry, is_training, new_run_id, write_entry
-from smelt.control.run_memory import check_memory
+from smelt.control.run_memory import check_memory, shortage
+from smelt.control.run_metrics import note
 from smelt.control.run_sources import RunSources
 from smelt.control.runs import LOST, STOPPED, RunDetails, Runs, RunStatus
 from smelt.control.uploads import Uploads
-from smelt.errors import InUse, InvalidInput, NotFound
+from smelt.errors import InUse, InvalidInput, NotFound, SmeltError
 from smelt.run_configs import RunConfig, config_of
 from smelt.settings import Settings
 from smelt.storage.futures import Future, Ledger
@@ -31,6 +33,7 @@ NOT_ASKED = ("out_dir", "eval_only", "wandb", "tensorboard")
 WILL_GO_ON = "it waits to go on from its last checkpoint"
 NEVER_ACCEPTED = "the server went down before it accepted this run; ask for it again"
 
+log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=RunStatus)
 
@@ -44,6 +47,7 @@ class RunRequests:
         self._settings = settings
         self._ledger = ledger
         self._model_server = model_server
+        self._making_room: set[asyncio.Task[None]] = set()
 
     async def all(self, owner: str | None = None) -> list[RunStatus]:
         """Every run of an owner, or of all, newest first."""
@@ -89,7 +93,7 @@ class RunRequests:
         if max_iters is not None:
             config = config_of({**entry.config, "max_iters": max_iters})
             entry = msgspec.structs.replace(entry, config=config.model_dump(mode="json"))
-        await asyncio.to_thread(_note, out_dir, "queued")
+        await asyncio.to_thread(note, out_dir, "queued")
         await self._ask(entry, out_dir)
         return await self.status(run_id)
 
@@ -104,6 +108,23 @@ class RunRequests:
         submission = Submission(entry.owner, KIND, fingerprint, body, lane=entry.id, seq=seq)
         accepted = await self._ledger.accept(submission)
         assert accepted == entry.future_id
+        making = asyncio.create_task(self._make_room(config_of(entry.config)))
+        self._making_room.add(making)
+        making.add_done_callback(self._making_room.discard)
+
+    async def _make_room(self, config: RunConfig) -> None:
+        """Have idle workers of this machine give up their models where the run would have to wait for their memory.
+
+        Whoever asks for such a model has it loaded again, when there is room.
+        """
+        device = self._device_of(config)
+        idle = [worker for worker in self._model_server.workers if not (worker.num_running or worker.num_waiting)]
+        with suppress(SmeltError):  # then the run waits, and workers unload by themselves later
+            for model in (model for worker in idle for model in worker.models):
+                if await asyncio.to_thread(shortage, config, self._settings, device) is None:
+                    return
+                log.info("%s is unloaded: a run needs the memory", model)
+                await self._model_server.unload_model(model)
 
     async def cancel(self, run_id: str, owner: str | None = None) -> RunStatus:
         """Take a queued run back, or have a running one stop after its step, with a checkpoint.
@@ -115,7 +136,7 @@ class RunRequests:
             raise InvalidInput(f"run {run_id!r} was started in a terminal; stop it there with Ctrl-C")
         was_cancelled = await self._model_server.cancel(entry.owner, entry.future_id)
         if was_cancelled and not await asyncio.to_thread(is_training, out_dir):
-            await asyncio.to_thread(_note, out_dir, "cancelled")
+            await asyncio.to_thread(note, out_dir, "cancelled")
         return await self.status(run_id)
 
     async def _checked(self, values: dict[str, Any], out_dir: Path, owner: str) -> RunConfig:
@@ -152,6 +173,8 @@ def _as_in_ledger(status: S, future: Future) -> S:
         return replace(status, state="failed", reason=_failure_of(future))
     if future.state == "cancelled":
         return replace(status, state="cancelled", reason="")
+    if future.state == "granted" and status.state == "queued" and status.reason:
+        return status  # it waits for what it has told
     if future.state in ("queued", "granted"):
         return replace(status, state="queued", reason="" if status.started is None else WILL_GO_ON)
     return status
@@ -162,9 +185,3 @@ def _failure_of(future: Future) -> str:
         return msgspec.msgpack.decode(future.result or b"", type=Failure).message
     except msgspec.DecodeError:
         return "the server could not run it; its log says more"
-
-
-def _note(out_dir: Path, kind: str) -> None:
-    """Say in the run's own file what became of it while nobody trained."""
-    with (out_dir / RUN_METRICS).open("a", encoding="utf-8") as file:
-        file.write(f'{{"kind": "{kind}"}}\n')

@@ -167,6 +167,8 @@ def state_of(entry: Entry, glance: Glance, is_held: bool) -> tuple[State, str]:
         if glance.ending.kind == "cancelled":
             return "cancelled", ""
         return ("cancelled", STOPPED) if glance.ending.stop_reason == "interrupted" else ("succeeded", "")
+    if glance.waits_for:
+        return "queued", glance.waits_for
     return ("queued", "") if entry.started is None else ("failed", LOST)
 
 

@@ -7,9 +7,9 @@ import pytest
 from families import random_state
 from smelt.configs import DecoderConfig
 from smelt.control import run_memory
-from smelt.control.run_memory import check_memory
+from smelt.control.run_memory import check_memory, wait_for_memory
 from smelt.data.preparation import prepare
-from smelt.errors import InvalidInput
+from smelt.errors import InvalidInput, Unavailable
 from smelt.models.weights import write_model
 from smelt.run_configs import RunConfig, config_of
 from smelt.settings import Settings, load_settings
@@ -73,3 +73,18 @@ def test_the_shape_is_the_models_and_the_vocabulary_the_datasets(settings: Setti
     assert scratch is not None
     assert (scratch.shape.vocab_size, scratch.block_size, scratch.num_trained) == (257, 128, None)
     assert run_memory.workload(config_of({"recipe": "classify", "data": "x"}), settings) is None
+
+
+def test_a_run_waits_until_others_have_given_memory_back(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, told = [GIB, GIB, 100 * GIB], []
+    monkeypatch.setattr(run_memory, "free_host_bytes", lambda: free.pop(0) if len(free) > 1 else free[0])
+    monkeypatch.setattr(run_memory, "LOOK_SECONDS", 0.001)
+    wait_for_memory(pretraining(), settings, "cpu", told.append)
+    assert told == ["it waits for memory: it needs about 14.8 GiB, and 1.0 GiB are free"]
+    free[:] = [GIB]
+    with pytest.raises(Unavailable, match="then resume the run"):
+        wait_for_memory(pretraining(), settings, "cpu", told.append, patience_s=0.0)
+    wait_for_memory(pretraining(), settings, "cuda:0", told.append)
+    resumed = pretraining(init_from="resume", out_dir=str(settings.runs / "none"))
+    wait_for_memory(resumed, settings, "cpu", told.append)
+    assert len(told) == 1
