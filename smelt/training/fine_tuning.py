@@ -39,7 +39,7 @@ from smelt.models.registry import resolve
 from smelt.run_configs import FineTuneConfig, learning_rates, out_dir_of
 from smelt.training.checkpoint import Checkpoints, WeightFiles, latest, restore
 from smelt.training.compiling import compiled
-from smelt.training.example_batches import ExampleBatches, ExampleEvaluation
+from smelt.training.example_batches import ExampleBatches, ExampleEvaluation, example_batch
 from smelt.training.example_losses import answer_logprobs, preference, supervised
 from smelt.training.job import Evaluate, Evaluation, Job, evaluate_batches
 from smelt.training.lora_factors import LoraFactors
@@ -101,10 +101,11 @@ def fine_tune(
 def read_base(config: FineTuneConfig, models_folder: Path, device: torch.device) -> Base:
     """The model to begin with; with LoRA in the dtype that it will be computed in, for it will not change."""
     folder = resolve(config.model, models_folder)
-    if config.lora and is_adapter(folder):
+    if config.lora and (is_adapter(folder) or folder.is_file()):
+        kind = "an adapter itself" if is_adapter(folder) else "a file of nanoGPT's"
         raise ConfigError(
-            f"{config.model} is an adapter itself: fine-tune the model that it changes, or first make one of both with "
-            f"`smelt models export`, or train all weights with --lora false"
+            f"{config.model} is {kind}, and an adapter needs a model's folder to stand on: make one with `smelt models "
+            f"export {config.model} FOLDER`, or train all weights with --lora false"
         )
     dtype = pick_dtype(config.dtype, device) if config.lora else torch.float32
     model, tokenizer = load_model(folder, dtype)
@@ -257,8 +258,7 @@ def first_logprobs(
     order = sorted(range(len(samples)), key=lambda number: samples[number].num_tokens)
     for first in range(0, len(order), config.batch_size):
         part = order[first : first + config.batch_size]
-        (batch,) = ExampleEvaluation([samples[n] for n in part], Ranks(), len(part)).batches(None, device)
-        found[part] = answer_logprobs(model, batch).cpu()
+        found[part] = answer_logprobs(model, example_batch([samples[n] for n in part], device)).cpu()
     return found
 
 

@@ -50,7 +50,7 @@ class Evaluation:
     figures: dict[str, float] = field(default_factory=dict)  # such as the accuracy
 
 
-Evaluate = Callable[[int | None], Evaluation]  # over so many batches of each rank; None: over all there are
+Evaluate = Callable[[int | None], Evaluation]  # over so many batches, shared by the ranks; None: over all there are
 
 
 @dataclass

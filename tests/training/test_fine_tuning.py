@@ -323,6 +323,14 @@ def test_two_ranks_learn_as_one_process_does(lab: Lab) -> None:
         assert shared == pytest.approx(alone, abs=1e-5)
 
 
+def test_an_adapter_stands_on_a_model_and_all_weights_may_go_on_from_one(lab: Lab) -> None:
+    lab.run(lab.config("first"))
+    with pytest.raises(ConfigError, match=r"first is an adapter itself.*smelt models export .*first FOLDER"):
+        lab.run(lab.config("second", model=str(lab.folder / "first")))
+    lab.run(lab.config("second", model=str(lab.folder / "first"), lora=False, epochs=1))
+    assert (lab.folder / "second" / "last" / "config.json").is_file()
+
+
 def test_validation_examples_may_come_from_a_file_of_their_own(lab: Lab) -> None:
     valid = lab.write("valid.jsonl", [{"prompt": "q", "completion": "xyz"}])
     events: list[Event] = []
