@@ -133,7 +133,7 @@ def grant(
         return []
     granted: list[AnyRow] = []
     beside = tuple(kind for kind in all_kinds if kind not in kinds)
-    if beside and _has_suspects(connection, epoch, beside):
+    if beside and _is_behind(connection, epoch, kinds, beside):
         return []
     has_successors = True
     while has_successors and len(granted) < limit:
@@ -203,10 +203,16 @@ def abandon(connection: Connection, missing: Iterable[tuple[str, int]]) -> None:
             advance(connection, [lane])
 
 
-def _has_suspects(connection: Connection, epoch: int, kinds: tuple[str, ...]) -> bool:
-    """Whether the next of these has had a worker that died."""
+def _is_behind(connection: Connection, epoch: int, kinds: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Whether one of other kinds whose worker died goes first: of two the older, or each would wait for the other."""
+    other, own = (_suspect(connection, epoch, each) for each in (others, kinds))
+    return other is not None and (own is None or other < own)
+
+
+def _suspect(connection: Connection, epoch: int, kinds: tuple[str, ...]) -> int | None:
+    """The number of the first ready future of these kinds whose worker died, if there is one."""
     first = connection.execute(READY, {"kinds": kinds, "of_epoch": epoch, "at_most": 1}).one_or_none()
-    return first is not None and bool(first.attempts)
+    return None if first is None or not first.attempts else int(first.number)
 
 
 def _mark_granted(connection: Connection, epoch: int, rows: list[AnyRow]) -> bool:

@@ -195,12 +195,17 @@ def tokens(sample: Any) -> list[list[int]]:
 
 
 def files_of(home: Path) -> dict[str, str]:
-    """name -> sha256 of all that was saved."""
+    """name -> sha256 of all that was saved. A sampler goes by its turn: a client that tries again counts on."""
     [session] = (home / "sessions").iterdir()
-    folders = ("weights", "sampler_weights", "ephemeral")
-    found = [path for folder in folders for path in (session / folder).rglob("*") if path.is_file()]
-    names = {path: str(path.relative_to(session)).replace(session.name.partition("_")[0], "S") for path in found}
-    return {names[path]: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    folders = [folder for kind in ("weights", "sampler_weights") for folder in sorted((session / kind).iterdir())]
+    samplers = sorted((session / "ephemeral").iterdir(), key=lambda folder: int(folder.name.rpartition("_")[2]))
+    named = {f"{folder.parent.name}/{folder.name}": folder for folder in folders}
+    named |= {f"sampler {turn}": folder for turn, folder in enumerate(samplers)}
+    return {
+        f"{name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, folder in named.items()
+        for path in folder.iterdir()
+    }
 
 
 def rows_of(home: Path) -> list[Any]:

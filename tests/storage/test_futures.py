@@ -246,6 +246,38 @@ def test_poison_fails_the_third_time_and_alone(ledger: Ledger, loop: asyncio.Run
     assert loop.run(scenario()) == ["done", "done", "failed", "done", "done"]
 
 
+def test_work_of_two_kinds_whose_worker_died_comes_again_one_after_the_other(
+    ledger: Ledger, loop: asyncio.Runner
+) -> None:
+    kinds = ("step", "sample")
+
+    async def scenario() -> list[tuple[str, int]]:
+        for kind in ("sample", "step", "sample"):
+            await ledger.accept(Submission("ann", kind, "f", b""))
+        dying = await ledger.open_epoch()
+        for kind in kinds:
+            await ledger.next_grants(dying, 10, (kind,), kinds)
+        await ledger.release(dying)
+        epoch, order, is_over = await ledger.open_epoch(), [], asyncio.Event()
+
+        async def work(kind: str) -> None:
+            while True:
+                for row in await ledger.next_grants(epoch, 10, (kind,), kinds):
+                    order.append((row.kind, row.attempts))
+                    await ledger.finish(row.id, epoch, b"")
+                if len(order) == 3:
+                    is_over.set()
+
+        working = [asyncio.create_task(work(kind)) for kind in kinds]
+        await asyncio.wait_for(is_over.wait(), 30)
+        for task in working:
+            task.cancel()
+        await asyncio.wait(working)
+        return order
+
+    assert loop.run(scenario()) == [("sample", 1), ("step", 1), ("sample", 1)]
+
+
 def test_a_worker_that_said_goodbye_blames_nobody(ledger: Ledger, loop: asyncio.Runner) -> None:
     async def scenario() -> None:
         await accept(ledger, 1)
