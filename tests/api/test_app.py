@@ -56,7 +56,7 @@ async def test_the_documentation_loads_nothing_from_elsewhere(services: Services
         document = (await client.get("/openapi.json")).json()
     assert set(re.findall(r'(?:src|href)="([^"#]+)"', page)) <= {
         "/static/icon.svg", "/static/style.css", "/static/header.js", "/dashboard", "/dashboard/playground",
-        "/dashboard/models", "/dashboard/sessions", "/docs", "/openapi.json",
+        "/dashboard/models", "/dashboard/sessions", "/dashboard/datasets", "/docs", "/openapi.json",
     }  # fmt: skip
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
