@@ -47,6 +47,7 @@ def _run_shown(config: RunConfig) -> "RunSummary":
 
 
 async def _on_ranks(config: RunConfig) -> "Result | None":
+    """What came of it; None where the ranks only died. KeyboardInterrupt where they were stopped too early to save."""
     from smelt.cluster.launchers import LAUNCHERS, Lives
     from smelt.cluster.ranks import Ranks
     from smelt.cluster.trainer import PRELOADED
@@ -65,7 +66,10 @@ async def _on_ranks(config: RunConfig) -> "Result | None":
     lives = Lives(launch, lambda: newest_checkpoint(out_dir), patience_s=None)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lives.interrupt)
-    return await lives.result()
+    result = await lives.result()
+    if lives.is_interrupted and (result is None or result.failure is not None):
+        raise KeyboardInterrupt
+    return result
 
 
 def rank_work(config: RunConfig) -> "Result":

@@ -89,6 +89,7 @@ class LocalRanks:
         meeting = (self._folder / "meeting").as_uri()
         self._ranks = [LocalRank(work, rank, num_ranks, meeting) for rank in range(num_ranks)]
         self._started: list[LocalRank] = []
+        self._was_interrupted = False
 
     async def start(self) -> None:
         """Fork all; where one cannot be, none is left."""
@@ -110,12 +111,13 @@ class LocalRanks:
         killing.cancel()
         answers = [(rank.answer, rank.was_killed) for rank in self._started]
         for rank, (answer, was_killed) in zip(self._started, answers, strict=True):
-            if answer is None and not was_killed:
+            if answer is None and not was_killed and not self._was_interrupted:
                 log.warning("%s died: exit code %s", rank.name, rank.exit_code)
         return verdict(answers)
 
     def interrupt(self) -> None:
         """See `Ranks`."""
+        self._was_interrupted = True
         for rank in self._started:
             rank.signal(signal.SIGINT)
 

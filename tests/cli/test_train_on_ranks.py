@@ -97,6 +97,13 @@ def test_ctrl_c_saves_once_and_says_how_to_go_on(folder: Path) -> None:
     assert "Traceback" not in said
 
 
+def test_ctrl_c_before_the_first_step_is_no_death(folder: Path) -> None:
+    process = start(folder, "early", "--ranks", "2", **FOREVER)
+    eventually(lambda: children_of(process.pid), "the server that ranks are forked from", 60)
+    process.send_signal(signal.SIGINT)
+    assert "died" not in finish(process, 130)
+
+
 def test_a_killed_rank_does_not_end_the_run_and_a_killed_starter_does(folder: Path) -> None:
     process = start(folder, "killed", "--ranks", "2", **FOREVER)
     reached = checkpoint(folder, "killed")
