@@ -87,7 +87,6 @@ FAMILIES: dict[str, Family] = {
     "/v1/runs": TRAINING,
     "/v1/sessions": TRAINING,
     "/v1/recipes": TRAINING,
-    "/v1/sessions": TRAINING,
     "/v1/datasets": Family(frozenset({"training"}), uploads=True),
     "/api/v1": Family(frozenset({"training", "inference"})),
     **{

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from smelt.dashboard import pages
 
 PAGES = ["/dashboard", "/dashboard/runs/run-000000000001", "/dashboard/playground", "/dashboard/models"]
-PAGES += ["/dashboard/datasets", "/dashboard/sessions", "/dashboard/sessions/0123456789abcdef"]
+PAGES += ["/dashboard/sessions", "/dashboard/sessions/0123456789abcdef", "/dashboard/datasets"]
 
 
 def client_of(csrf_token: str = "") -> TestClient:
