@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from smelt.api import chat_training_types
 from smelt.control import loss_requests
-from smelt.training.losses import LOSSES
+from smelt.training.losses import LOSSES, NEEDED
 
 # Three tokens: the policy has become likelier (r = 2), less likely (r = 1/2), and has not moved.
 SAMPLED = [-1.0, -1.0, -2.0]
@@ -160,3 +161,9 @@ def test_dpo_s_gradient_is_that_of_its_differences() -> None:
 
 def test_the_losses_that_are_told_of_are_those_that_there_are() -> None:
     assert loss_requests.LOSSES.keys() == LOSSES.keys()
+
+
+def test_those_who_speak_plain_http_are_asked_for_what_losses_need() -> None:
+    asked = {name: inputs[1:] for name, inputs in chat_training_types.NEEDED.items()}
+    assert asked == {name: needed for name, needed in NEEDED.items() if name != chat_training_types.PREFERENCES}
+    assert {inputs[0] for inputs in chat_training_types.NEEDED.values()} == {"target_tokens"}
