@@ -3,7 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from smelt.errors import TokenizerError
+from smelt.errors import TokenizerError, UnsupportedModel
 from smelt.run_configs import RunConfig, config_of, newest_checkpoint, out_dir_of, resumed_values
 from smelt.settings import load_settings
 
@@ -33,7 +33,7 @@ def load(
     from smelt.inference.service import TextModel
     from smelt.models import quantization
     from smelt.models.devices import pick_device, pick_dtype
-    from smelt.models.folders import base_of
+    from smelt.models.folders import base_of, classifier_in
     from smelt.models.kernels import start_build
     from smelt.models.loading import load_model
     from smelt.models.registry import resolve
@@ -42,6 +42,8 @@ def load(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     path = resolve(str(name_or_folder), settings.models)
+    if path.is_dir() and classifier_in(base_of(path)) is not None:
+        raise UnsupportedModel(f"{name_or_folder} is a classifier, which writes no text; serve it: smelt serve {path}")
     place = pick_device(settings.device)
     if place.type == "cpu":
         start_build(settings.kernels)

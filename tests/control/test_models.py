@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from classifiers import LABELS, save_small_classifier
 from families import random_state
 from smelt import disk
 from smelt.configs import DecoderConfig
@@ -27,6 +28,7 @@ from smelt.control.models import (
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import AlreadyExists, InvalidInput, NotFound, OutOfSpace, UnsafeFile, UnsupportedModel
 from smelt.models.aliases import read_aliases
+from smelt.models.classifier_folders import read_classifier
 from smelt.models.weights import read_model, write_model
 
 CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)
@@ -341,3 +343,18 @@ def test_an_owner_whom_a_death_left_without_models_is_in_nobodys_way(source: Pat
     (registry / "Qwen").mkdir(parents=True)
     import_model(source, "Qwen", registry, origin="x")
     assert show_model("Qwen", registry).config == CONFIG
+
+
+def test_a_classifier_is_a_model_too(tmp_path: Path) -> None:
+    registry = tmp_path / "models"
+    save_small_classifier(tmp_path / "news")
+    import_model(tmp_path / "news", "news", registry, "elsewhere")
+    (info,) = list_models(registry)
+    assert info.problem is None
+    assert info.config is None
+    assert info.classifier is not None
+    assert info.classifier.labels == LABELS
+    export_model(registry / "news", tmp_path / "out")
+    assert read_classifier(tmp_path / "out").config == info.classifier
+    (registry / "news" / "model.safetensors").write_bytes(b"")
+    assert "not a readable safetensors file" in (show_model("news", registry).problem or "")
