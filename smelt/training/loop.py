@@ -109,17 +109,21 @@ class Loop:
                     stop_reason = "no_better"
                     break
         if stop_reason == "interrupted":
-            self._save(is_best=False)
+            if progress.last_saved_step != progress.steps_done:
+                self._save(is_best=False)
         elif progress.last_saved_step != progress.steps_done:
             self._evaluate_and_save(always=True)
         return stop_reason
 
     def _train_step(self, request: StopRequest) -> bool:
-        """One optimizer step; returns whether a rank wants to stop after it."""
+        """One optimizer step, unless it is given up; returns whether a rank wants to stop after it."""
         job, progress = self.job, self.progress
         start = time.perf_counter()
         size = job.train_batches.size(progress.steps_done)
-        loss, figures = self._gradients(size.num_targets)
+        gradients = self._gradients(size.num_targets, request)
+        if gradients is None:
+            return True
+        loss, figures = gradients
         learning_rate = job.learning_rate(progress.steps_done)
         job.checkpoints.wait_until_copied()
         norm = job.optimizer.step(learning_rate)
@@ -149,8 +153,11 @@ class Loop:
         time_is_up = job.config.max_time is not None and progress.train_seconds >= job.config.max_time
         return job.ranks.agree_on(request.received or time_is_up, job.device)
 
-    def _gradients(self, num_targets: int) -> tuple[float, dict[str, float]]:
-        """Accumulate the gradients of one global batch over micro-batches and ranks; its mean loss and figures."""
+    def _gradients(self, num_targets: int, request: StopRequest) -> tuple[float, dict[str, float]] | None:
+        """Accumulate the gradients of one global batch over micro-batches and ranks; its mean loss and figures.
+
+        None where a lone rank shall stop before the last micro-batch: the step has not been, and is done on resuming.
+        """
         job, now = self.job, self.progress.steps_done
         if job.has_dropout:
             torch.manual_seed(dropout_seed(job.config.seed, now, job.ranks.rank))
@@ -158,6 +165,9 @@ class Loop:
         loss_scale = job.optimizer.loss_scale.value if job.optimizer.loss_scale else 1.0
         totals = torch.zeros(1 + len(job.figures), device=job.device)
         for batch, is_last in told_the_last(job.train_batches.micro_batches(now, job.device)):
+            if request.received and job.ranks.world_size == 1:
+                job.optimizer.zero_gradients()
+                return None
             if is_last:
                 self.gradient_sum.begin()
             value = step(job.model, batch, job.loss, scale * loss_scale)

@@ -16,8 +16,10 @@ import torch
 from ranks import train_on_two_ranks
 from smelt.errors import AlreadyExists, CheckpointError, ConfigError, NonFiniteLoss, NotEnoughData, NotFound
 from smelt.run_configs import TrainConfig, resumed_values
+from smelt.training import loop
 from smelt.training.metrics import EvalMetrics, Event, Note, RunSummary, StepMetrics
 from smelt.training.pretraining import pretrain
+from smelt.training.step import LossValue, step
 
 TEXT = "".join(f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" for number in range(400))
 TINY: dict[str, Any] = {
@@ -98,6 +100,27 @@ def test_stopping_anywhere_and_resuming_gives_the_same_bits(lab: Lab, stop: int)
     stopped = lab.train(lab.config("parts"), stop_at(stop))
     assert (stopped.stop_reason, stopped.step) == ("interrupted", stop)
     lab.resume("parts")
+    assert lab.tensors("parts") == lab.tensors("whole")
+    assert lab.losses("parts") == lab.losses("whole")
+
+
+@pytest.mark.parametrize("stop", [0, 5, 7], ids=["in the first step", "behind a checkpoint", "between checkpoints"])
+def test_a_step_of_many_passes_is_given_up_and_done_on_resuming(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    changes = {"gradient_accumulation_steps": 3, "max_iters": 10}
+    lab.train(lab.config("whole", **changes))
+    passes = iter(range(1000))
+
+    def stopping(*given: Any) -> LossValue:
+        if next(passes) == 3 * stop + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*given)
+
+    monkeypatch.setattr(loop, "step", stopping)
+    stopped = lab.train(lab.config("parts", **changes))
+    assert (stopped.stop_reason, stopped.step) == ("interrupted", stop)
+    assert lab.resume("parts").step == 10
     assert lab.tensors("parts") == lab.tensors("whole")
     assert lab.losses("parts") == lab.losses("whole")
 
