@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["TextModel", "TrainConfig", "evaluate", "load", "prepare_data", "train"]
+__all__ = ["TextModel", "TrainConfig", "evaluate", "load", "load_classifier", "prepare_data", "train"]
 
 _HOMES = {
     "TextModel": "smelt.inference.service",
     "TrainConfig": "smelt.run_configs",
     "evaluate": "smelt.library",
     "load": "smelt.library",
+    "load_classifier": "smelt.library",
     "prepare_data": "smelt.library",
     "train": "smelt.library",
 }
