@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(folder: Path, text: Path, num_steps: int) -> DecoderConfig:
+def prepare(folder: Path, text: Path, num_steps: int, num_rows: int = NUM_ROWS) -> DecoderConfig:
     """Initial weights and the batches of every step, for all contenders alike."""
     characters, tokens = np.unique(np.array(list(text.read_text(encoding="utf-8"))), return_inverse=True)
     config = DecoderConfig(vocab_size=len(characters), **SHAPE)
@@ -64,7 +64,7 @@ def prepare(folder: Path, text: Path, num_steps: int) -> DecoderConfig:
     model.initialize(seed=1337)
     write_model(config, dict(model.state_dict()), folder)
     order = BlockOrder(len(tokens), config.block_size, seed=1337)
-    starts = order.starts(0, num_steps * NUM_ROWS).reshape(num_steps, NUM_ROWS)
+    starts = order.starts(0, num_steps * num_rows).reshape(num_steps, num_rows)
     columns = np.arange(config.block_size + 1)
     np.save(folder / "batches.npy", tokens[starts[..., None] + columns].astype(np.int64))
     return config
