@@ -6,6 +6,7 @@ What such a run may read is for `run_sources` to say.
 import asyncio
 import hashlib
 import logging
+import os
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -145,6 +146,10 @@ class RunRequests:
             raise InvalidInput(f"{given[0]} cannot be set for a run on a server; leave it out", param=given[0])
         machine = {name: getattr(self._settings, name) for name in ("device", "dtype", "threads")}
         config = config_of({**machine, **values, "out_dir": str(out_dir)})
+        num_cores = os.cpu_count() or 1
+        for name in ("ranks", "threads"):
+            if (getattr(config, name) or 1) > num_cores:
+                raise InvalidInput(f"{name} {getattr(config, name)} is more than this server's {num_cores} cores", name)
         config = await self._sources.resolved(config, out_dir, owner)
         await asyncio.to_thread(check_memory, config, self._settings, self._device_of(config))
         return config

@@ -418,6 +418,8 @@ async def test_a_run_whose_server_died_before_it_was_accepted_is_lost(
         ({**PYDOC, "init_from": "/tmp"}, NotFound, "init_from"),
         ({**PYDOC, "init_from": "resume"}, NotFound, "init_from"),
         ({**PYDOC, "out_dir": "/tmp/x"}, InvalidInput, "out_dir"),
+        ({**PYDOC, "ranks": 10_000}, InvalidInput, "cores"),
+        ({"recipe": "classify", "data": "file-1", "threads": 10_000}, InvalidInput, "cores"),
         ({**PYDOC, "wandb": True}, InvalidInput, "wandb"),
         ({**PYDOC, "max_itres": 3}, ConfigError, "max_itres"),
     ],
