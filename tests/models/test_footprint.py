@@ -6,8 +6,9 @@ import torch
 from families import random_state
 from smelt.configs import DecoderConfig
 from smelt.models.decoder import Decoder
-from smelt.models.footprint import kv_bytes_per_token, weights_bytes
+from smelt.models.footprint import adapter_values, kv_bytes_per_token, weights_bytes
 from smelt.models.quantization import quantize
+from smelt.training.session import SessionTrainer
 
 GPT2 = DecoderConfig(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32)
 LLAMA = DecoderConfig(
@@ -46,3 +47,9 @@ def test_a_quantized_model_is_counted_to_the_byte(config: DecoderConfig) -> None
 def test_the_cache_holds_a_key_and_a_value_per_layer_and_head() -> None:
     assert kv_bytes_per_token(LLAMA, 2) == 2 * 3 * 2 * 16 * 2
     assert kv_bytes_per_token(GPT2, 4) == 2 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_an_adapter_has_as_many_values_as_are_trained(config: DecoderConfig) -> None:
+    trained = SessionTrainer(Decoder(config)).create(rank=3, seed=0, train_unembed=False)
+    assert adapter_values(config, 3) == trained.num_values
