@@ -87,7 +87,9 @@ def router(services: Services, requests: DatasetRequests) -> APIRouter:
 
     @routes.delete("/{name}", status_code=status.HTTP_204_NO_CONTENT)
     async def delete_dataset(request: Request, name: str) -> None:
-        """Remove a dataset; one that is being made is given up. 409 while a run trains on it."""
+        """Remove a dataset; one that is being made is given up. 409 while a run trains on it, or waits to."""
+        await requests.read(name, visible_to(request))  # a 404 comes before word of others' runs
+        await services.run_requests.check_unneeded(name)
         await requests.remove(name, visible_to(request))
 
     return routes

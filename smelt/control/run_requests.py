@@ -127,6 +127,14 @@ class RunRequests:
                 log.info("%s is unloaded: a run needs the memory", model)
                 await self._model_server.unload_model(model)
 
+    async def check_unneeded(self, dataset: str) -> None:
+        """InUse where a run waits to train on a dataset; while it does, the dataset's own lock says so."""
+        for status in await self.all():
+            if status.state == "queued":
+                entry, _ = await asyncio.to_thread(self.runs.find, status.id)
+                if dataset in (entry.config.get("dataset"), entry.config.get("data"), entry.config.get("valid_data")):
+                    raise InUse(f"dataset {dataset!r} is in use: {status.id} waits to train on it; cancel that first")
+
     async def cancel(self, run_id: str, owner: str | None = None) -> RunStatus:
         """Take a queued run back, or have a running one stop after its step, with a checkpoint.
 

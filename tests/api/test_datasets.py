@@ -56,6 +56,15 @@ async def test_a_form_with_a_file_becomes_a_dataset(ada: httpx.AsyncClient) -> N
     assert (await said(await ada.get("/v1/datasets/news"), 404))["detail"].startswith("there is no dataset 'news'")
 
 
+async def test_a_dataset_that_a_run_waits_for_stays(ada: httpx.AsyncClient, services: Services) -> None:
+    await said(await ada.post("/v1/datasets", data=FORM, files={"file": ("news.csv", ROWS)}), 202)
+    await said(await ada.get("/v1/datasets/news", params={"wait": 60}), 200)
+    run = await services.run_requests.create({"dataset": "news", "block_size": 16}, "ada")
+    assert run.id in (await said(await ada.delete("/v1/datasets/news"), 409))["detail"]
+    await services.run_requests.cancel(run.id)
+    assert (await ada.delete("/v1/datasets/news")).status_code == 204
+
+
 async def test_json_names_a_source_or_an_upload(ada: httpx.AsyncClient) -> None:
     body = {"name": "docs", "source": "builtin:pydoc", "tokenizer": "bytes"}
     await said(await ada.post("/v1/datasets", json=body), 202)
