@@ -257,10 +257,12 @@ class InferenceServer:
             log.warning("texts of %d requests failed; each goes on alone", len(resident.classifying), exc_info=True)
             jobs = self._classify_each(resident, resident.model)
         for job in jobs:
+            resident.classifying.remove(job)
             if job.is_done:
                 self._events += job.events()
-                resident.classifying.remove(job)
                 self._forget(job)
+            else:
+                resident.classifying.append(job)  # in turns: nobody waits for somebody's hundred texts
 
     def _classify_each(self, resident: Resident, model: TextClassifier) -> list[Classifying]:
         for job in resident.classifying.copy():

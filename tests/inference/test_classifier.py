@@ -132,6 +132,27 @@ def test_what_fails_fails_alone(
     assert isinstance(heard.ends["b"].error, RuntimeError)
 
 
+def test_one_text_does_not_wait_for_thousands(
+    server: InferenceServer, model: TextClassifier, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier, "SLICE_TOKENS", 100)
+    whole, may_go_on = model.probabilities, threading.Event()
+
+    def held(texts: Any) -> Any:
+        may_go_on.wait(60)
+        return whole(texts)
+
+    monkeypatch.setattr(model, "probabilities", held)
+    server.classify("many", ClassifyRequest(TEXTS * 50, "news"))
+    one = ClassifyRequest(("one",), "news")
+    server.classify("one", one)
+    while not any(resident.classifying for resident in server._residents):
+        threading.Event().wait(0.01)
+    may_go_on.set()
+    heard.wait_for(2)
+    assert list(heard.ends) == ["one", "many"]
+
+
 def test_a_classifier_does_not_write_and_is_cancelled(server: InferenceServer, heard: Heard) -> None:
     request: EmbedRequest = Embed("e", "ann", "news", ("text",))
     server.embed("e", request)
