@@ -20,7 +20,7 @@ from smelt.types import SamplingParams
 pytestmark = pytest.mark.slow
 PATHS = [
     *("/dashboard", "/dashboard/runs/{run}", "/dashboard/datasets", "/dashboard/playground"),
-    "/dashboard/models",
+    *("/dashboard/models", "/dashboard/sessions"),
 ]
 
 
