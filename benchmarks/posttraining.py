@@ -1,13 +1,19 @@
-"""Training adapters by request, side by side with PEFT: one tenant, and many of them with one datum each.
+"""Training adapters by request beside PEFT and TRL: one tenant, many with one datum each, and a step on rewards.
 
-    python benchmarks/posttraining.py [--rounds 3] [--threads 2] [--shapes 10m 135m] [--dtype bfloat16]
+    python benchmarks/posttraining.py [--rounds 3] [--threads 2] [--shapes 10m 135m] [--trl-python /tmp/trl/bin/python]
 
-Same random Llama-shaped weights, same tokens, LoRA on attention and MLP, AdamW. PEFT trains tenants one after the
-other by `set_adapter`; smelt takes what waits as one pass. Rounds are interleaved, and medians are kept.
+Same random Llama-shaped weights in bf16, same amounts of tokens, LoRA on attention and MLP, AdamW. PEFT trains tenants
+one after the other by `set_adapter`; smelt takes what waits as one pass. Rounds of the two are interleaved, and medians
+are kept. TRL runs in an environment of its own (`requirements-posttraining.txt`), after them.
+
+`--clock cpu` counts the processor's time in place of the wall's: on a machine that others use, with `--threads 1`.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -22,11 +28,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smelt.configs import PRESETS, DecoderConfig
+from smelt.data.characters import ByteTokenizer
+from smelt.inference.engine import Engine
+from smelt.inference.sequence import Sequence
 from smelt.models.decoder import Decoder
 from smelt.models.weights import read_model, write_model
 from smelt.training.session import SessionTrainer, Work
 from smelt.training.trained_weights import OptimSettings
-from smelt.types import Datum
+from smelt.types import Datum, SamplingParams
 
 SHAPES: dict[str, dict[str, Any]] = {
     "10m": {"vocab_size": 4096, "n_layer": 6, "n_head": 5, "n_kv_head": 5, "n_embd": 320, "n_inner": 864},
@@ -36,6 +45,8 @@ RANKS = {"10m": 8, "135m": 16}
 NUM_TENANTS = (1, 4, 16, 64)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEARNING_RATE = 1e-4
+NUM_ANSWERS, ANSWER_TOKENS, PROMPT_TOKENS = 16, 64, 16  # of a step on rewards
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def config_of(shape: str) -> DecoderConfig:
@@ -55,7 +66,9 @@ class Smelt:
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int, num_tenants: int) -> None:
         self.trainer = SessionTrainer(read_model(folder, dtype))
-        self.adapters = [self.trainer.create(rank=rank, seed=seed) for seed in range(num_tenants)]
+        self.adapters = [self.trainer.create(rank=rank, seed=seed, train_unembed=False) for seed in range(num_tenants)]
+        self.engine = Engine(self.trainer.model)
+        self.num_draws = 0
 
     def step(self, data: list[list[Datum]]) -> float:
         """One step of each tenant with its data; the loss of them all."""
@@ -64,6 +77,40 @@ class Smelt:
         for work in works:
             self.trainer.optim_step(work.trained, OptimSettings(learning_rate=LEARNING_RATE))
         return sum(outcome.metrics["loss:sum"] for outcome in outcomes if not isinstance(outcome, Exception))
+
+    def learn_from_rewards(self) -> float:
+        """Draw answers to a prompt with the first adapter as it is, reward them by chance, and learn from that."""
+        self.num_draws += 1
+        name, draw = f"step {self.num_draws}", np.random.default_rng(self.num_draws)
+        self.engine.adapters.keep(name, self.adapters[0].as_adapter(), ())
+        prompt = list(range(97, 97 + PROMPT_TOKENS))
+        drawn = [
+            Sequence(prompt, SamplingParams(max_tokens=ANSWER_TOKENS, seed=seed, ignore_eos=True), adapter=name)
+            for seed in range(NUM_ANSWERS)
+        ]
+        for sequence in drawn:
+            self.engine.add(sequence)
+        while self.engine.has_work:
+            self.engine.step()
+        rewards = draw.random(NUM_ANSWERS)
+        advantages = (rewards - rewards.mean()) / rewards.std()
+        data = [rewarded(sequence, advantage) for sequence, advantage in zip(drawn, advantages, strict=True)]
+        [outcome] = self.trainer.forward_backward([Work(self.adapters[0], data, "importance_sampling")])
+        if isinstance(outcome, Exception):
+            raise outcome
+        self.trainer.optim_step(self.adapters[0], OptimSettings(learning_rate=LEARNING_RATE))
+        return outcome.metrics["loss:sum"]
+
+
+def rewarded(sequence: Sequence, advantage: float) -> Datum:
+    """An answer to learn from: its prompt has no advantage."""
+    tokens = [*sequence.prompt_ids, *sequence.output_ids]
+    advantages, logprobs = np.zeros((2, len(tokens) - 1), np.float32)
+    advantages[-len(sequence.output_ids) :] = advantage
+    logprobs[-len(sequence.output_ids) :] = sequence.logprobs
+    targets = np.array(tokens[1:], np.int64)
+    inputs = {"target_tokens": targets, "logprobs": logprobs, "advantages": advantages}
+    return Datum(np.array(tokens[:-1], np.int32), inputs)
 
 
 class Peft:
@@ -97,37 +144,76 @@ class Peft:
         return total
 
 
-def seconds_of(step: Callable[[], float]) -> tuple[float, float]:
-    """(seconds, loss) of one step."""
-    begun = time.perf_counter()
-    loss = step()
-    return time.perf_counter() - begun, loss
+def seconds_of(step: Callable[[], float], clock: Callable[[], float]) -> float:
+    """Of one step."""
+    begun = clock()
+    step()
+    return clock() - begun
 
 
-def compare(contenders: dict[str, Any], data: list[list[Datum]], rounds: int) -> dict[str, tuple[float, float]]:
+def compare(
+    contenders: dict[str, Any], data: list[list[Datum]], rounds: int, clock: Callable[[], float]
+) -> dict[str, tuple[float, float]]:
     """Median seconds of each contender's step, in turns, and the first loss."""
     first = {name: each.step(data) for name, each in contenders.items()}  # warms up
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, each in contenders.items():
-            taken[name].append(seconds_of(lambda each=each: each.step(data))[0])
+            taken[name].append(seconds_of(lambda each=each: each.step(data), clock))
     return {name: (statistics.median(taken[name]), first[name]) for name in contenders}
 
 
-def rows_of(shape: str, dtype: torch.dtype, rounds: int, tenants: list[int]) -> list[str]:
+def trl_seconds(kind: str, folder: Path, rank: int, options: argparse.Namespace) -> float | None:
+    """Median seconds of a TRL trainer's step after its first; None where it is not installed, or fails."""
+    if options.trl_python is None:
+        return None
+    script = Path(__file__).with_name("posttraining_trl.py")
+    arguments = [kind, folder, rank, options.threads, options.clock, options.rounds + 1]
+    command = [str(options.trl_python), str(script), *map(str, arguments)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode != 0:
+        print(done.stderr[-2000:], flush=True)
+        return None
+    return statistics.median(json.loads(done.stdout.splitlines()[-1])[1:])
+
+
+def trl_rows(shape: str, folder: Path, smelt: Smelt, options: argparse.Namespace) -> list[str]:
+    """The rows beside TRL: supervised, and on rewards."""
+    clock, rank = CLOCKS[options.clock], RANKS[shape]
+    data = [datums(4, 256, config_of(shape).vocab_size)]
+    works: dict[str, tuple[str, int, Callable[[], float]]] = {
+        "sft": ("SFTTrainer: 4 x 256", 1024, lambda: smelt.step(data)),
+        "grpo": ("GRPOTrainer: draws 16 x 64 and learns", NUM_ANSWERS * ANSWER_TOKENS, smelt.learn_from_rewards),
+    }
+    rows = []
+    for kind, (label, num_tokens, step) in works.items():
+        theirs = trl_seconds(kind, folder, rank, options)
+        step()
+        ours = statistics.median(seconds_of(step, clock) for _ in range(options.rounds))
+        told = "skipped | " if theirs is None else f"{num_tokens / theirs:,.0f} | {theirs / ours:.2f}x"
+        rows.append(f"| {shape} r{rank} | TRL's {label} | {num_tokens / ours:,.0f} | {told} | |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def rows_of(shape: str, dtype: torch.dtype, options: argparse.Namespace) -> list[str]:
     """The table's rows of one shape: one tenant with a batch, then many with a datum each."""
-    config, rank = config_of(shape), RANKS[shape]
+    config, rank, tenants = config_of(shape), RANKS[shape], options.tenants
     model = Decoder(config)
     model.initialize(0)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         write_model(config, {n: p.detach() for n, p in model.named_parameters()}, Path(name))
+        ByteTokenizer().save(Path(name))
         sides = {"smelt": Smelt, "PEFT": Peft}
         contenders = {side: make(Path(name), dtype, rank, max(tenants)) for side, make in sides.items()}
-        works = [("one tenant, 4 x 256", [datums(4, 256, config.vocab_size)])]
-        works += [(f"{n} tenants, 128 each", [[each] for each in datums(n, 128, config.vocab_size)]) for n in tenants]
+        works = [("PEFT: one tenant, 4 x 256", [datums(4, 256, config.vocab_size)])]
+        works += [
+            (f"PEFT: {n} tenants, 128 each", [[each] for each in datums(n, 128, config.vocab_size)]) for n in tenants
+        ]
         for label, data in works:
-            found = compare(contenders, data, rounds)
+            found = compare(contenders, data, options.rounds, CLOCKS[options.clock])
             num_tokens = sum(len(datum.tokens) for own in data for datum in own)
             ours, theirs = found["smelt"], found["PEFT"]
             rows.append(
@@ -135,6 +221,7 @@ def rows_of(shape: str, dtype: torch.dtype, rounds: int, tenants: list[int]) -> 
                 f"{theirs[0] / ours[0]:.2f}x | {abs(ours[1] - theirs[1]) / abs(theirs[1]):.1e} |"
             )
             print(rows[-1], flush=True)
+        rows += trl_rows(shape, Path(name), contenders["smelt"], options)
     return rows
 
 
@@ -145,21 +232,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tenants", nargs="+", type=int, default=list(NUM_TENANTS))
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--trl-python", type=Path, help="of an environment with TRL; without it TRL is skipped")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
+    load = f"{os.getloadavg()[0]:.0f} processes wanted the {os.cpu_count()} cores when it began"
     table = [
-        f"Tokens per second of forward, backward and update in {options.dtype}; medians of {options.rounds}.",
+        f"Tokens per second ({options.clock} time) of forward, backward and update in bf16, {options.threads} threads; "
+        f"medians of {options.rounds}. {load}.",
         "",
-        "| model | work | smelt | PEFT | ratio | loss differs by |",
+        "| model | work | smelt | peer | ratio | loss differs by |",
         "|---|---|---|---|---|---|",
     ]
     for shape in options.shapes:
-        table += rows_of(shape, dtype, options.rounds, options.tenants)
+        table += rows_of(shape, torch.bfloat16, options)
     machine = describe_machine(["torch", "transformers", "peft"])
-    write_result("posttraining", "Training adapters: smelt and PEFT", table, machine)
+    write_result("posttraining", "Training adapters: smelt, PEFT and TRL", table, machine)
 
 
 if __name__ == "__main__":
