@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import tinker
 import torch
 from tinker import types
+from tinker.lib.api_future_impl import _APIFuture
+from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
+from tinker.lib.public_interfaces.training_client import fetch_training_info
 
 from families import random_state
 from serving import CONFIG, Server, serving, write_tiny_model
@@ -74,12 +78,12 @@ def supervised(text: str) -> types.Datum:
     )
 
 
-def learn(training: tinker.TrainingClient, num_steps: int) -> list[float]:
+def learn(training: tinker.TrainingClient, num_steps: int, adam: types.AdamParams = ADAM) -> list[float]:
     """The loss before each step."""
     losses = []
     for _ in range(num_steps):
         forward = training.forward_backward([supervised(text) for text in TEXTS], "cross_entropy")
-        step = training.optim_step(ADAM)
+        step = training.optim_step(adam)
         losses.append(forward.result(timeout=60).metrics["loss:sum"])
         step.result(timeout=60)
     return losses
@@ -123,6 +127,46 @@ def test_a_step_on_rewards_makes_what_was_good_more_likely(training: tinker.Trai
     assert step.metrics is not None
     assert step.metrics["grad_norm"] > 0
     assert trainers_logprobs(training, text).sum() > before.sum()
+
+
+def whole_model(service: tinker.ServiceClient) -> tinker.TrainingClient:
+    """Of a `create_model` without lora_config, for which the client has no method."""
+    holder = service.holder
+    session_id, number = holder.get_session_id(), holder.get_training_client_id()
+
+    async def create() -> tinker.TrainingClient:
+        request = types.CreateModelRequest(session_id=session_id, model_seq_id=number, base_model="tiny")
+        with holder.aclient(ClientConnectionPoolType.TRAIN) as client:
+            promised = await client.models.create(request=request)
+        started = time.time()
+        future = _APIFuture(types.CreateModelResponse, holder, promised, started, request_type="CreateModel")
+        made = await future.result_async()
+        info = await fetch_training_info(holder, made.model_id)
+        return tinker.TrainingClient(holder, model_seq_id=number, model_id=made.model_id, info=info)
+
+    return holder.run_coroutine_threadsafe(create()).result(timeout=60)
+
+
+@pytest.mark.slow
+def test_all_weights_can_be_trained_sampled_and_loaded(service: tinker.ServiceClient) -> None:
+    gentle = types.AdamParams(learning_rate=3e-3)
+    training = whole_model(service)
+    assert (training.get_info().is_lora, training.get_info().lora_rank) == (False, None)
+    losses = learn(training, num_steps=20, adam=gentle)
+    assert losses[-1] < 0.75 * losses[0]
+    sampler = training.save_weights_and_get_sampling_client().result()
+    learned = trainers_logprobs(training, TEXTS[0])
+    torch.testing.assert_close(samplers_logprobs(sampler, TEXTS[0]), learned, atol=1e-4, rtol=0)
+    path = training.save_state("whole").result(timeout=60).path
+    losses = learn(training, num_steps=2, adam=gentle)
+    again = service.create_training_client_from_state_with_optimizer(path).result(timeout=60)
+    assert learn(again, num_steps=2, adam=gentle) == losses
+    assert again.get_info().is_lora is False
+    named = training.save_weights_for_sampler("kept").result(timeout=60).path
+    plain = service.create_sampling_client(model_path=named)
+    torch.testing.assert_close(
+        samplers_logprobs(plain, TEXTS[1]), trainers_logprobs(training, TEXTS[1]), atol=1e-4, rtol=0
+    )
 
 
 def test_the_sampler_is_the_trainer(training: tinker.TrainingClient, service: tinker.ServiceClient) -> None:
