@@ -93,7 +93,7 @@ class Server:
         return out_dir
 
     async def hear(self) -> Any:
-        return await asyncio.wait_for(self._heard.get(), 60)
+        return await asyncio.wait_for(self._heard.get(), 100)
 
     async def result(self) -> dict[str, Any]:
         """The summary of the run that has ended."""
