@@ -246,11 +246,11 @@ def test_the_keyboard_alone_reaches_and_works_the_playground(site: Site, visit: 
     page.keyboard.press("Tab")
     assert page.evaluate(focus) == "Skip to the content"
     reached = []
-    for _ in range(4):
+    for _ in range(6):
         page.keyboard.press("Tab")
         reached.append(page.evaluate(focus))
         assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    assert reached[:3] == ["smelt", "Runs", "Playground"]
+    assert reached[:5] == ["smelt", "Runs", "Datasets", "Sessions", "Playground"]
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_url("**/dashboard/playground")

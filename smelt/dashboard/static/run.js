@@ -96,12 +96,20 @@ function fillTable() {
   table.querySelector("tbody").replaceChildren(...rows);
 }
 
+// A recipe's own figures, such as the accuracy: a column for each, null where a row has none.
+function addFigures(curve, figures = {}) {
+  for (const name of Object.keys(figures)) curve.figures[name] ??= curve.step.map(() => null);
+  for (const [name, column] of Object.entries(curve.figures)) column.push(figures[name] ?? null);
+}
+
 function addMetrics(added) {
   const { train, validation } = curves;
   for (const event of added) {
     if (event.kind === "step" && event.step > (train.step.at(-1) ?? 0)) {
-      for (const column of Object.keys(train)) train[column].push(event[column]);
+      addFigures(train, event.figures);
+      for (const column of Object.keys(train)) if (column !== "figures") train[column].push(event[column]);
     } else if (event.kind === "evaluation" && !event.final && event.step > (validation.step.at(-1) ?? -1)) {
+      addFigures(validation, event.figures);
       validation.step.push(event.step);
       validation.loss.push(event.val_loss);
     }
