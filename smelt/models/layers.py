@@ -77,14 +77,14 @@ def attention_mask(batch: Batch, sliding_window: int | None) -> Tensor | None:
     return allowed
 
 
-def attend_within(batch: Batch, config: DecoderConfig, dropout: float) -> Attend:
-    """Causal attention inside each row (and segment) of a batch."""
+def attend_within(batch: Batch, config: DecoderConfig, dropout: float, *, fused: bool = False) -> Attend:
+    """Causal attention inside each row (and segment) of a batch; `fused`: rounded as the engine's, fast or not."""
     mask = attention_mask(batch, config.sliding_window)
     grouped = config.n_kv_head != config.n_head
 
     def attend(_layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
         q_BHTD, k_BGTD, v_BGTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
-        if prefers_written_out(q_BHTD):
+        if not fused and prefers_written_out(q_BHTD):
             return written_out_attention(q_BHTD, k_BGTD, v_BGTD, mask, dropout).transpose(1, 2)
         return F.scaled_dot_product_attention(
             q_BHTD, k_BGTD, v_BGTD, mask, dropout, is_causal=mask is None, enable_gqa=grouped

@@ -48,7 +48,7 @@ class PackedData:
     def attend(self, config: DecoderConfig) -> Attend:
         """Each datum attends to itself, in a batch of those of its length."""
         shapes = [Batch(torch.empty(num, length, dtype=torch.int64)) for num, length in self.groups]
-        each = [attend_within(shape, config, 0.0) for shape in shapes]
+        each = [attend_within(shape, config, 0.0, fused=True) for shape in shapes]
         lengths = [num * length for num, length in self.groups]
 
         def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:

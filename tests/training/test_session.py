@@ -12,6 +12,8 @@ from torch.func import functional_call
 from families import FAMILIES, make_reference
 from smelt.data.chat_training import preference_datum
 from smelt.errors import CheckpointError, InvalidInput, NonFiniteLoss, TrainingError
+from smelt.inference.engine import Engine
+from smelt.inference.sequence import Sequence
 from smelt.models.adapter_folders import UNEMBEDDING, part_of
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
@@ -22,7 +24,7 @@ from smelt.training.losses import LOSSES, REFERRING
 from smelt.training.session import Outcome, SessionTrainer, Work
 from smelt.training.trained_adapter import TrainedAdapter
 from smelt.training.trained_weights import OptimSettings
-from smelt.types import Datum
+from smelt.types import Datum, SamplingParams
 from training_data import VOCAB, datum_of, make_model, rl_datum
 
 
@@ -454,3 +456,24 @@ def test_logits_that_are_computed_again_are_the_kept_ones(monkeypatch: pytest.Mo
     expected = bits(trainer, works, 1)
     monkeypatch.setattr(target_logprobs, "MAX_KEPT_BYTES", num_bytes)
     assert bits(trainer, works, 1) == expected
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["adapter", "all weights"])
+def test_in_bfloat16_the_sampler_finds_what_the_trainer_does(is_whole: bool) -> None:
+    """Prompts in one step and tokens that were drawn one by one."""
+    model = make_model(torch.bfloat16)
+    trainer = SessionTrainer(model)
+    trained = trainer.create_whole() if is_whole else adapter_of(trainer, rank=8)
+    engine = Engine(model)
+    if isinstance(trained, TrainedAdapter):
+        engine.adapters.keep("a", trained.as_adapter(), ())
+    params = SamplingParams(max_tokens=40, seed=1, num_prompt_logprobs=0, ignore_eos=True)
+    drawn = Sequence(datum_of(90).tokens.tolist(), params, adapter=None if is_whole else "a")
+    engine.add(drawn)
+    while engine.has_work:
+        engine.step()
+    tokens = np.array([*drawn.prompt_ids, *drawn.output_ids])
+    datum = Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:].astype(np.int64)})
+    [found] = done(trainer.forward_backward([Work(trained, [datum], "cross_entropy")])[0]).logprobs
+    expected = np.array([*drawn.prompt_logprobs[1:], *drawn.logprobs], np.float32)
+    assert np.abs(found - expected).max() < 2e-2
