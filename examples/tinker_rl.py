@@ -8,6 +8,7 @@ The reward can be checked by eye: how many of an answer's tokens have the letter
 
 import sys
 
+import httpx
 import tinker
 import torch
 from tinker import types
@@ -39,6 +40,13 @@ def datum_of(prompt_ids: list[int], drawn: types.SampledSequence, advantage: flo
     )
 
 
+def tell_reward(training: tinker.TrainingClient, reward: float) -> None:
+    """Have the dashboard draw it: only the client knows it."""
+    session = str(training.model_id).partition(":")[0]
+    address = f"{BASE_URL}/v1/sessions/{session}/models/{training.model_id}/figures"
+    httpx.post(address, json={"figures": {"reward": reward}}).raise_for_status()
+
+
 def main() -> None:
     """Sample from the weights in training, reward, step."""
     service = tinker.ServiceClient(base_url=BASE_URL, api_key=API_KEY)
@@ -56,12 +64,14 @@ def main() -> None:
             rewards_seen.append(rewards)
             advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
             data += [datum_of(ids, one, float(good)) for one, good in zip(group, advantages, strict=True)]
+        reward = float(torch.cat(rewards_seen).mean())
+        tell_reward(training, reward)
         forward = training.forward_backward(data, "importance_sampling")
         update = training.optim_step(types.AdamParams(learning_rate=4e-3))
         forward.result()
         update.result()
         if step % 5 == 0 or step == NUM_STEPS - 1:
-            print(f"step {step}: mean reward {torch.cat(rewards_seen).mean():.3f}")
+            print(f"step {step}: mean reward {reward:.3f}")
     print("to sample from later:", training.save_weights_for_sampler("letter-e").result().path)
     service.close("success").result()
 

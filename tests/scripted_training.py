@@ -1,8 +1,6 @@
 """A worker of the ledger that does training operations and samples without a model, and a live server around it."""
 
 import asyncio
-import gc
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import live
+from leftovers import collected
 from scripted import scripted
 from smelt.api.app import create_app
 from smelt.api.services import Services
@@ -161,11 +160,7 @@ def training_server(
     home: Path, around: Callable[[ASGIApp], ASGIApp] = lambda app: app
 ) -> Iterator[tuple[str, ScriptedWorker, Services]]:
     """(address, worker, services) of a server with the model `tiny`; `around` may wrap the application."""
-    with scripted(home) as (services, _):
+    with collected(), scripted(home) as (services, _):
         worker = ScriptedWorker(services.ledger, home)
         with live.serving(with_worker(around(create_app(services)), worker)) as url:
             yield url, worker, services
-    # Tinker's client leaves connections to the garbage collector, which would tell of them in somebody else's test.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()

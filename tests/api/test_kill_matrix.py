@@ -4,7 +4,6 @@ Whatever dies: the client's futures all answer, each operation is done once, and
 undisturbed, bit for bit. `make chaos` runs all points; a few of them are among the slow tests.
 """
 
-import gc
 import hashlib
 import os
 import random
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ import torch
 from sqlalchemy import select
 from tinker import types
 
+from leftovers import collected
 from processes import needs_proc
 from serving import Server, environment, serving, write_tiny_model
 from session_worker import CONFIG
@@ -122,7 +121,7 @@ def running(folder: Path, fault: str | None = None) -> Iterator[tuple[Server, Wo
     home, model = folder / "home", folder / "tiny"
     write_tiny_model(model, vocab_size=CONFIG.vocab_size)
     in_worker = fault is not None and fault.partition(":")[0] in SESSION_POINTS
-    with pytest.MonkeyPatch.context() as patch:
+    with collected(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKER_TELEMETRY", "0")
         if fault is not None and not in_worker:
             patch.setenv("SMELT_FAULT", fault)
@@ -134,10 +133,6 @@ def running(folder: Path, fault: str | None = None) -> Iterator[tuple[Server, Wo
                     yield server, worker, service
             finally:
                 worker.end()
-    # Tinker's client leaves connections to the garbage collector, which would tell of them at some other time.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 def datum(seed: int, num_tokens: int = 24) -> types.Datum:

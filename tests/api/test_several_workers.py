@@ -15,6 +15,7 @@ import torch
 from sqlalchemy import select
 from tinker import types
 
+from leftovers import collected
 from processes import eventually, needs_proc
 from serving import Server, environment, serving, write_tiny_model
 from smelt.storage.database import open_database, sqlite_url
@@ -85,6 +86,7 @@ def test_each_session_stays_with_a_worker_and_outlives_it(tmp_path: Path, monkey
     home = tmp_path / "home"
     write_tiny_model(home / "models" / "tiny")
     with (
+        collected(),
         serving(home, "--no-worker") as server,
         worker(home) as first,
         worker(home) as second,

@@ -10,6 +10,7 @@ from tinker import types
 from torch import Tensor
 
 from families import random_state
+from leftovers import collected
 from serving import serving, write_tiny_model
 from smelt.configs import DecoderConfig
 from smelt.models.weights import write_model
@@ -36,7 +37,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinker.Service
             tensor += 1
     write_tiny_model(folder / "tiny")
     write_model(config, state, folder / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
+    with collected(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKER_TELEMETRY", "0")
         patch.setenv("SMELT_DTYPE", "float32")
         with (

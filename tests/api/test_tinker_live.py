@@ -17,6 +17,7 @@ from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 from tinker.lib.public_interfaces.training_client import fetch_training_info
 
 from families import random_state
+from leftovers import collected
 from serving import CONFIG, Server, serving, write_tiny_model
 from smelt.models.weights import write_model
 
@@ -45,7 +46,7 @@ def write_base(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("tinker-live")
-    with pytest.MonkeyPatch.context() as patch:
+    with collected(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKER_TELEMETRY", "0")
         patch.setenv("SMELT_DTYPE", "float32")
         with serving(folder / "home", str(write_base(folder / "tiny"))) as started:
