@@ -48,6 +48,8 @@ def test_a_file_becomes_a_dataset_that_can_be_looked_at_and_trained_on(
     expect(page.locator("#state")).to_have_text("Queued", timeout=15_000)
     config = config_of_newest(site)
     assert (config["dataset"], config["max_iters"], config["bias"]) == ("lines", 7, False)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#state")).to_have_text("Cancelled")
 
     visit.open("/dashboard/datasets")
     page.on("dialog", lambda dialog: dialog.accept())
