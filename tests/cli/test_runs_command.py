@@ -78,7 +78,8 @@ def test_there_may_be_none(home: Path) -> None:
 def test_a_server_resumes_and_cancels_and_is_asked_how_runs_stand(run: str) -> None:
     assert "is queued" in runs("resume", run)
     assert "waits to go on from its last checkpoint" in runs("show", run)
-    assert runs("ls").splitlines()[1].split()[2] == "queued"
+    (row,) = [line for line in runs("ls").splitlines() if line.startswith(run)]  # beside what the server logs
+    assert row.split()[2] == "queued"
     with pytest.raises(SmeltError, match="queued already"):
         runs("resume", run)
     assert "is cancelled" in runs("cancel", run)
