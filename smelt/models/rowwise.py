@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smelt.models.fixed_tiles import in_fixed_tiles
 from smelt.models.kernels import Kernels, kernels
 
 MOST_LOOKED_UP = 64  # of a step that writes; whoever sends more to a model has them checked by torch
@@ -104,8 +105,11 @@ def write_cache(k_NGD: Tensor, v_NGD: Tensor, places_NG: Tensor, keys: Tensor, v
 
 
 def kernels_for(x: Tensor, dtype: torch.dtype | None = None) -> Kernels | None:
-    """Where there are some for that dtype or x's own, and no gradient is wanted, which would not pass through them."""
+    """Where there are some for that dtype or x's own, and no gradient is wanted, which would not pass through them.
+
+    Not in fixed tiles: whether they take a row depends on how many there are, and they round in their own way.
+    """
     dtype = x.dtype if dtype is None else dtype
     if torch.is_grad_enabled() or x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    return None if torch.compiler.is_compiling() else kernels()
+    return None if torch.compiler.is_compiling() or in_fixed_tiles() else kernels()

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from families import FAMILIES, make_reference
+from kernels_built import built_kernels
 from smelt.data.chat_training import preference_datum
 from smelt.errors import CheckpointError, InvalidInput, NonFiniteLoss, TrainingError
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence
+from smelt.models import kernels
 from smelt.models.adapter_folders import UNEMBEDDING, part_of
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
@@ -477,3 +479,16 @@ def test_in_bfloat16_the_sampler_finds_what_the_trainer_does(is_whole: bool) -> 
     [found] = done(trainer.forward_backward([Work(trained, [datum], "cross_entropy")])[0]).logprobs
     expected = np.array([*drawn.prompt_logprobs[1:], *drawn.logprobs], np.float32)
     assert np.abs(found - expected).max() < 2e-2
+
+
+def test_a_forward_pass_alone_is_the_same_bits_as_one_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for few rows round in their own way, so that nobody's company may decide about them."""
+    monkeypatch.setattr(kernels._BUILD, "built", built_kernels())
+    trainer = SessionTrainer(make_model(torch.bfloat16))
+    adapter = adapter_of(trainer)
+    data = [datum_of(40, 1), datum_of(9, 2)]
+    longer = [datum_of(200, 3)] * 4
+    mates = [Work(adapter_of(trainer, seed), longer, "cross_entropy", forward_only=True) for seed in (1, 2)]
+    alone, both = (Work(adapter, data, "cross_entropy", forward_only=only) for only in (True, False))
+    found = [done(trainer.forward_backward(works)[0]).logprobs for works in ([alone], [alone, *mates], [both])]
+    assert len({b"".join(each.tobytes() for each in logprobs) for logprobs in found}) == 1
