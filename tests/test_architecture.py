@@ -76,7 +76,8 @@ def test_the_readme_has_the_map_of_the_code() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert smelt.__all__ == ["TextModel", "TrainConfig", "evaluate", "load", "prepare_data", "train"]
+    names = ["TextModel", "TrainConfig", "evaluate", "load", "load_classifier", "prepare_data", "train"]
+    assert smelt.__all__ == names
     assert all(getattr(smelt, name).__doc__ for name in smelt.__all__)
 
 

@@ -91,7 +91,8 @@ def test_what_cannot_be_loaded_says_why(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_public_names_are_these_and_importing_them_is_cheap() -> None:
-    assert sorted(smelt.__all__) == ["TextModel", "TrainConfig", "evaluate", "load", "prepare_data", "train"]
+    names = ["TextModel", "TrainConfig", "evaluate", "load", "load_classifier", "prepare_data", "train"]
+    assert sorted(smelt.__all__) == names
     assert all(getattr(smelt, name) for name in smelt.__all__)
     code = "import sys, smelt, smelt.library; assert 'torch' not in sys.modules; smelt.TrainConfig()"
     subprocess.run([sys.executable, "-c", code], check=True)
