@@ -484,7 +484,7 @@ def test_in_bfloat16_the_sampler_finds_what_the_trainer_does(is_whole: bool) -> 
 def test_a_forward_pass_alone_is_the_same_bits_as_one_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels for few rows round in their own way, so that nobody's company may decide about them."""
     monkeypatch.setattr(kernels._BUILD, "built", built_kernels())
-    trainer = SessionTrainer(make_model(torch.bfloat16))
+    trainer = SessionTrainer(make_model())
     adapter = adapter_of(trainer)
     data = [datum_of(40, 1), datum_of(9, 2)]
     longer = [datum_of(200, 3)] * 4
