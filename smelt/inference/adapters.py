@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smelt.errors import AlreadyExists, InvalidInput, Unavailable, UnknownAdapter
-from smelt.models.adapter_folders import Adapter, read_adapter
+from smelt.models.adapter_folders import UNEMBEDDING, Adapter, read_adapter
 from smelt.models.decoder import Decoder
 from smelt.models.lora import Lora
 
@@ -38,6 +38,16 @@ class AdapterPool:
     def names(self) -> list[str]:
         """Those that can be used, the one that was used longest ago first."""
         return list(self._loaded)
+
+    @property
+    def generation(self) -> int:
+        """Another one when the weights of adapters have moved to other places."""
+        return 0 if self._lora is None else self._lora.generation
+
+    @property
+    def change_logits(self) -> bool:
+        """Whether there have been adapters of the unembedding."""
+        return self._lora is not None and UNEMBEDDING in self._lora.matrices
 
     def add(self, name: str, folder: Path) -> None:
         """Load the adapter of a PEFT folder. AlreadyExists, InvalidInput, NotFound or UnsupportedModel say why not."""

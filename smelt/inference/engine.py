@@ -77,7 +77,7 @@ class Engine:
         self.scheduler = Scheduler(self.tables, max_running, max(max_step_tokens, max_running))
         self.max_length = min(model.config.block_size, num_blocks * block_size)
         self.adapters = AdapterPool(model)
-        self._recorded = RecordedSteps(model, self.cache, -(-self.max_length // block_size))
+        self._recorded = RecordedSteps(model, self.cache, self.adapters, -(-self.max_length // block_size))
         self._batch_size = 0
 
     @property
@@ -141,7 +141,9 @@ class Engine:
             return []
         self.cache.copy(plan.copies)
         self._batch_size = sum(chunk.num_tokens for chunk in plan.chunks)
-        if all(_is_newest(chunk) for chunk in plan.chunks) and (outcome := self._recorded.run(plan.chunks)) is not None:
+        if all(chunk.num_tokens == 1 and chunk.is_last for chunk in plan.chunks) and (
+            outcome := self._recorded.run(plan.chunks, self._slots(plan.chunks))
+        ):
             hidden_NC, logits_NV = outcome
             self._note_computed(plan.chunks, hidden_NC)
             return self._draw([chunk.sequence for chunk in plan.chunks], logits_NV)
@@ -215,8 +217,3 @@ class Engine:
             f"{self.tables.block_size} tokens, and the answer needs one of these; shorten the prompt or enlarge the "
             f"cache"
         )
-
-
-def _is_newest(chunk: Chunk) -> bool:
-    """Whether it is the last token of a sequence that uses no adapter."""
-    return chunk.num_tokens == 1 and chunk.is_last and chunk.sequence.adapter is None

@@ -23,6 +23,7 @@ from smelt.models.adapter_folders import UNEMBEDDING, Adapter, Factors, Matrix, 
 from smelt.models.batch import NO_ADAPTER, Batch
 from smelt.models.decoder import Decoder
 from smelt.models.kernels import Kernels, kernels
+from smelt.models.recording import current_recording
 
 # What a tile costs besides its rows, in rows: to read its slot's factors, and to copy them first.
 READ_COST, COPY_COST = 4, 24
@@ -78,6 +79,16 @@ def lay_out(slots: NDArray[np.int64], device: torch.device) -> Tiles | None:
     )
 
 
+def row_by_row(slots_N: Tensor) -> Tiles:
+    """The same for rows that all have an adapter, each as a group of its own: for our kernel, and for no slots yet.
+
+    Whoever writes other slots into that tensor later has laid out those.
+    """
+    order = torch.from_numpy(np.arange(len(slots_N) + 1))
+    groups = Groups(order[:-1], order, slots_N)
+    return Tiles(groups, slots_N, order[:-1, None], None, None)
+
+
 def _tile_size(used: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int, bool]:
     """(rows in a tile, whether the slots are taken as a range with one tile each), by what costs least."""
     most = int(counts.max())
@@ -113,11 +124,11 @@ class LoraMatrix(nn.Module):
         self.register_buffer("scales", empty.float().view(0, 0))
         self.part_rows = torch.tensor(matrix.num_rows)
 
-    def reserve(self, num_slots: int, rank: int) -> None:
-        """Make room for so many slots of such a rank, keeping what is there."""
+    def reserve(self, num_slots: int, rank: int) -> bool:
+        """Make room for so many slots of such a rank, keeping what is there. True where it lies elsewhere now."""
         num_slots, rank = max(num_slots, len(self.a)), max(rank, self.rank)
         if (num_slots, rank) == (len(self.a), self.rank):
-            return
+            return False
         num_parts, old_slots, old_rank = len(self.num_rows), len(self.a), self.rank
         a = self.a.new_zeros(num_slots, num_parts, rank, self.a.shape[2])
         b = self.b.new_zeros(num_slots, rank, self.b.shape[2])
@@ -126,6 +137,7 @@ class LoraMatrix(nn.Module):
         b[:old_slots, :old_rank] = self.b
         scales[:old_slots, :, :old_rank] = self.scales.view(old_slots, num_parts, old_rank)
         self.a, self.b, self.scales, self.rank = a.flatten(1, 2), b, scales.flatten(1, 2), rank
+        return True
 
     def put(self, slot: int, parts: Sequence[Factors | None]) -> None:
         """Fill a slot; what was in it is gone."""
@@ -178,6 +190,7 @@ class Lora:
         self.matrices: dict[str, LoraMatrix] = {}
         self._model = model
         self._known = matrices_of(model.config)
+        self.generation = 0  # of the places where the factors lie
         self._num_slots = 0
         self._tiles: Tiles | None = None
         model.register_forward_pre_hook(self._route)
@@ -209,7 +222,8 @@ class Lora:
     def _put(self, name: str, slot: int, parts: tuple[Factors | None, ...] | None) -> None:
         matrix = self.matrices[name]
         ranks = [len(factors.a) for factors in parts or () if factors is not None]
-        matrix.reserve(self._num_slots, -(-max(ranks, default=1) // RANK_STEP) * RANK_STEP)
+        if matrix.reserve(self._num_slots, -(-max(ranks, default=1) // RANK_STEP) * RANK_STEP):
+            self.generation += 1
         if parts is None:
             matrix.clear(slot)
         else:
@@ -219,6 +233,7 @@ class Lora:
         weight = self._model.embedding.weight
         matrix = LoraMatrix(self._known[name], weight.dtype, weight.device)
         self.matrices[name] = matrix
+        self.generation += 1
         if name == UNEMBEDDING:
             return
 
@@ -234,4 +249,8 @@ class Lora:
         """Before each pass of the model: where its rows go."""
         batch: Batch = args[0]
         ids = batch.adapter_ids
-        self._tiles = None if ids is None else lay_out(ids.flatten().numpy(), batch.tokens.device)
+        if ids is not None and (recording := current_recording()) is not None:
+            self._tiles = row_by_row(ids.flatten())
+            recording.kept.append(self._tiles)
+        else:
+            self._tiles = None if ids is None else lay_out(ids.flatten().numpy(), batch.tokens.device)

@@ -54,12 +54,16 @@ class Arena:
 
 
 class Recording:
-    """The calls of one pass. `outputs` are what it gave; `obstacles` name what cannot be called again."""
+    """The calls of one pass. `outputs` are what it gave; `obstacles` name what cannot be called again.
+
+    `kept`: what the calls read besides the inputs and weights, for whoever makes such to put there.
+    """
 
     def __init__(self, arena: Arena, replay: Replay) -> None:
         self.arena = arena
         self.outputs: Any = None
         self.obstacles: set[str] = set()
+        self.kept: list[object] = []
         self._replay = replay
         self._noted: list[list[int]] = []
         self._calls = np.zeros((0, MOST_ARGUMENTS + 1), dtype=np.int64)

@@ -1,5 +1,6 @@
 """Steps that are recorded and replayed: the bits of those that are not, for all families, whoever comes and goes."""
 
+from collections.abc import Sequence as Items
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from smelt.inference import recorded_steps
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence
 from smelt.models import kernels
+from smelt.models.adapter_folders import UNEMBEDDING, Adapter, Factors, matrices_of
 from smelt.models.decoder import Decoder
 from smelt.models.quantization import quantize
 from smelt.types import SamplingParams
@@ -43,17 +45,33 @@ def make_model(family: str, dtype: torch.dtype = torch.float32) -> Decoder:
     return decoder.to(dtype)
 
 
-def outcome(engine: Engine, **sampling: Any) -> list[tuple[list[int], list[float]]]:
+def outcome(
+    engine: Engine, adapters: Items[str | None] = (None,) * 5, **sampling: Any
+) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probabilities of answers of different lengths."""
     sequences = [
-        Sequence(prompt, SamplingParams(max_tokens=9 + 4 * row, seed=row, **sampling))
-        for row, prompt in enumerate(PROMPTS)
+        Sequence(prompt, SamplingParams(max_tokens=9 + 4 * row, seed=row, **sampling), adapter=adapter)
+        for row, (prompt, adapter) in enumerate(zip(PROMPTS, adapters, strict=True))
     ]
     for sequence in sequences:
         engine.add(sequence)
     while engine.has_work:
         engine.step()
     return [(sequence.output_ids, sequence.logprobs) for sequence in sequences]
+
+
+def random_adapter(model: Decoder, seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(num_out: int, width: int) -> Factors:
+        a, b = (torch.randn(shape, generator=generator) for shape in ((4, width), (num_out, 4)))
+        return Factors(0.2 * a, 0.2 * b, 1.0)
+
+    return {
+        name: tuple(factors(num_out, matrix.width) for num_out in matrix.num_rows)
+        for name, matrix in matrices_of(model.config).items()
+        if name != UNEMBEDDING
+    }
 
 
 def unrecorded(model: Decoder, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Engine:
@@ -71,6 +89,32 @@ def test_replayed_steps_give_the_same_bits(family: str, how: str, monkeypatch: p
     for _ in range(2):  # the second time with recordings, and with prefixes in the cache
         assert outcome(engine, temperature=1.0) == outcome(ordinary, temperature=1.0)
     assert engine._recorded.sizes == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_may_change_and_move_between_replays(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", dtype)
+    engine, ordinary = Engine(model), unrecorded(make_model("llama", dtype), monkeypatch)
+    answers = []
+    for number in range(6):  # past the slots that there is room for at first
+        for each in (engine, ordinary):
+            each.adapters.keep(f"a{number}", random_adapter(model, number), set())
+        newest = [f"a{max(0, number - row)}" for row in range(5)]
+        answers.append(outcome(engine, newest))
+        assert answers[-1] == outcome(ordinary, newest)
+    assert answers[0] != answers[-1]
+    assert engine._recorded.sizes == [1, 2, 3, 4, 5]
+    assert len({key.adapters for key in engine._recorded._kept}) == 1
+
+
+def test_company_without_adapters_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    engine, ordinary = Engine(model), unrecorded(make_model("llama"), monkeypatch)
+    for each in (engine, ordinary):
+        each.adapters.keep("a", random_adapter(model, 1), set())
+    mixed = ["a", None, "a", None, "a"]
+    assert outcome(engine, mixed) == outcome(ordinary, mixed)
+    assert engine._recorded.sizes == [1]
 
 
 def test_blocks_may_move_between_replays(monkeypatch: pytest.MonkeyPatch) -> None:
