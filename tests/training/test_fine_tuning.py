@@ -1,8 +1,6 @@
 """Fine-tuning computes what transformers and PEFT compute, learns, resumes to the same bits, and says what is wrong."""
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,10 @@ from smelt.training.example_batches import ExampleBatches, example_batch
 from smelt.training.example_losses import preference, supervised
 from smelt.training.fine_tuning import fine_tune, located_examples
 from smelt.training.lora_factors import LoraFactors, chosen_parts
-from smelt.training.metrics import EvalMetrics, Event, RunSummary, StepMetrics
+from smelt.training.metrics import EvalMetrics, Event, RunSummary
 from smelt.training.parallel import Ranks
 from smelt.types import Datum
+from stopping import stop_at
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -217,14 +216,6 @@ class Lab:
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
-
-
-def stop_at(step: int) -> Callable[[Event], None]:
-    def sink(event: Event) -> None:
-        if isinstance(event, StepMetrics) and event.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return sink
 
 
 @pytest.mark.parametrize("lora", [True, False])

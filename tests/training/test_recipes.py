@@ -20,6 +20,7 @@ from smelt.training import loop
 from smelt.training.metrics import EvalMetrics, Event, Note, RunSummary, StepMetrics
 from smelt.training.pretraining import pretrain
 from smelt.training.step import LossValue, step
+from stopping import stop_at
 
 TEXT = "".join(f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs.\n" for number in range(400))
 TINY: dict[str, Any] = {
@@ -71,16 +72,6 @@ class Lab:
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
-
-
-def stop_at(step: int) -> Callable[[Event], None]:
-    """A sink that presses Ctrl-C when a step is done."""
-
-    def sink(event: Event) -> None:
-        if isinstance(event, StepMetrics) and event.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return sink
 
 
 def test_a_run_learns_and_leaves_a_model(lab: Lab) -> None:

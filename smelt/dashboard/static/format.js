@@ -23,6 +23,18 @@ export function cell(label, className = "") {
   return element;
 }
 
+// A row of figures.
+export function numberRow(texts) {
+  const row = document.createElement("tr");
+  row.append(...texts.map((text) => {
+    const element = document.createElement("td");
+    element.className = "number";
+    element.textContent = text;
+    return element;
+  }));
+  return row;
+}
+
 export function duration(seconds) {
   if (seconds == null) return MISSING;
   if (seconds < 60) return `${Math.round(seconds)} s`;

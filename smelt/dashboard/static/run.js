@@ -2,7 +2,7 @@
 
 import { ApiError, follow, getJson, request } from "./api.js";
 import { chartIn, smoothed } from "./chart.js";
-import { ago, count, duration, fraction, loss, short, showProblem, showState, size } from "./format.js";
+import { ago, count, duration, fraction, loss, numberRow, short, showProblem, showState, size } from "./format.js";
 
 const MAX_POINTS = 4000; // beyond, the server thins the curves anew
 const MAX_LOG_LINES = 1000;
@@ -84,14 +84,7 @@ function fillTable() {
       count(step), value("loss", loss), loss(evaluated.get(step)), value("learning_rate", short),
       value("grad_norm", short), value("tokens_per_second", count),
     ];
-    const row = document.createElement("tr");
-    row.append(...texts.map((text) => {
-      const cell = document.createElement("td");
-      cell.className = "number";
-      cell.textContent = text;
-      return cell;
-    }));
-    return row;
+    return numberRow(texts);
   });
   table.querySelector("tbody").replaceChildren(...rows);
 }

@@ -2,7 +2,7 @@
 
 import { ApiError, follow, getJson } from "./api.js";
 import { chartIn, smoothed } from "./chart.js";
-import { count, loss, short, showProblem, showStanding, trained } from "./format.js";
+import { count, loss, numberRow, short, showProblem, showStanding, trained } from "./format.js";
 
 const MAX_POINTS = 4000; // beyond, the curves are read anew
 const TABLE_ROWS = 100;
@@ -87,14 +87,7 @@ function fillTable({ inside, steps }) {
       count(step.step), loss(step.loss), short(step.told.reward), short(step.learning_rate), short(step.grad_norm),
       count(step.num_samples), short(step.tokens_per_sample), short(step.sample_logprob), count(step.tokens_per_second),
     ];
-    const row = document.createElement("tr");
-    row.append(...texts.map((text) => {
-      const cell = document.createElement("td");
-      cell.className = "number";
-      cell.textContent = text;
-      return cell;
-    }));
-    return row;
+    return numberRow(texts);
   });
   inside("table").querySelector("tbody").replaceChildren(...rows);
 }
