@@ -260,7 +260,7 @@ async def test_rules_are_read_again_and_the_last_good_ones_stay(server: Server, 
 
 def test_broken_rules_end_the_start(served: tuple[Services, Scripted], rules: Path) -> None:
     rules.write_text("- {name: x}")
-    with pytest.raises(ConfigError, match="line 1: match: Field required"):
+    with pytest.raises(ConfigError, match="line 1: match is missing: how a text is compared"):
         Server(*served, ban_rules=rules)
 
 
