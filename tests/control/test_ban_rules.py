@@ -86,7 +86,7 @@ def test_no_rule_and_no_prompt_can_stop_the_server(tmp_path: Path) -> None:
         ("- name: a\n  match: [", "line 2: not valid YAML"),
         ("name: a", "line 1: write a list of rules"),
         ("\n- {name: a, match: exact, text: x}\n- {name: b, match: like, text: x}", "line 3: match: .*'like'"),
-        ("- {name: a, match: exact}", "line 1: text: Field required"),
+        ("- {name: a, match: exact}", "line 1: text is missing: what is looked for"),
         ("- {name: a, match: exact, text: ''}", "line 1: text: "),
         ("- {name: a, match: exact, text: 7}", "line 1: text: "),
         ("- {name: a, match: exact, text: x, where: output}", "line 1: unknown key 'where'; known keys: case, match"),
