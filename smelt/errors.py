@@ -35,6 +35,7 @@ SmeltError
 ├── TransportError        another process of smelt cannot be reached, or does not speak as one
 │   └── ConnectionClosed  it is gone, or we have hung up
 └── TrainingError         the run cannot go on
+    ├── LostRank          another of its processes is gone
     └── NonFiniteLoss     the loss became NaN or infinite
 """
 
