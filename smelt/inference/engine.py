@@ -49,8 +49,8 @@ class Engine:
 
     `vocab_size` is how many token ids the tokenizer has where the model has more: the rest are neither taken nor
     drawn. The cache has `num_blocks` blocks, or what `kv_bytes` hold, or else room for `max_running` contexts and at
-    most a quarter of the free memory; memory is taken as it is needed. A step computes `max_step_tokens` at most, one
-    for each running sequence at least.
+    most a quarter of the free memory; memory is taken as it is needed. A step computes `max_step_tokens`, and a
+    few more where that ends a prompt; one for each running sequence at least.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from smelt.models.decoder import Decoder
 from smelt.models.kernels import kernels
 from smelt.models.recording import Arena, Recording, record
 
+CHANCES = 2  # what is computed once and kept, such as frequencies of rotations, hinders the first recording only
 MOST_RECORDED = 32  # sequences: for more, torch's products are faster than ours, and cannot be recorded
 
 
@@ -34,7 +35,7 @@ class RecordedSteps:
         self._max_blocks = max_blocks
         self._arena = Arena()
         self._kept: dict[_Key, tuple[_Inputs, Recording]] = {}
-        self._can_be = cache.device.type == "cpu"
+        self._chances = CHANCES if cache.device.type == "cpu" else 0
 
     @property
     def sizes(self) -> list[int]:
@@ -46,7 +47,7 @@ class RecordedSteps:
 
         None where it has to be computed in the ordinary way.
         """
-        if not self._can_be or len(chunks) > MOST_RECORDED or (fast := kernels()) is None:
+        if not self._chances or len(chunks) > MOST_RECORDED or (fast := kernels()) is None:
             return None
         num_adapted = int(np.count_nonzero(slots_N != NO_ADAPTER))
         if num_adapted and (num_adapted < len(chunks) or self._adapters.change_logits):
@@ -60,7 +61,7 @@ class RecordedSteps:
         inputs.fill(chunks, slots_N, self._cache)
         recording = record(lambda: self._compute(inputs), self._arena, fast.replay)
         if recording.obstacles:
-            self._can_be = False
+            self._chances -= 1
         else:
             self._keep(key, inputs, recording)
         return recording.outputs

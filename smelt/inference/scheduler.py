@@ -12,6 +12,8 @@ from smelt.inference.block_tables import BlockTables, Prefix
 from smelt.inference.fair_queue import FairQueue
 from smelt.inference.sequence import Sequence, Status
 
+CRUMBS = 8  # a share may grow by this part of it to end a prompt: a step for the rest alone costs more
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -160,11 +162,13 @@ class Scheduler:
         for index, own in enumerate(wishes):
             share = num_tokens // (len(wishes) - index)
             for sequence in _short_ones_first(own, share // 2):
-                end = min(sequence.num_tokens, sequence.num_computed + share)
+                end = sequence.num_computed + share
+                if sequence.num_tokens - end <= share // CRUMBS:
+                    end = sequence.num_tokens
                 if end > sequence.num_computed:
                     chunks.append(Chunk(sequence, sequence.num_computed, end))
-                    share -= chunks[-1].num_tokens
-                    num_tokens -= chunks[-1].num_tokens
+                    share = max(0, share - chunks[-1].num_tokens)
+                    num_tokens = max(0, num_tokens - chunks[-1].num_tokens)
         return chunks
 
 

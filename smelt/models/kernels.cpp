@@ -17,6 +17,7 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define HAS_INT8_QUADS 1
 #endif
+#include "team.h"
 
 namespace {
 
@@ -250,30 +251,31 @@ template <class K, class X> void prepare_row(const X *x, int64_t width, typename
         K::prepare(x + at, int(std::min<int64_t>(width - at, K::WIDTH)), *steps++);
 }
 
-template <class T> T *scratch(size_t count) {  // of the calling thread; kept, because fresh memory is slow
-    static thread_local std::vector<T> kept;
+template <class T> void enlarge(std::vector<T> &kept, size_t count) {
     if (kept.size() < count) kept.resize(count);
-    return kept.data();
 }
 
 template <class K, class X>
 void linear(const X *x, const typename K::W *w, const float *scales, const X *bias, X *y, int64_t num_x,
             int64_t num_out, int64_t width, int threads) {
+    using Steps = std::vector<typename K::Step>;
     const int64_t num_steps = (width + K::WIDTH - 1) / K::WIDTH;
-    auto *steps = scratch<typename K::Step>(num_x * num_steps);
-    for (int64_t m = 0; m < num_x; m++) prepare_row<K>(x + m * width, width, steps + m * num_steps);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t first = 0; first < num_out; first += SUMS) {
-        const typename K::W *rows[SUMS];
-        for (int i = 0; i < SUMS; i++) rows[i] = w + std::min(first + i, num_out - 1) * width;
-        products<K>(rows, steps, num_steps, num_x, width, [&](int n, int64_t m, float value) {
-            const int64_t out = first + n;
-            if (out >= num_out) return;
-            if (scales) value *= scales[out];
-            if (bias) value += to_float(bias[out]);
-            assign(y[m * num_out + out], value);
+    on_team(threads, true, [&](const Team &team) {
+        auto *steps = team.shared<Steps>([&](Steps &kept) { enlarge(kept, num_x * num_steps); }).data();
+        team.each(num_x, [&](int64_t m) { prepare_row<K>(x + m * width, width, steps + m * num_steps); });
+        team.meet();
+        team.each((num_out + SUMS - 1) / SUMS, [&](int64_t part) {
+            const typename K::W *rows[SUMS];
+            for (int i = 0; i < SUMS; i++) rows[i] = w + std::min(part * SUMS + i, num_out - 1) * width;
+            products<K>(rows, steps, num_steps, num_x, width, [&](int n, int64_t m, float value) {
+                const int64_t out = part * SUMS + n;
+                if (out >= num_out) return;
+                if (scales) value *= scales[out];
+                if (bias) value += to_float(bias[out]);
+                assign(y[m * num_out + out], value);
+            });
         });
-    }
+    });
 }
 
 // exp(x) for x <= 0, to 2e-7 of its value; 0 below -87.
@@ -368,7 +370,9 @@ template <class K, class X> struct Part {
     }
 
     void run(float *largest, float *total, float *mixed) const {
-        float *weights = scratch<float>(group * PART);
+        static thread_local std::vector<float> kept;
+        enlarge(kept, group * PART);
+        float *weights = kept.data();
         scores(weights);
         for (int64_t r = 0; r < group; r++) soften(weights + r * PART, largest[r], total[r]);
         std::fill(mixed, mixed + group * cache.width, 0.0f);
@@ -396,61 +400,59 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
     const int64_t num_steps = (width + K::WIDTH - 1) / K::WIDTH;
     const float scale = 1.0f / std::sqrt(float(width));
 
-    std::vector<int64_t> row_of, part_of, first_task(num_rows + 1);
-    for (int64_t b = 0; b < num_rows; b++) {
-        first_task[b] = row_of.size();
-        for (int64_t part = std::max<int64_t>(0, lengths[b] - window) / PART; part * PART < lengths[b]; part++)
-            row_of.push_back(b), part_of.push_back(part);
-    }
-    first_task[num_rows] = row_of.size();
-    const int64_t num_tasks = row_of.size();
-
-    struct Kept {
+    struct Plan {  // the parts of all rows, one after the other
+        std::vector<int64_t> row_of, part_of, first_task;
         std::vector<typename K::Step> queries;
         std::vector<float> largest, total, mixed;
     };
-    static thread_local Kept kept;
-    kept.queries.resize(num_rows * num_heads * num_steps);
-    kept.largest.resize(num_tasks * num_heads);
-    kept.total.resize(num_tasks * num_heads);
-    kept.mixed.resize(num_tasks * num_heads * width);
-    auto *queries = kept.queries.data();
-    float *largest = kept.largest.data(), *total = kept.total.data(), *mixed = kept.mixed.data();
-    for (int64_t b = 0; b < num_rows; b++)
-        for (int64_t h = 0; h < num_heads; h++)
-            prepare_row<K>(q + b * q_stride + h * width, width, queries + (b * num_heads + h) * num_steps);
+    const auto prepare = [&](Plan &plan) {
+        plan.row_of.clear(), plan.part_of.clear(), plan.first_task.assign(1, 0);
+        for (int64_t b = 0; b < num_rows; b++) {
+            for (int64_t part = std::max<int64_t>(0, lengths[b] - window) / PART; part * PART < lengths[b]; part++)
+                plan.row_of.push_back(b), plan.part_of.push_back(part);
+            plan.first_task.push_back(plan.row_of.size());
+        }
+        const int64_t num_results = plan.row_of.size() * num_heads;
+        enlarge(plan.queries, num_rows * num_heads * num_steps);
+        enlarge(plan.largest, num_results), enlarge(plan.total, num_results), enlarge(plan.mixed, num_results * width);
+    };
+    int64_t num_read = 0;
+    for (int64_t b = 0; b < num_rows; b++) num_read += std::min<int64_t>(lengths[b], window) * cache.num_kv_heads * width;
 
-    const int64_t num_read = num_tasks * cache.num_kv_heads * PART * width;  // at most
-#pragma omp parallel num_threads(threads) if (num_read > WORTH_A_THREAD)
-    {
-#pragma omp for schedule(dynamic) collapse(2)
-        for (int64_t task = 0; task < num_tasks; task++)
-            for (int64_t g = 0; g < cache.num_kv_heads; g++) {
-                const int64_t b = row_of[task], head = task * num_heads + g * group;
-                const int64_t first = std::max({int64_t(0), lengths[b] - window, part_of[task] * PART});
-                const int64_t last = std::min<int64_t>(lengths[b], (part_of[task] + 1) * PART);
-                const auto *mine = queries + (b * num_heads + g * group) * num_steps;
-                Part<K, X>{cache, tables + b * table_width, group, g, first, last, mine, num_steps, scale}.run(
-                    largest + head, total + head, mixed + head * width);
+    on_team(threads, num_read > WORTH_A_THREAD, [&](const Team &team) {
+        Plan &plan = team.shared<Plan>(prepare);
+        auto *queries = plan.queries.data();
+        float *largest = plan.largest.data(), *total = plan.total.data(), *mixed = plan.mixed.data();
+        team.each(num_rows, [&](int64_t b) {
+            for (int64_t h = 0; h < num_heads; h++)
+                prepare_row<K>(q + b * q_stride + h * width, width, queries + (b * num_heads + h) * num_steps);
+        });
+        team.meet();
+        team.each_in_turn(plan.row_of.size() * cache.num_kv_heads, [&](int64_t i) {
+            const int64_t task = i / cache.num_kv_heads, g = i % cache.num_kv_heads;
+            const int64_t b = plan.row_of[task], head = task * num_heads + g * group, part = plan.part_of[task];
+            const int64_t first = std::max({int64_t(0), lengths[b] - window, part * PART});
+            const int64_t last = std::min<int64_t>(lengths[b], (part + 1) * PART);
+            const auto *mine = queries + (b * num_heads + g * group) * num_steps;
+            Part<K, X>{cache, tables + b * table_width, group, g, first, last, mine, num_steps, scale}.run(
+                largest + head, total + head, mixed + head * width);
+        });
+        team.meet();
+        team.each(num_rows * num_heads, [&](int64_t i) {  // the parts become one, each by its own largest score
+            const int64_t b = i / num_heads, h = i % num_heads, begin = plan.first_task[b], end = plan.first_task[b + 1];
+            float most = -INFINITY, sum = 0.0f;
+            for (int64_t task = begin; task < end; task++) most = std::max(most, largest[task * num_heads + h]);
+            for (int64_t task = begin; task < end; task++)
+                sum += total[task * num_heads + h] * std::exp(largest[task * num_heads + h] - most);
+            for (int64_t d = 0; d < width; d += LANES) {
+                floats value = {};
+                for (int64_t task = begin; task < end; task++)
+                    value += load<floats>(mixed + (task * num_heads + h) * width + d) *
+                             (std::exp(largest[task * num_heads + h] - most) / sum);
+                round_to(out + i * width + d, value);
             }
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t b = 0; b < num_rows; b++)
-            for (int64_t h = 0; h < num_heads; h++) {  // the parts become one, each by its own largest score
-                float most = -INFINITY, sum = 0.0f;
-                for (int64_t task = first_task[b]; task < first_task[b + 1]; task++)
-                    most = std::max(most, largest[task * num_heads + h]);
-                for (int64_t task = first_task[b]; task < first_task[b + 1]; task++)
-                    sum += total[task * num_heads + h] * std::exp(largest[task * num_heads + h] - most);
-                X *to = out + (b * num_heads + h) * width;
-                for (int64_t d = 0; d < width; d += LANES) {
-                    floats value = {};
-                    for (int64_t task = first_task[b]; task < first_task[b + 1]; task++)
-                        value += load<floats>(mixed + (task * num_heads + h) * width + d) *
-                                 (std::exp(largest[task * num_heads + h] - most) / sum);
-                    round_to(to + d, value);
-                }
-            }
-    }
+        });
+    });
 }
 
 }  // namespace

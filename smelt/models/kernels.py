@@ -25,9 +25,9 @@ from torch import Tensor
 
 from smelt.models.recording import current_recording, empty
 
-_FILES = ("kernels.cpp", "lora.h", "rowwise.h", "recording.h")
+_FILES = ("kernels.cpp", "team.h", "lora.h", "rowwise.h", "recording.h")
 SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in _FILES)
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 120.0
 WHOLE_ROW = 1 << 62  # as a window: no limit
 
@@ -90,7 +90,7 @@ class Kernels:
         self._add = _by_dtype(functions, "add", _ADD)
         self._write_cache = Function(functions, "write_cache", _WRITE_CACHE)
         self.replay = functions.replay  # what a `Recording` wants
-        self.replay.argtypes, self.replay.restype = [Address, Count], None
+        self.replay.argtypes, self.replay.restype = [Address, Count, Threads], None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out): x W^T + b, all of one dtype, summed in fp32."""

@@ -49,13 +49,6 @@ void lora(const X *x, const X *a, const X *b, const float *scales, X *y, const L
           int threads) {
     const int64_t num_rows = rows.starts[rows.num_groups], num_hidden = shape.num_parts * shape.rank;
     const int64_t num_steps = (shape.width + K::WIDTH - 1) / K::WIDTH;
-    struct Kept {
-        std::vector<typename K::Step> x;
-        std::vector<float> hidden;
-    };
-    static thread_local Kept kept;
-    kept.x.resize(num_rows * num_steps);
-    kept.hidden.resize(num_rows * num_hidden);
     struct Block {
         int64_t part, first, end;
     };
@@ -65,41 +58,46 @@ void lora(const X *x, const X *a, const X *b, const float *scales, X *y, const L
         for (end += shape.part_rows[part]; first < end; first += OUTPUTS)
             blocks.push_back({part, first, std::min(first + OUTPUTS, end)});
     }
-    auto *steps = kept.x.data();
-    float *hidden = kept.hidden.data();
-    const int64_t num_blocks = blocks.size();
+    struct Between {
+        std::vector<typename K::Step> x;
+        std::vector<float> hidden;
+    };
+    const auto prepare = [&](Between &kept) {
+        enlarge(kept.x, num_rows * num_steps), enlarge(kept.hidden, num_rows * num_hidden);
+    };
+    const int64_t num_blocks = blocks.size(), num_tiles = (num_hidden + SUMS - 1) / SUMS;
 
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < num_rows; m++)
+    on_team(threads, true, [&](const Team &team) {
+        Between &between = team.shared<Between>(prepare);
+        auto *steps = between.x.data();
+        float *hidden = between.hidden.data();
+        team.each(num_rows, [&](int64_t m) {
             prepare_row<K>(x + rows.order[m] * shape.width, shape.width, steps + m * num_steps);
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t g = 0; g < rows.num_groups; g++)
-            for (int64_t first = 0; first < num_hidden; first += SUMS) {
-                const int64_t start = rows.starts[g], count = rows.starts[g + 1] - start;
-                const int64_t base = rows.slots[g] * num_hidden;
-                const X *of_a[SUMS];
-                for (int i = 0; i < SUMS; i++)
-                    of_a[i] = a + (base + std::min(first + i, num_hidden - 1)) * shape.width;
-                products<K>(of_a, steps + start * num_steps, num_steps, count, shape.width,
-                            [&](int n, int64_t m, float value) {
-                                if (first + n < num_hidden)
-                                    hidden[(start + m) * num_hidden + first + n] = value * scales[base + first + n];
-                            });
+        });
+        team.meet();
+        team.each(rows.num_groups * num_tiles, [&](int64_t i) {
+            const int64_t g = i / num_tiles, first = i % num_tiles * SUMS;
+            const int64_t start = rows.starts[g], count = rows.starts[g + 1] - start;
+            const int64_t base = rows.slots[g] * num_hidden;
+            const X *of_a[SUMS];
+            for (int n = 0; n < SUMS; n++) of_a[n] = a + (base + std::min(first + n, num_hidden - 1)) * shape.width;
+            products<K>(of_a, steps + start * num_steps, num_steps, count, shape.width,
+                        [&](int n, int64_t m, float value) {
+                            if (first + n < num_hidden)
+                                hidden[(start + m) * num_hidden + first + n] = value * scales[base + first + n];
+                        });
+        });
+        team.meet();
+        team.each(rows.num_groups * num_blocks, [&](int64_t i) {
+            const int64_t g = i / num_blocks;
+            const auto [part, first, end] = blocks[i % num_blocks];
+            const X *of_b = b + rows.slots[g] * shape.rank * shape.num_out;
+            for (int64_t m = rows.starts[g]; m < rows.starts[g + 1]; m++) {
+                const float *mine = hidden + m * num_hidden + part * shape.rank;
+                add_mixed(mine, of_b, shape.rank, shape.num_out, y + rows.order[m] * shape.num_out, first, end);
             }
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t g = 0; g < rows.num_groups; g++)
-            for (int64_t block = 0; block < num_blocks; block++) {
-                const auto [part, first, end] = blocks[block];
-                const X *of_b = b + rows.slots[g] * shape.rank * shape.num_out;
-                for (int64_t m = rows.starts[g]; m < rows.starts[g + 1]; m++) {
-                    const float *mine = hidden + m * num_hidden + part * shape.rank;
-                    X *to = y + rows.order[m] * shape.num_out;
-                    add_mixed(mine, of_b, shape.rank, shape.num_out, to, first, end);
-                }
-            }
-    }
+        });
+    });
 }
 
 }  // namespace

@@ -51,7 +51,14 @@ RECORDABLE_IN_BOTH(rotary_tables)
 RECORDABLE(look_up)
 RECORDABLE(write_cache)
 
-void replay(const Call *calls, int64_t num_calls) {
-    for (int64_t i = 0; i < num_calls; i++) calls[i].function(calls[i].words);
+void replay(const Call *calls, int64_t num_calls, int threads) {
+    Board board;
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team{omp_get_thread_num(), omp_get_num_threads(), &board};
+        joined = &team;
+        for (int64_t i = 0; i < num_calls; i++) calls[i].function(calls[i].words);
+        joined = nullptr;
+    }
 }
 }

@@ -23,7 +23,7 @@ ALIGNMENT = 64  # bytes, a cache line of the processor
 MOST_ARGUMENTS = 17  # as in recording.h
 
 T = TypeVar("T")
-Replay = Callable[[int, int], None]  # (address of calls, how many)
+Replay = Callable[[int, int, int], None]  # (address of calls, how many, threads)
 
 
 class Arena:
@@ -82,7 +82,7 @@ class Recording:
     def replay(self) -> Any:
         """Do it all again; the outputs, which the next replay overwrites."""
         assert not self.obstacles, "a recording with obstacles is a pass that has run once"
-        self._replay(self._calls.ctypes.data, len(self._calls))
+        self._replay(self._calls.ctypes.data, len(self._calls), torch.get_num_threads())
         return self.outputs
 
 

@@ -5,6 +5,20 @@
 namespace {
 
 constexpr int64_t ROWS_PER_THREAD = 16;  // fewer are not worth waking another one
+constexpr int64_t PIECE = 512;           // numbers
+
+// work(row) for each row; alone where there are fewer than `worth` of them, unless within a recording.
+template <class F> void rowwise(int64_t num_rows, int64_t worth, int threads, F work) {
+    on_team(threads, num_rows >= worth, [&](const Team &team) { team.each(num_rows, work); });
+}
+
+// work(first, end) for pieces of so many numbers; in company only within a recording.
+template <class F> void piecewise(int64_t count, F work) {
+    on_team(1, false, [&](const Team &team) {
+        team.each((count + PIECE - 1) / PIECE,
+                  [&](int64_t i) { work(i * PIECE, std::min(count, (i + 1) * PIECE)); });
+    });
+}
 
 template <class X> inline float rounded(float x) {
     X kept;
@@ -26,45 +40,50 @@ template <class X> inline void rms_norm_row(const X *x, const X *weight, X *y, i
 
 template <class X>
 void rms_norm(const X *x, const X *weight, X *y, int64_t num_rows, int64_t width, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) if (num_rows >= 2 * ROWS_PER_THREAD)
-    for (int64_t r = 0; r < num_rows; r++) rms_norm_row(x + r * width, weight, y + r * width, width, eps);
+    rowwise(num_rows, 2 * ROWS_PER_THREAD, threads,
+            [&](int64_t r) { rms_norm_row(x + r * width, weight, y + r * width, width, eps); });
 }
 
 // Each head of a row by itself: the first `num_queries` by one weight, the others by another.
 template <class X>
 void norm_heads(const X *x, int64_t x_stride, const X *of_queries, const X *of_keys, X *y, int64_t num_rows,
                 int64_t num_queries, int64_t num_heads, int64_t width, float eps) {
-    for (int64_t r = 0; r < num_rows; r++)
+    rowwise(num_rows, 0, 1, [&](int64_t r) {
         for (int64_t h = 0; h < num_heads; h++)
             rms_norm_row(x + r * x_stride + h * width, h < num_queries ? of_queries : of_keys,
                          y + (r * num_heads + h) * width, width, eps);
+    });
 }
 
 // bias may be null.
 template <class X>
-void layer_norm(const X *x, const X *weight, const X *bias, X *y, int64_t num_rows, int64_t width, float eps) {
-    for (int64_t r = 0; r < num_rows; r++, x += width, y += width) {
-        floats sums = {}, squares = {};
-        float sum = 0.0f, square = 0.0f;
-        const int64_t whole = width / LANES * LANES;
-        for (int64_t i = 0; i < whole; i += LANES) sums += widen(x + i);
-        for (int64_t i = whole; i < width; i++) sums[0] += to_float(x[i]);
-        for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
-        const float mean = sum / float(width);
-        for (int64_t i = 0; i < whole; i += LANES) {
-            const floats apart = widen(x + i) - mean;
-            squares += apart * apart;
-        }
-        for (int64_t i = whole; i < width; i++) squares[0] += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
-        for (int lane = 0; lane < LANES; lane++) square += squares[lane];
-        const float scale = 1.0f / std::sqrt(square / float(width) + eps);
-        for (int64_t i = 0; i < whole; i += LANES) {
-            const floats shift = bias ? widen(bias + i) : floats{};
-            round_to(y + i, (widen(x + i) - mean) * scale * widen(weight + i) + shift);
-        }
-        for (int64_t i = whole; i < width; i++)
-            assign(y[i], (to_float(x[i]) - mean) * scale * to_float(weight[i]) + (bias ? to_float(bias[i]) : 0.0f));
+inline void layer_norm_row(const X *x, const X *weight, const X *bias, X *y, int64_t width, float eps) {
+    floats sums = {}, squares = {};
+    float sum = 0.0f, square = 0.0f;
+    const int64_t whole = width / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) sums += widen(x + i);
+    for (int64_t i = whole; i < width; i++) sums[0] += to_float(x[i]);
+    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+    const float mean = sum / float(width);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const floats apart = widen(x + i) - mean;
+        squares += apart * apart;
     }
+    for (int64_t i = whole; i < width; i++) squares[0] += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
+    for (int lane = 0; lane < LANES; lane++) square += squares[lane];
+    const float scale = 1.0f / std::sqrt(square / float(width) + eps);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const floats shift = bias ? widen(bias + i) : floats{};
+        round_to(y + i, (widen(x + i) - mean) * scale * widen(weight + i) + shift);
+    }
+    for (int64_t i = whole; i < width; i++)
+        assign(y[i], (to_float(x[i]) - mean) * scale * to_float(weight[i]) + (bias ? to_float(bias[i]) : 0.0f));
+}
+
+template <class X>
+void layer_norm(const X *x, const X *weight, const X *bias, X *y, int64_t num_rows, int64_t width, float eps) {
+    rowwise(num_rows, 0, 1,
+            [&](int64_t r) { layer_norm_row(x + r * width, weight, bias, y + r * width, width, eps); });
 }
 
 template <class X> inline floats rounded(floats x) {
@@ -87,14 +106,14 @@ template <class X>
 void rotate(const X *x, int64_t x_stride, const X *cos, const X *sin, X *y, int64_t num_rows, int64_t num_heads,
             int64_t width, int threads) {
     const int64_t half = width / 2;
-#pragma omp parallel for num_threads(threads) if (num_rows >= 2 * ROWS_PER_THREAD)
-    for (int64_t r = 0; r < num_rows; r++)
+    rowwise(num_rows, 2 * ROWS_PER_THREAD, threads, [&](int64_t r) {
         for (int64_t h = 0; h < num_heads; h++) {
             const X *from = x + r * x_stride + h * width, *c = cos + r * width, *s = sin + r * width;
             X *to = y + (r * num_heads + h) * width;
             turn(from, from + half, c, s, to, half);
             turn(from + half, from, c + half, s + half, to + half, half);
         }
+    });
 }
 
 // x / (1 + exp(-z)), with z = x for SiLU.
@@ -105,8 +124,7 @@ inline floats gated(floats x, floats z) {
 
 // y = silu(gate) * up, where each row of x has all gates first.
 template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width, int threads) {
-#pragma omp parallel for num_threads(threads) if (num_rows >= ROWS_PER_THREAD)
-    for (int64_t r = 0; r < num_rows; r++) {
+    rowwise(num_rows, ROWS_PER_THREAD, threads, [&](int64_t r) {
         const X *gates = x + 2 * r * width, *ups = gates + width;
         X *to = y + r * width;
         int64_t i = 0;
@@ -118,33 +136,37 @@ template <class X> void swiglu(const X *x, X *y, int64_t num_rows, int64_t width
             const float gate = to_float(gates[i]);
             assign(to[i], rounded<X>(gate / (1.0f + std::exp(-gate))) * to_float(ups[i]));
         }
-    }
+    });
 }
 
 // GELU in its tanh form: (1 + tanh(z / 2)) / 2 = 1 / (1 + exp(-z)).
 template <class X> void gelu_tanh(const X *x, X *y, int64_t count) {
     const auto gelu = [](floats v) { return gated(v, 1.5957691216f * (v + 0.044715f * v * v * v)); };
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) round_to(y + i, gelu(widen(x + i)));
-    for (; i < count; i++) assign(y[i], gelu(floats{} + to_float(x[i]))[0]);
+    piecewise(count, [&](int64_t i, int64_t end) {
+        for (; i + LANES <= end; i += LANES) round_to(y + i, gelu(widen(x + i)));
+        for (; i < end; i++) assign(y[i], gelu(floats{} + to_float(x[i]))[0]);
+    });
 }
 
 // What `rotate` takes: cosines and signed sines of position times frequency, each frequency for both halves of a head.
 template <class X>
 void rotary_tables(const int64_t *positions, const float *frequencies, X *cos, X *sin, int64_t num_rows,
                    int64_t half) {
-    for (int64_t r = 0; r < num_rows; r++, cos += 2 * half, sin += 2 * half)
+    rowwise(num_rows, 0, 1, [&](int64_t r) {
+        X *cosines = cos + 2 * r * half, *sines = sin + 2 * r * half;
         for (int64_t i = 0; i < half; i++) {
             const float angle = float(positions[r]) * frequencies[i], c = std::cos(angle), s = std::sin(angle);
-            assign(cos[i], c), assign(cos[half + i], c);
-            assign(sin[i], -s), assign(sin[half + i], s);
+            assign(cosines[i], c), assign(cosines[half + i], c);
+            assign(sines[i], -s), assign(sines[half + i], s);
         }
+    });
 }
 
 template <class X> void add(const X *a, const X *b, X *sum, int64_t count) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) round_to(sum + i, widen(a + i) + widen(b + i));
-    for (; i < count; i++) assign(sum[i], to_float(a[i]) + to_float(b[i]));
+    piecewise(count, [&](int64_t i, int64_t end) {
+        for (; i + LANES <= end; i += LANES) round_to(sum + i, widen(a + i) + widen(b + i));
+        for (; i < end; i++) assign(sum[i], to_float(a[i]) + to_float(b[i]));
+    });
 }
 
 }  // namespace
@@ -163,7 +185,7 @@ void rotary_tables_bf16(const int64_t *positions, const float *frequencies, bf16
 
 // Rows of a table, `width` bytes each, by their numbers.
 void look_up(const char *table, const int64_t *ids, char *rows, int64_t num_rows, int64_t width) {
-    for (int64_t r = 0; r < num_rows; r++) std::memcpy(rows + r * width, table + ids[r] * width, width);
+    rowwise(num_rows, 0, 1, [&](int64_t r) { std::memcpy(rows + r * width, table + ids[r] * width, width); });
 }
 
 void norm_heads_fp32(const float *x, int64_t x_stride, const float *of_queries, const float *of_keys, float *y, int64_t num_rows,
@@ -225,11 +247,12 @@ void rotate_bf16(const bf16 *x, int64_t x_stride, const bf16 *cos, const bf16 *s
 // Vectors of `width` bytes: each token's heads, one after the other, go to the places with these numbers, in two caches.
 void write_cache(const char *k, int64_t k_stride, const char *v, int64_t v_stride, const int64_t *places, char *keys,
                  char *values, int64_t num_tokens, int64_t num_heads, int64_t width) {
-    for (int64_t n = 0; n < num_tokens; n++)
+    rowwise(num_tokens, 0, 1, [&](int64_t n) {
         for (int64_t h = 0; h < num_heads; h++) {
             const int64_t place = places[n * num_heads + h];
             std::memcpy(keys + place * width, k + n * k_stride + h * width, width);
             std::memcpy(values + place * width, v + n * v_stride + h * width, width);
         }
+    });
 }
 }

@@ -11,7 +11,7 @@ from smelt.configs import DecoderConfig
 from smelt.inference import recorded_steps
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence
-from smelt.models import kernels
+from smelt.models import kernels, layers
 from smelt.models.adapter_folders import UNEMBEDDING, Adapter, Factors, matrices_of
 from smelt.models.decoder import Decoder
 from smelt.models.quantization import quantize
@@ -76,7 +76,7 @@ def random_adapter(model: Decoder, seed: int) -> Adapter:
 
 def unrecorded(model: Decoder, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Engine:
     engine = Engine(model, **settings)
-    monkeypatch.setattr(engine._recorded, "_can_be", False)
+    monkeypatch.setattr(engine._recorded, "_chances", 0)
     return engine
 
 
@@ -89,6 +89,15 @@ def test_replayed_steps_give_the_same_bits(family: str, how: str, monkeypatch: p
     for _ in range(2):  # the second time with recordings, and with prefixes in the cache
         assert outcome(engine, temperature=1.0) == outcome(ordinary, temperature=1.0)
     assert engine._recorded.sizes == [1, 2, 3]
+
+
+def test_what_a_process_computes_once_and_keeps_hinders_only_its_first_step() -> None:
+    layers._kept_frequencies.cache_clear()
+    engine = Engine(make_model("llama"))
+    for recorded in ([], [1]):
+        engine.add(Sequence([1], SamplingParams(max_tokens=1)))
+        engine.step()
+        assert engine._recorded.sizes == recorded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

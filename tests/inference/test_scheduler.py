@@ -44,6 +44,14 @@ def test_a_long_prompt_comes_in_chunks_and_holds_up_no_stream() -> None:
     ]
 
 
+def test_a_step_grows_by_the_last_few_tokens_of_a_prompt_but_not_by_more() -> None:
+    scheduler = make(max_step_tokens=40)
+    scheduler.add(asked(45, 100))
+    assert figures(step(scheduler)) == [(100, 45)]
+    scheduler.add(asked(25, 200))
+    assert figures(step(scheduler)) == [(100, 1), (200, 19)]
+
+
 def test_owners_share_a_step_whoever_asks_for_more() -> None:
     scheduler = make()
     for number in range(4):
