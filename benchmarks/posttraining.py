@@ -32,7 +32,9 @@ from smelt.data.characters import ByteTokenizer
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence
 from smelt.models.decoder import Decoder
+from smelt.models.kernels import start_build
 from smelt.models.weights import read_model, write_model
+from smelt.settings import load_settings
 from smelt.training.session import SessionTrainer, Work
 from smelt.training.trained_weights import OptimSettings
 from smelt.types import Datum, SamplingParams
@@ -237,6 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
+    start_build(load_settings().kernels)
     load = f"{os.getloadavg()[0]:.0f} processes wanted the {os.cpu_count()} cores when it began"
     table = [
         f"Tokens per second ({options.clock} time) of forward, backward and update in bf16, {options.threads} threads; "

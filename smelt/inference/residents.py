@@ -47,6 +47,7 @@ class Resident:
     writing: dict[Answer, Writing | Sampling] = field(default_factory=dict)
     embedding: deque[Embedding] = field(default_factory=deque)
     classifying: list[Classifying] = field(default_factory=list)
+    gathers_until: float = 0.0  # more texts to classify, so that they are computed together
     leavers: list[str] = field(default_factory=list)  # keys of those who wait for it to be gone
     short_since: float | None = None  # since when it waits for memory
 

@@ -31,6 +31,9 @@ from smelt.inference.sequence import Status
 from smelt.inference.service import TextModel
 
 MAX_WAITING = 512  # requests of one model that have not begun
+# After texts were classified, in parts of what that took: who was answered may ask again, and one pass of many texts is
+# faster than several of few.
+GATHERING = 1 / 16
 REPORT_SECONDS = 0.25  # between two reports of the load, at least
 
 log = logging.getLogger(__name__)
@@ -171,9 +174,10 @@ class InferenceServer:
 
     def _seconds_to_sleep(self) -> float | None:
         """None for as long as no command comes."""
-        if any(resident.writing or resident.embedding or resident.classifying for resident in self._residents):
+        if any(resident.writing or resident.embedding for resident in self._residents):
             return 0
         wakes = [
+            *(resident.gathers_until for resident in self._residents if resident.classifying),
             self._residents.next_tending(),
             None if self._companion is None else self._companion.next_turn(),
             self._looked_at + REPORT_SECONDS if self._owes_load else None,
@@ -198,8 +202,11 @@ class InferenceServer:
                     self._forget(job)
         if resident.embedding:
             self._embed_slice(resident)
-        if resident.classifying:
+        if resident.classifying and time.monotonic() >= resident.gathers_until:
+            began = time.monotonic()
             self._classify_slice(resident)
+            ended = time.monotonic()
+            resident.gathers_until = ended + (ended - began) * GATHERING
 
     def _stepped(self, resident: Resident) -> list[Answer]:
         assert isinstance(resident.model, TextModel), "only a model that is loaded and writes has running answers"
