@@ -1,6 +1,6 @@
-"""Classifiers: accuracy from scratch, training against Hugging Face Trainer, serving against one text at a time.
+"""Classifiers: accuracy from scratch, training against Hugging Face Trainer, two ranks against one process, serving.
 
-    python benchmarks/classifier.py accuracy training serving
+    python benchmarks/classifier.py accuracy training ranks serving
 
 From scratch: three seeds on AG News, beside TF-IDF with logistic regression (measured where scikit-learn is installed).
 Training and serving: a DistilBERT of its real shape with random weights, in turns with its peers, each in a process of
@@ -165,6 +165,47 @@ def make_distilbert(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join([*SPECIALS, *pieces, *words]), encoding="utf-8")
 
 
+# --- Ranks ---------------------------------------------------------------------------------------------------
+
+RANKS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 ranks, 1 thread each": (2, 2)}
+
+
+def ranks(arguments: argparse.Namespace) -> list[str]:
+    """The same command on one process and on two ranks: from scratch to the end, DistilBERT for some steps."""
+    head = "| | | s per epoch | speed-up over 1 thread | efficiency at equal threads | accuracy |"
+    lines = ["## Two ranks, 32 texts a step (DistilBERT: times the accumulation)", "", head, "|---|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        make_distilbert(Path(folder, "model"))
+        from_model = ["--model", f"{folder}/model", "--eval-interval", "1000000", "--eval-iters", "1"]
+        works = {
+            "scratch, 10 epochs": [],
+            "DistilBERT": [*from_model, "--max-iters", "10"],
+            "DistilBERT, accumulation 4": [*from_model, "--max-iters", "5", "--gradient-accumulation-steps", "4"],
+        }
+        for name, flags in works.items():
+            found = {how: on_ranks(flags, *shape) for how, shape in RANKS.items()}
+            alone, together, two = (found[how]["epoch"] for how in RANKS)
+            for how, each in found.items():
+                efficiency = f"{together / two:.2f}" if how == list(RANKS)[2] else ""
+                cells = [name, how, f"{each['epoch']:.1f}", f"{alone / each['epoch']:.2f}", efficiency]
+                lines.append("| " + " | ".join([*cells, f"{each['accuracy']:.3f}" if not flags else ""]) + " |")
+    return [*lines, ""]
+
+
+def on_ranks(flags: list[str], num_ranks: int, threads: int) -> dict[str, float]:
+    """Seconds of an epoch, by the median step, and the accuracy at the end."""
+    with tempfile.TemporaryDirectory() as home:
+        command = [sys.executable, "-m", "smelt", "train-classifier", "--data", str(TRAIN), "--valid", str(VALID), *flags]
+        command += ["--out-dir", f"{home}/run", "--log-interval", "1", "--device", "cpu"]
+        command += ["--ranks", str(num_ranks), "--threads", str(threads)]
+        subprocess.run(command, check=True, env={**os.environ, "SMELT_HOME": home}, capture_output=True)
+        lines = [json.loads(line) for line in Path(home, "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    paces = [step["samples_per_second"] for step in steps[1:]]  # the first one warms up
+    accuracy = [line for line in lines if line["kind"] == "evaluation"][-1]["figures"]["accuracy"]
+    return {"epoch": 5000 / median(paces), "accuracy": accuracy}
+
+
 # --- Serving -------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +305,7 @@ def predict(port: int, text: str) -> dict[str, Any]:
         return answer
 
 
-PARTS = {"accuracy": accuracy, "training": training, "serving": serving}
+PARTS = {"accuracy": accuracy, "training": training, "ranks": ranks, "serving": serving}
 
 if __name__ == "__main__":
     main()

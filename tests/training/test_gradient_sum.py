@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smelt.errors import LostRank
-from smelt.training.gradient_sum import BUCKET_BYTES, GradientSum, buckets_of
+from smelt.training.gradient_sum import BUCKET_BYTES, GradientSum, buckets_of, large_embeddings
 from smelt.training.optim import Optimizer, flatten
 from smelt.training.parallel import Ranks, describe_rank, join, lost_ranks_explained, read_ranks, threads_per_rank
 
@@ -18,16 +18,20 @@ WIDTH = 1500  # three layers of 9 MB, so that there are several buckets
 
 
 class Net(nn.Module):
-    """Three wide layers, of which the middle one counts twice; one more is never used."""
+    """Three wide layers, of which the middle one counts twice; one more is never used. Of one embedding every row is
+    looked up, of another few."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.shared, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.unused = nn.Linear(WIDTH, 2)
+        self.crowded, self.sparse = nn.Embedding(WIDTH, WIDTH), nn.Embedding(20 * WIDTH, WIDTH // 5)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.last(self.shared(self.shared(self.first(rows)).tanh()).tanh())
+        ids = (rows[:, :9].float().abs() * 10_000).long() % len(self.sparse.weight)
+        looked_up = self.sparse(ids).square().mean(dim=(1, 2)) + self.crowded.weight.square().mean()
+        return self.last(self.shared(self.shared(self.first(rows)).tanh()).tanh()) + 0.1 * looked_up[:, None]
 
 
 def rows_of(number: int) -> torch.Tensor:
@@ -117,7 +121,11 @@ def test_a_rank_that_is_gone_is_named_as_the_reason(tmp_path: Path) -> None:
 def test_buckets_cover_each_parameter_once_from_the_end() -> None:
     net = Net()
     group = flatten({name: p for name, p in net.named_parameters() if p.dim() >= 2}, torch.float32)
-    buckets = buckets_of(group)
+    embeddings = large_embeddings(net)
+    assert embeddings == {"crowded.weight": WIDTH, "sparse.weight": WIDTH // 5}
+    buckets = buckets_of(group, embeddings)
+    assert {bucket.names[0]: bucket.width for bucket in buckets if bucket.width} == embeddings
+    assert all(len(bucket.gradients) % bucket.width == 0 for bucket in buckets if bucket.width)
     assert [name for bucket in buckets for name in bucket.names] == list(reversed(group.slices))
     assert sum(len(bucket.gradients) for bucket in buckets) == len(group.gradients)
     assert all(bucket.gradients.numel() * 4 >= BUCKET_BYTES for bucket in buckets[:-1])
