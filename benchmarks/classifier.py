@@ -173,7 +173,12 @@ RANKS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 ranks
 def ranks(arguments: argparse.Namespace) -> list[str]:
     """The same command on one process and on two ranks: from scratch to the end, DistilBERT for some steps."""
     head = "| | | s per epoch | speed-up over 1 thread | efficiency at equal threads | accuracy |"
-    lines = ["## Two ranks, 32 texts a step (DistilBERT: times the accumulation)", "", head, "|---|---|---|---|---|---|"]
+    lines = [
+        "## Two ranks, 32 texts a step (DistilBERT: times the accumulation)",
+        "",
+        head,
+        "|---|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         make_distilbert(Path(folder, "model"))
         from_model = ["--model", f"{folder}/model", "--eval-interval", "1000000", "--eval-iters", "1"]
@@ -195,7 +200,17 @@ def ranks(arguments: argparse.Namespace) -> list[str]:
 def on_ranks(flags: list[str], num_ranks: int, threads: int) -> dict[str, float]:
     """Seconds of an epoch, by the median step, and the accuracy at the end."""
     with tempfile.TemporaryDirectory() as home:
-        command = [sys.executable, "-m", "smelt", "train-classifier", "--data", str(TRAIN), "--valid", str(VALID), *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "smelt",
+            "train-classifier",
+            "--data",
+            str(TRAIN),
+            "--valid",
+            str(VALID),
+            *flags,
+        ]
         command += ["--out-dir", f"{home}/run", "--log-interval", "1", "--device", "cpu"]
         command += ["--ranks", str(num_ranks), "--threads", str(threads)]
         subprocess.run(command, check=True, env={**os.environ, "SMELT_HOME": home}, capture_output=True)
