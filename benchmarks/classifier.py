@@ -172,6 +172,7 @@ RANKS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 ranks
 
 def ranks(arguments: argparse.Namespace) -> list[str]:
     """The same command on one process and on two ranks: from scratch to the end, DistilBERT for some steps."""
+    num_steps = arguments.steps + 1  # the first one warms up
     head = "| | | s per epoch | speed-up over 1 thread | efficiency at equal threads | accuracy |"
     lines = [
         "## Two ranks, 32 texts a step (DistilBERT: times the accumulation)",
@@ -184,8 +185,14 @@ def ranks(arguments: argparse.Namespace) -> list[str]:
         from_model = ["--model", f"{folder}/model", "--eval-interval", "1000000", "--eval-iters", "1"]
         works = {
             "scratch, 10 epochs": [],
-            "DistilBERT": [*from_model, "--max-iters", "10"],
-            "DistilBERT, accumulation 4": [*from_model, "--max-iters", "5", "--gradient-accumulation-steps", "4"],
+            "DistilBERT": [*from_model, "--max-iters", str(num_steps)],
+            "DistilBERT, accumulation 4": [
+                *from_model,
+                "--max-iters",
+                str(num_steps),
+                "--gradient-accumulation-steps",
+                "4",
+            ],
         }
         for name, flags in works.items():
             found = {how: on_ranks(flags, *shape) for how, shape in RANKS.items()}
@@ -216,7 +223,7 @@ def on_ranks(flags: list[str], num_ranks: int, threads: int) -> dict[str, float]
         subprocess.run(command, check=True, env={**os.environ, "SMELT_HOME": home}, capture_output=True)
         lines = [json.loads(line) for line in Path(home, "run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
-    paces = [step["samples_per_second"] for step in steps[1:]]  # the first one warms up
+    paces = [step["samples_per_second"] for step in steps[1:]]
     accuracy = [line for line in lines if line["kind"] == "evaluation"][-1]["figures"]["accuracy"]
     return {"epoch": 5000 / median(paces), "accuracy": accuracy}
 

@@ -5,7 +5,7 @@ fp32, whatever the model computes in, and nothing is packed or copied. Micro-bat
 torch's DistributedDataParallel would reduce the rounded gradients of each parameter, out of buffers of its own.
 
 A batch touches few rows of a large embedding: these alone travel then, and are added up in the order of the ranks.
-Shapes: V rows of C numbers, n of which a rank has touched.
+Shapes: V rows of C numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -90,23 +90,23 @@ class GradientSum:
         if bucket.width is None or not self._sum_touched(bucket.gradients.view(-1, bucket.width)):
             bucket.work = dist.all_reduce(bucket.gradients, async_op=True)
 
-    def _sum_touched(self, gradients_VC: Tensor) -> bool:
+    def _sum_touched(self, table: Tensor) -> bool:  # (V, C)
         """Add up the rows that any rank has touched, unless these are too many."""
-        bits = gradients_VC.view(torch.int32)  # in a quarter of the time of `any`, and of a norm's
-        own_n = ((bits.amax(dim=1) != 0) | (bits.amin(dim=1) != 0)).nonzero()[:, 0]
-        nums = [torch.zeros(1, dtype=torch.int64, device=own_n.device) for _ in range(self.world_size)]
-        dist.all_gather(nums, torch.tensor([len(own_n)], device=own_n.device))
+        bits = table.view(torch.int32)  # in a quarter of the time of `any`, and of a norm's
+        own_ids = ((bits.amax(dim=1) != 0) | (bits.amin(dim=1) != 0)).nonzero()[:, 0]
+        nums = [torch.zeros(1, dtype=torch.int64, device=own_ids.device) for _ in range(self.world_size)]
+        dist.all_gather(nums, torch.tensor([len(own_ids)], device=own_ids.device))
         most = max(map(int, nums))
-        if most * self.world_size > MOST_TOUCHED * len(gradients_VC):
+        if most * self.world_size > MOST_TOUCHED * len(table):
             return False
-        spare = most - len(own_n)
-        ids = [own_n.new_empty(most) for _ in nums]
-        rows = [gradients_VC.new_empty(most, gradients_VC.shape[1]) for _ in nums]
-        dist.all_gather(ids, torch.cat((own_n, own_n.new_zeros(spare))))
-        dist.all_gather(rows, torch.cat((gradients_VC[own_n], gradients_VC.new_zeros(spare, gradients_VC.shape[1]))))
-        gradients_VC[own_n] = 0.0
-        for num, ids_n, rows_nC in zip(map(int, nums), ids, rows, strict=True):
-            gradients_VC.index_add_(0, ids_n[:num], rows_nC[:num])
+        spare = most - len(own_ids)
+        ids = [own_ids.new_empty(most) for _ in nums]
+        rows = [table.new_empty(most, table.shape[1]) for _ in nums]
+        dist.all_gather(ids, torch.cat((own_ids, own_ids.new_zeros(spare))))
+        dist.all_gather(rows, torch.cat((table[own_ids], table.new_zeros(spare, table.shape[1]))))
+        table[own_ids] = 0.0
+        for num, their_ids, theirs in zip(map(int, nums), ids, rows, strict=True):
+            table.index_add_(0, their_ids[:num], theirs[:num])
         return True
 
 
