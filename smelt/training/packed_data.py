@@ -18,7 +18,7 @@ from smelt.models.batch import Batch
 from smelt.models.fixed_tiles import TILE_ROWS
 from smelt.models.layers import Attend, attend_within
 
-ADAPTER_TILE = 64  # tokens
+ADAPTER_TILE = 32  # tokens: more waste what is filled up, fewer take memory for the gradients of each tile
 
 
 @dataclass(frozen=True, slots=True)
