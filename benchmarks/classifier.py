@@ -68,17 +68,27 @@ def accuracy(arguments: argparse.Namespace) -> list[str]:
 def from_scratch(seed: int, threads: int) -> dict[str, Any]:
     """One run, as `smelt train-classifier --data TRAIN --valid VALID` does it."""
     with tempfile.TemporaryDirectory() as home:
-        out_dir = Path(home, "run")
-        command = [sys.executable, "-m", "smelt", "train-classifier", "--data", str(TRAIN), "--valid", str(VALID)]
-        command += ["--seed", str(seed), "--out-dir", str(out_dir), "--threads", str(threads), "--device", "cpu"]
         began, used = time.perf_counter(), children_seconds()
-        subprocess.run(command, check=True, env={**os.environ, "SMELT_HOME": home}, capture_output=True)
+        lines = train_classifier(home, "--seed", str(seed), "--threads", str(threads))
         seconds, processor = time.perf_counter() - began, children_seconds() - used
-        lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-        last = [line for line in lines if line["kind"] == "evaluation"][-1]["figures"]["accuracy"]
-        best = json.loads((out_dir / "evaluation.json").read_text())
+        last = accuracy_in(lines)
+        best = json.loads(Path(home, "run/evaluation.json").read_text())
     cells = [f"{last:.4f}", f"{best['accuracy']:.4f}", f"{best['macro_f1']:.4f}", f"{seconds:.0f}", f"{processor:.0f}"]
     return {"last": last, "best": best["accuracy"], "macro_f1": best["macro_f1"], "cells": cells}
+
+
+def train_classifier(home: str, *flags: str) -> list[dict[str, Any]]:
+    """The command on AG News, into `run` below a home of its own; its metrics."""
+    command = [sys.executable, "-m", "smelt", "train-classifier", "--data", str(TRAIN), "--valid", str(VALID)]
+    command += ["--out-dir", f"{home}/run", "--device", "cpu", *flags]
+    subprocess.run(command, check=True, env={**os.environ, "SMELT_HOME": home}, capture_output=True)
+    return [json.loads(line) for line in Path(home, "run/metrics.jsonl").read_text().splitlines()]
+
+
+def accuracy_in(lines: list[dict[str, Any]]) -> float:
+    """Of a run's last evaluation."""
+    accuracy: float = [line for line in lines if line["kind"] == "evaluation"][-1]["figures"]["accuracy"]
+    return accuracy
 
 
 def children_seconds() -> float:
@@ -167,65 +177,42 @@ def make_distilbert(folder: Path) -> None:
 
 # --- Ranks ---------------------------------------------------------------------------------------------------
 
+NUM_TEXTS = 5000  # of the training data
+# Processes, and the threads of all of them together.
 RANKS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 ranks, 1 thread each": (2, 2)}
 
 
 def ranks(arguments: argparse.Namespace) -> list[str]:
     """The same command on one process and on two ranks: from scratch to the end, DistilBERT for some steps."""
-    num_steps = arguments.steps + 1  # the first one warms up
-    head = "| | | s per epoch | speed-up over 1 thread | efficiency at equal threads | accuracy |"
-    lines = [
-        "## Two ranks, 32 texts a step (DistilBERT: times the accumulation)",
-        "",
-        head,
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["## Two ranks, 32 texts a step (DistilBERT: times the accumulation)", ""]
+    lines += ["| | | s per epoch | speed-up over 1 thread | efficiency at equal threads | accuracy |"]
+    lines += ["|---|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         make_distilbert(Path(folder, "model"))
-        from_model = ["--model", f"{folder}/model", "--eval-interval", "1000000", "--eval-iters", "1"]
+        some_steps = ["--model", f"{folder}/model", "--eval-interval", "1000000", "--eval-iters", "1"]
+        some_steps += ["--max-iters", str(arguments.steps + 1)]  # the first one warms up
         works = {
             "scratch, 10 epochs": [],
-            "DistilBERT": [*from_model, "--max-iters", str(num_steps)],
-            "DistilBERT, accumulation 4": [
-                *from_model,
-                "--max-iters",
-                str(num_steps),
-                "--gradient-accumulation-steps",
-                "4",
-            ],
+            "DistilBERT": some_steps,
+            "DistilBERT, accumulation 4": [*some_steps, "--gradient-accumulation-steps", "4"],
         }
         for name, flags in works.items():
             found = {how: on_ranks(flags, *shape) for how, shape in RANKS.items()}
-            alone, together, two = (found[how]["epoch"] for how in RANKS)
+            alone, together, _ = (each["epoch"] for each in found.values())
             for how, each in found.items():
-                efficiency = f"{together / two:.2f}" if how == list(RANKS)[2] else ""
+                efficiency = f"{together / each['epoch']:.2f}" if RANKS[how][0] > 1 else ""
                 cells = [name, how, f"{each['epoch']:.1f}", f"{alone / each['epoch']:.2f}", efficiency]
-                lines.append("| " + " | ".join([*cells, f"{each['accuracy']:.3f}" if not flags else ""]) + " |")
+                lines.append("| " + " | ".join([*cells, "" if flags else f"{each['accuracy']:.3f}"]) + " |")
     return [*lines, ""]
 
 
 def on_ranks(flags: list[str], num_ranks: int, threads: int) -> dict[str, float]:
     """Seconds of an epoch, by the median step, and the accuracy at the end."""
     with tempfile.TemporaryDirectory() as home:
-        command = [
-            sys.executable,
-            "-m",
-            "smelt",
-            "train-classifier",
-            "--data",
-            str(TRAIN),
-            "--valid",
-            str(VALID),
-            *flags,
-        ]
-        command += ["--out-dir", f"{home}/run", "--log-interval", "1", "--device", "cpu"]
-        command += ["--ranks", str(num_ranks), "--threads", str(threads)]
-        subprocess.run(command, check=True, env={**os.environ, "SMELT_HOME": home}, capture_output=True)
-        lines = [json.loads(line) for line in Path(home, "run/metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
-    paces = [step["samples_per_second"] for step in steps[1:]]
-    accuracy = [line for line in lines if line["kind"] == "evaluation"][-1]["figures"]["accuracy"]
-    return {"epoch": 5000 / median(paces), "accuracy": accuracy}
+        shape = ["--ranks", str(num_ranks), "--threads", str(threads)]
+        lines = train_classifier(home, "--log-interval", "1", *shape, *flags)
+    paces = [line["samples_per_second"] for line in lines if line["kind"] == "step"][1:]
+    return {"epoch": NUM_TEXTS / median(paces), "accuracy": accuracy_in(lines)}
 
 
 # --- Serving -------------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ class Classifying:
         """Whether all probabilities are there."""
         return self.num_done == len(self.ids)
 
+    @property
+    def num_tokens_left(self) -> int:
+        """Of the texts that have no probabilities yet."""
+        return sum(map(len, self.ids[self.num_done :]))
+
     def prepare(self, model: TextClassifier) -> None:
         """Turn the texts into tokens."""
         self.ids = model.text_ids.encode(self.request.texts)
@@ -88,6 +93,11 @@ class Classifying:
     def aborted(self, error: Exception | None = None) -> End:
         """Its end without probabilities."""
         return End(self.key, "aborted", self.num_tokens, error=error)
+
+
+def fill_slice(jobs: Iterable[Classifying]) -> bool:
+    """Whether the next pass would be no larger if there were more."""
+    return sum(job.num_tokens_left for job in jobs) >= SLICE_TOKENS
 
 
 def classify_slice(model: TextClassifier, jobs: Iterable[Classifying]) -> list[Classifying]:

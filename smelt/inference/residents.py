@@ -18,7 +18,7 @@ import torch
 
 from smelt.errors import InvalidInput, SmeltError, Unavailable
 from smelt.inference.answer import Answer
-from smelt.inference.classifier import Classifying, TextClassifier
+from smelt.inference.classifier import Classifying, TextClassifier, fill_slice
 from smelt.inference.jobs import Embedding, Job, Writing
 from smelt.inference.memory import MIB, Candidate, Room, Upkeep
 from smelt.inference.sample_jobs import Sampling
@@ -47,7 +47,7 @@ class Resident:
     writing: dict[Answer, Writing | Sampling] = field(default_factory=dict)
     embedding: deque[Embedding] = field(default_factory=deque)
     classifying: list[Classifying] = field(default_factory=list)
-    gathers_until: float = 0.0  # more texts to classify, so that they are computed together
+    gathers_until: float = 0.0  # more texts to classify, which are computed together
     leavers: list[str] = field(default_factory=list)  # keys of those who wait for it to be gone
     short_since: float | None = None  # since when it waits for memory
 
@@ -55,6 +55,13 @@ class Resident:
     def is_idle(self) -> bool:
         """Whether it may go without anybody losing anything."""
         return self.model is not None and not self.jobs
+
+    @property
+    def classifies_at(self) -> float | None:
+        """When the next pass over texts is due: at once where they fill it. None without any."""
+        if not self.classifying:
+            return None
+        return 0.0 if fill_slice(self.classifying) else self.gathers_until
 
     @property
     def load(self) -> ModelLoad:

@@ -177,7 +177,7 @@ class InferenceServer:
         if any(resident.writing or resident.embedding for resident in self._residents):
             return 0
         wakes = [
-            *(resident.gathers_until for resident in self._residents if resident.classifying),
+            *(resident.classifies_at for resident in self._residents),
             self._residents.next_tending(),
             None if self._companion is None else self._companion.next_turn(),
             self._looked_at + REPORT_SECONDS if self._owes_load else None,
@@ -202,8 +202,8 @@ class InferenceServer:
                     self._forget(job)
         if resident.embedding:
             self._embed_slice(resident)
-        if resident.classifying and time.monotonic() >= resident.gathers_until:
-            began = time.monotonic()
+        began = time.monotonic()
+        if resident.classifies_at is not None and resident.classifies_at <= began:
             self._classify_slice(resident)
             ended = time.monotonic()
             resident.gathers_until = ended + (ended - began) * GATHERING

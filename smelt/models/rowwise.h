@@ -12,7 +12,12 @@ template <class F> void rowwise(int64_t num_rows, int64_t worth, int threads, F 
     on_team(threads, num_rows >= worth, [&](const Team &team) { team.each(num_rows, work); });
 }
 
-// work(first, end) for pieces of so many numbers; in company only within a recording.
+// Small work: in company only within a recording.
+template <class F> void rowwise(int64_t num_rows, F work) {
+    on_team(1, false, [&](const Team &team) { team.each(num_rows, work); });
+}
+
+// work(first, end) for pieces of so many numbers; likewise.
 template <class F> void piecewise(int64_t count, F work) {
     on_team(1, false, [&](const Team &team) {
         team.each((count + PIECE - 1) / PIECE,
@@ -48,7 +53,7 @@ void rms_norm(const X *x, const X *weight, X *y, int64_t num_rows, int64_t width
 template <class X>
 void norm_heads(const X *x, int64_t x_stride, const X *of_queries, const X *of_keys, X *y, int64_t num_rows,
                 int64_t num_queries, int64_t num_heads, int64_t width, float eps) {
-    rowwise(num_rows, 0, 1, [&](int64_t r) {
+    rowwise(num_rows, [&](int64_t r) {
         for (int64_t h = 0; h < num_heads; h++)
             rms_norm_row(x + r * x_stride + h * width, h < num_queries ? of_queries : of_keys,
                          y + (r * num_heads + h) * width, width, eps);
@@ -82,7 +87,7 @@ inline void layer_norm_row(const X *x, const X *weight, const X *bias, X *y, int
 
 template <class X>
 void layer_norm(const X *x, const X *weight, const X *bias, X *y, int64_t num_rows, int64_t width, float eps) {
-    rowwise(num_rows, 0, 1,
+    rowwise(num_rows,
             [&](int64_t r) { layer_norm_row(x + r * width, weight, bias, y + r * width, width, eps); });
 }
 
@@ -152,7 +157,7 @@ template <class X> void gelu_tanh(const X *x, X *y, int64_t count) {
 template <class X>
 void rotary_tables(const int64_t *positions, const float *frequencies, X *cos, X *sin, int64_t num_rows,
                    int64_t half) {
-    rowwise(num_rows, 0, 1, [&](int64_t r) {
+    rowwise(num_rows, [&](int64_t r) {
         X *cosines = cos + 2 * r * half, *sines = sin + 2 * r * half;
         for (int64_t i = 0; i < half; i++) {
             const float angle = float(positions[r]) * frequencies[i], c = std::cos(angle), s = std::sin(angle);
@@ -185,7 +190,7 @@ void rotary_tables_bf16(const int64_t *positions, const float *frequencies, bf16
 
 // Rows of a table, `width` bytes each, by their numbers.
 void look_up(const char *table, const int64_t *ids, char *rows, int64_t num_rows, int64_t width) {
-    rowwise(num_rows, 0, 1, [&](int64_t r) { std::memcpy(rows + r * width, table + ids[r] * width, width); });
+    rowwise(num_rows, [&](int64_t r) { std::memcpy(rows + r * width, table + ids[r] * width, width); });
 }
 
 void norm_heads_fp32(const float *x, int64_t x_stride, const float *of_queries, const float *of_keys, float *y, int64_t num_rows,
@@ -247,7 +252,7 @@ void rotate_bf16(const bf16 *x, int64_t x_stride, const bf16 *cos, const bf16 *s
 // Vectors of `width` bytes: each token's heads, one after the other, go to the places with these numbers, in two caches.
 void write_cache(const char *k, int64_t k_stride, const char *v, int64_t v_stride, const int64_t *places, char *keys,
                  char *values, int64_t num_tokens, int64_t num_heads, int64_t width) {
-    rowwise(num_tokens, 0, 1, [&](int64_t n) {
+    rowwise(num_tokens, [&](int64_t n) {
         for (int64_t h = 0; h < num_heads; h++) {
             const int64_t place = places[n * num_heads + h];
             std::memcpy(keys + place * width, k + n * k_stride + h * width, width);

@@ -14,6 +14,7 @@ from smelt.errors import InvalidInput
 from smelt.inference import classifier
 from smelt.inference.classifier import Classifying, TextClassifier, classify_slice
 from smelt.inference.events import ClassifyRequest, EmbedRequest, End, Scores
+from smelt.inference.residents import Resident
 from smelt.inference.server import InferenceServer
 from smelt.library import load_classifier
 from smelt.models.classifier import pack_texts
@@ -40,6 +41,23 @@ def test_a_classifier_is_loaded_and_asked(model: TextClassifier) -> None:
     assert np.array([list(each.values()) for each in found]) == pytest.approx(
         np.array([alone(model, text) for text in TEXTS]), abs=1e-6
     )
+
+
+def test_few_texts_wait_for_more_and_a_full_pass_does_not(
+    model: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier, "SLICE_TOKENS", 100)
+    resident = Resident("news", 0.0, 0.0, gathers_until=7.0)
+    assert resident.classifies_at is None
+    few, many = (Classifying(str(num), ClassifyRequest(TEXTS[:num])) for num in (1, 39))
+    for job in (few, many):
+        job.prepare(model)
+    resident.classifying.append(few)
+    assert resident.classifies_at == 7.0
+    resident.classifying.append(many)
+    assert resident.classifies_at == 0.0
+    many.num_done = len(many.ids)
+    assert resident.classifies_at == 7.0
 
 
 def test_a_slice_takes_texts_of_several_requests(model: TextClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
