@@ -28,6 +28,7 @@ NEEDED = dict.fromkeys(("importance_sampling", "ppo", "cispo", "dro", "gspo"), (
 PREFERENCES = "dpo"
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+Seed = Annotated[int | None, Field(ge=0, lt=2**63)]  # of an adapter's first weights; None: drawn
 TokenLists = dict[str, list[list[float]]]
 
 
@@ -41,11 +42,12 @@ class ForwardBackwardBody(TinkerBody):
     loss_fn_config: dict[str, float] = {}
     base_model: str = DEFAULT
     rank: Annotated[int, Field(ge=1)] = RANK
+    seed: Seed = None
     forward_only: bool = False
 
     def wanted(self) -> Wanted:
         """The adapter, where it is to be made."""
-        return Wanted(self.base_model, self.rank)
+        return Wanted(self.base_model, self.rank, self.seed)
 
     def loss(self) -> LossRequest:
         """What is asked for. InvalidInput names the example that is wrong."""
@@ -83,6 +85,7 @@ class AddBody(TinkerBody):
 
     base_model: str = DEFAULT
     rank: Annotated[int, Field(ge=1)] = RANK
+    seed: Seed = None
     alpha: float = ALPHA
     model_id: Name | None = None
 
@@ -90,7 +93,7 @@ class AddBody(TinkerBody):
         """The adapter. InvalidInput for a scale that none has."""
         if self.alpha != ALPHA:
             raise InvalidInput(f"alpha is {ALPHA} for every adapter here, not {self.alpha:g}; leave it out", "alpha")
-        return Wanted(self.base_model, self.rank)
+        return Wanted(self.base_model, self.rank, self.seed)
 
 
 class AdapterBody(TinkerBody):

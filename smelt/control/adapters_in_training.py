@@ -51,6 +51,7 @@ class Wanted:
 
     base_model: str = DEFAULT
     rank: int = RANK
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +107,11 @@ class AdaptersInTraining:
         with suppress(AlreadyExists):
             await self._training.sessions.create(session)
         number = 0 if before is None else before.number + 1
-        slot = Slot(owner, session.id, number, msgspec.json.encode([base.name, wanted.rank]), {LABEL: name})
-        model_id, promised = await self._models.create(slot, base.name, Lora(wanted.rank, train_unembed=False))
+        meant = msgspec.json.encode([base.name, wanted.rank, wanted.seed])
+        lora = Lora(wanted.rank, wanted.seed, train_unembed=False)
+        model_id, promised = await self._models.create(
+            Slot(owner, session.id, number, meant, {LABEL: name}), base.name, lora
+        )
         return await self._models.find(owner, model_id), promised
 
     async def forward_backward(self, owner: str, name: str, wanted: Wanted, request: LossRequest) -> str:

@@ -32,7 +32,7 @@ pytestmark = [
 CONFIG = DecoderConfig(vocab_size=288, block_size=128, n_layer=1, n_head=2, n_embd=32)
 QUESTION = {"role": "user", "content": "What is 2+2?"}
 SUM = [QUESTION, {"role": "assistant", "content": "4"}]
-ADAM = {"learning_rate": 3e-2}
+ADAM = {"learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def learn(client: httpx.Client, num_steps: int, **body: Any) -> list[float]:
     """The loss before each step."""
     promises = []
     for _ in range(num_steps):
-        promises.append(post(client, "/fwdbwd", **body))
+        promises.append(post(client, "/fwdbwd", **{"seed": 1, **body}))
         post(client, "/optim_step", model_id=body["model_id"], adam_params=ADAM)
     return [result(client, promised)["loss"] for promised in promises]
 
@@ -89,6 +89,15 @@ def test_an_answer_is_learned_and_the_base_model_stays(client: httpx.Client) -> 
     assert losses[0] > 1 > 0.05 > losses[-1]
     assert say(client, "taught") == "4"
     assert say(client, None) == before != "4"
+
+
+def test_a_seed_draws_the_same_first_weights_again(client: httpx.Client) -> None:
+    first, again, other = (
+        learn(client, 3, model_id=name, data=[SUM], seed=seed) for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert first == again
+    assert first[0] == other[0]  # an adapter begins as nothing
+    assert first[1:] != other[1:]
 
 
 def test_a_policy_is_rewarded_for_what_it_drew(client: httpx.Client) -> None:
@@ -135,7 +144,7 @@ def test_an_adapter_becomes_a_model_that_writes_the_same(client: httpx.Client) -
 def test_an_adapter_leaves_and_comes_back(server: Server, client: httpx.Client) -> None:
     models = server.home / "models"
     import_model(server.home.with_name("chat"), "base-chat", models, "a test")
-    learn(client, 3, model_id="leaving", data=[SUM], base_model="base-chat")
+    learn(client, 20, model_id="leaving", data=[SUM], base_model="base-chat")
     promised = post(client, "/fwdbwd", model_id="leaving", data=[SUM], forward_only=True)
     path = result(client, post(client, "/save_weights_for_sampler", model_id="leaving", name="out"))["path"]
     [saved] = server.home.glob(f"sessions/*/{path.split('/', 3)[3]}")
