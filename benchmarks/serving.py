@@ -49,6 +49,7 @@ SHAPE: dict[str, Any] = {
     "bias": False,
     "qkv_bias": False,
 }
+CONFIG = DecoderConfig(**SHAPE)
 PROMPT_TOKENS = 128
 BATCHES = (1, 8, 16, 32)
 START_SECONDS, TURN_SECONDS = 240.0, 120.0
@@ -86,9 +87,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, config: DecoderConfig = CONFIG) -> None:
     """Random weights in bf16, and a tokenizer that has a word for every token."""
-    config = DecoderConfig(**SHAPE)
     model = Decoder(config)
     generator = torch.Generator().manual_seed(1337)
     with torch.no_grad():
