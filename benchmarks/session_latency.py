@@ -31,7 +31,15 @@ from smelt.training.session import SessionTrainer, Work
 from smelt.training.trained_weights import OptimSettings
 from smelt.types import Datum
 
-SHAPE = {"vocab_size": 1024, "block_size": 512, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 112, "n_inner": 304}
+SHAPE = {
+    "vocab_size": 1024,
+    "block_size": 512,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 4,
+    "n_embd": 112,
+    "n_inner": 304,
+}
 NUM_TOKENS, RANK, LEARNING_RATE = 64, 8, 1e-3
 NUM_WARM_UP = 20
 TOKENS = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], NUM_TOKENS + 1)
@@ -58,7 +66,9 @@ def main() -> None:
                 row = [f"{p50:.1f}", f"{p95:.1f}", f"{p99:.1f}", f"{len(times) / seconds:.0f}", f"{alone:.1f}"]
                 lines.append(f"| {num_clients} | " + " | ".join(row) + " |")
                 sys.stderr.write(f"{lines[-1]}\n")
-    title = f"A pair of forward_backward and optim_step through the client, 0.4M parameters, {arguments.threads} threads"
+    title = (
+        f"A pair of forward_backward and optim_step through the client, 0.4M parameters, {arguments.threads} threads"
+    )
     write_result("session_latency", title, [*lines, ""], describe_machine(["torch", "tinker"]))
 
 
