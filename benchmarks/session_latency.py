@@ -1,8 +1,8 @@
-"""How long a step of training by request takes through the real client: forward_backward and optim_step, both sent, both awaited.
+"""How long a step of training by request takes through the real client: both its calls sent, then both awaited.
 
     python benchmarks/session_latency.py [--pairs 200] [--clients 1 8] [--threads 2]
 
-A model of 0.4 million parameters, one datum of 64 tokens, LoRA r8. The last column is the same work asked of the trainer
+A model of 0.4 million parameters, a datum of 64 tokens, LoRA r8. The last column is the same work asked of the trainer
 in this process, without a server: what is above it is the protocol, the ledger with its fsync, and three processes.
 """
 
