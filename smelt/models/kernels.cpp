@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -459,6 +460,10 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
 
 #include "lora.h"
 #include "rowwise.h"
+#include "products.h"
+#include "attention.h"
+#include "lora_pass.h"
+#include "targets.h"
 
 extern "C" {
 

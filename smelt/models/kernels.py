@@ -24,16 +24,18 @@ import torch
 from torch import Tensor
 
 from smelt.models.recording import current_recording, empty
+from smelt.models.training_kernels import WHOLE_ROW, Address, Count, Threads, TrainingKernels
 
-_FILES = ("kernels.cpp", "team.h", "lora.h", "rowwise.h", "recording.h")
+_FILES = (
+    *("kernels.cpp", "team.h", "lora.h", "rowwise.h", "recording.h"),
+    *("products.h", "attention.h", "lora_pass.h", "targets.h"),  # of what is trained
+)
 SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in _FILES)
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 120.0
-WHOLE_ROW = 1 << 62  # as a window: no limit
 
 log = logging.getLogger(__name__)
 
-Address, Count, Threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LINEAR = [Address] * 4 + [Count] * 3 + [Threads]
 _LINEAR_INT8 = [Address] * 5 + [Count] * 3 + [Threads]
 _ATTEND = [Address, Count, Address, Address, Count, Address, Count, Address, Count, Address] + [Count] * 5 + [Threads]
@@ -89,6 +91,7 @@ class Kernels:
         self._look_up = Function(functions, "look_up", _LOOK_UP)
         self._add = _by_dtype(functions, "add", _ADD)
         self._write_cache = Function(functions, "write_cache", _WRITE_CACHE)
+        self.training = TrainingKernels(functions)
         self.replay = functions.replay  # what a `Recording` wants
         self.replay.argtypes, self.replay.restype = [Address, Count, Threads], None
 
@@ -298,6 +301,14 @@ def kernels() -> Kernels | None:
     if _BUILD.built is not None:  # hundreds of times in a step of few tokens, so without the future's lock
         return _BUILD.built
     return None if _BUILD.future is None else _BUILD.future.result()
+
+
+def training_kernels(x: Tensor) -> TrainingKernels | None:
+    """Those that have gradients, where they can compute with x."""
+    is_known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    if not is_known or torch.compiler.is_compiling():
+        return None
+    return None if (found := kernels()) is None else found.training
 
 
 def _build_into(folder: Path, future: "Future[Kernels | None]") -> None:

@@ -2,9 +2,9 @@
 
     y += scale B (A x)        for each datum by the adapter of its session
 
-All tiles of ADAPTER_TILE tokens are multiplied at once, each by its own adapter's factors. Gradients of the factors
-are computed in fp32 for each tile and added up datum by datum, in their order: so an adapter's gradient is the same
-bits whoever else is in the pass.
+A kernel of ours takes each datum by itself. Where there is none, all tiles of ADAPTER_TILE tokens are multiplied at
+once, each by its own adapter's factors. Gradients of the factors are summed in fp32 and added up datum by datum, in
+their order: so an adapter's gradient is the same bits whoever else is in the pass.
 
 Shapes: n tiles of T tokens, S adapters of one rank, P parts of a fused matrix, R their rank.
 """
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from smelt.models.adapter_folders import UNEMBEDDING, Matrix
 from smelt.models.decoder import Decoder
+from smelt.models.kernels import training_kernels
+from smelt.models.training_kernels import Datums, StackedFactors, TrainingKernels
 from smelt.training.packed_data import ADAPTER_TILE, Place
 
 # Of each fused matrix the pairs (A (r, in), B (out, r)) of its parts: the factors, or their gradients.
@@ -65,8 +67,10 @@ class AdapterPass:
 
     def _hook(self, stack: "_Stack") -> Any:
         def add(_module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            x: Tensor = args[0]
-            added: Tensor = _Add.apply(x.flatten(0, -2), y.flatten(0, -2), self.anchor, stack)  # type: ignore[no-untyped-call]
+            x_NC, y_NO = args[0].flatten(0, -2), y.flatten(0, -2)
+            fast = training_kernels(x_NC)
+            adding = _AddByTorch if fast is None else _Add
+            added: Tensor = adding.apply(x_NC, y_NO, self.anchor, stack, fast)  # type: ignore[no-untyped-call]
             return added.view_as(y)
 
         return add
@@ -104,8 +108,20 @@ class _Stack:
         if len(owned) == 1:
             owned.append((owned[0][0] ^ 1, 0))  # rows have an even number of tiles
         self.tiles, self.slots = torch.tensor(owned, device=device).unbind(1)
+        self.factors = StackedFactors(self.a, self.b, self.scales, torch.tensor(self.num_rows))
+        places = [(place.start, place.num_tokens, slot) for slot, m in enumerate(members) for place in m.places]
+        self.datums = Datums(*torch.tensor(places).t().contiguous().unbind())
         self._is_in_order = [tile for tile, _ in owned] == list(range(len(owned)))
         self._firsts = _firsts(members)
+
+    def gradient_addresses(self) -> Tensor:
+        """Where the members' gradients lie, as the kernel takes them."""
+        found = [
+            [each.data_ptr() for each in pair]
+            for member in self.members
+            for pair in member.gradients.get(self.name, [()] * len(self.num_rows))
+        ]
+        return torch.tensor([pair or [0, 0] for pair in found])
 
     def own(self, rows_NC: Tensor) -> Tensor:
         """The stack's tiles of a row, (n, T, C): the row itself where they are all of it."""
@@ -164,7 +180,24 @@ def _firsts(members: Sequence[Member]) -> list[list[tuple[int, int]]]:
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack) -> Tensor:
+    def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack, fast: TrainingKernels) -> Tensor:
+        x_NC, y_NO = x_NC.contiguous(), y_NO.contiguous()
+        out, hidden = fast.lora_pass(x_NC, y_NO, stack.factors, stack.datums)
+        ctx.stack, ctx.fast = stack, fast
+        ctx.save_for_backward(x_NC, hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        g_NO, stack = gradients[0].contiguous(), ctx.stack
+        x_NC, hidden = ctx.saved_tensors
+        g_x = ctx.fast.lora_pass_back(x_NC, g_NO, hidden, stack.factors, stack.datums, stack.gradient_addresses())
+        return g_x, gradients[0], None, None, None
+
+
+class _AddByTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack, _fast: None) -> Tensor:
         x = stack.own(x_NC)
         hidden = stack.scaled(torch.bmm(x, stack.a[stack.slots].transpose(1, 2)))
         parts = zip(
@@ -178,7 +211,7 @@ class _Add(torch.autograd.Function):
         return stack.added(y_NO, added)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g_NO,) = gradients
         stack: _Stack = ctx.stack
         x, hidden = ctx.saved_tensors
@@ -192,4 +225,4 @@ class _Add(torch.autograd.Function):
         a_gradients = torch.bmm(g_hidden.transpose(1, 2).float(), x.float())
         stack.add_gradients(a_gradients, torch.cat(b_gradients, dim=1))
         g_x = torch.bmm(g_hidden, stack.a[stack.slots])
-        return stack.spread(g_x, len(g_NO)), g_NO, None, None
+        return stack.spread(g_x, len(g_NO)), g_NO, None, None, None

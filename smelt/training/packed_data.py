@@ -7,6 +7,7 @@ see it in tiles of its own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from smelt.configs import DecoderConfig
 from smelt.models.batch import Batch
+from smelt.models.causal_attention import attend_texts
 from smelt.models.fixed_tiles import TILE_ROWS
+from smelt.models.kernels import training_kernels
 from smelt.models.layers import Attend, attend_within
 
 ADAPTER_TILE = 32  # tokens: more waste what is filled up, fewer take memory for the gradients of each tile
@@ -46,7 +49,20 @@ class PackedData:
         return Batch(tokens, positions=positions)
 
     def attend(self, config: DecoderConfig) -> Attend:
-        """Each datum attends to itself, in a batch of those of its length."""
+        """Each datum attends to itself."""
+        lengths = [length for num, length in self.groups for _ in range(num)]
+        starts = torch.tensor([0, *accumulate(lengths)])
+        by_torch = self._attend_by_torch(config)
+
+        def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
+            if (fast := training_kernels(q_1NHD)) is None:
+                return by_torch(layer, q_1NHD, k_1NGD, v_1NGD)
+            return attend_texts(fast, q_1NHD[0], k_1NGD[0], v_1NGD[0], starts, config.sliding_window)[None]
+
+        return attend
+
+    def _attend_by_torch(self, config: DecoderConfig) -> Attend:
+        """The same, in a batch of those of each length."""
         shapes = [Batch(torch.empty(num, length, dtype=torch.int64)) for num, length in self.groups]
         each = [attend_within(shape, config, 0.0, fused=True) for shape in shapes]
         lengths = [num * length for num, length in self.groups]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smelt.models.fixed_tiles import TILE_ROWS, filled
+from smelt.models.kernels import training_kernels
 from smelt.training.packed_data import ADAPTER_TILE, Place
 
 MAX_KEPT_BYTES = 256 * 2**20  # of logits, between forward and backward
@@ -90,10 +91,10 @@ class _TargetLogprobs(torch.autograd.Function):
             for piece, found_logits in zip(tile, _logits(hidden_NC, weight, wanted, tile), strict=True):
                 if number < num_kept:
                     kept[piece] = found_logits
-                logits = found_logits.values.float()
-                sums = sums_N[piece.rows] = logits.logsumexp(dim=1)
+                logits = found_logits.values
+                sums = sums_N[piece.rows] = _log_sums(logits)
                 targets = wanted[piece.datum].targets_NK[piece.own]
-                found = logits[: piece.num_own].gather(1, targets)
+                found = logits[: piece.num_own].gather(1, targets).float()
                 logprobs[piece.datum][piece.own] = found - sums[: piece.num_own, None]
         ctx.weight, ctx.wanted, ctx.kept = weight, wanted, kept  # frozen, so that nothing has to watch over them
         ctx.save_for_backward(hidden_NC, sums_N)
@@ -106,18 +107,18 @@ class _TargetLogprobs(torch.autograd.Function):
         wanted: tuple[Wanted, ...] = ctx.wanted
         g_NC = torch.zeros_like(hidden_NC)
         reached = [piece for piece in _pieces(wanted) if bool(gradients[piece.datum][piece.own].any())]
+        g_logits = weight.new_empty(TILE_ROWS, len(weight))
         for tile in _tiles(reached):
-            g_tile = []
             is_kept = all(piece in ctx.kept for piece in tile)
             found = [ctx.kept.pop(p) for p in tile] if is_kept else _logits(hidden_NC, weight, wanted, tile)
-            for piece, (logits, hidden) in zip(tile, found, strict=True):
+            for piece, (logits, hidden), g in zip(tile, found, torch.split(g_logits, ADAPTER_TILE), strict=False):
                 each = wanted[piece.datum]
-                g_logits = _logits_gradient(logits.float(), sums_N[piece.rows], gradients[piece.datum], each, piece)
-                g_tile.append(g_logits.to(weight.dtype))
+                _write_gradient(logits, sums_N[piece.rows], gradients[piece.datum], each, piece, g)
                 if each.adapter is not None and hidden is not None:
-                    g_NC[piece.rows] = _adapter_gradient(g_tile[-1], hidden_NC[piece.rows], hidden, each.adapter)
+                    g_NC[piece.rows] = _adapter_gradient(g, hidden_NC[piece.rows], hidden, each.adapter)
             if ctx.needs_input_grad[0]:
-                g_rows = filled(torch.cat(g_tile)) @ weight
+                g_logits[len(tile) * ADAPTER_TILE :] = 0.0
+                g_rows = g_logits @ weight
                 for piece, g in zip(tile, torch.split(g_rows, ADAPTER_TILE), strict=False):
                     g_NC[piece.rows] += g
         return g_NC if ctx.needs_input_grad[0] else None, None, None, None, None
@@ -151,14 +152,23 @@ def _logits(hidden_NC: Tensor, weight: Tensor, wanted: Sequence[Wanted], tile: S
     return found
 
 
-def _logits_gradient(logits: Tensor, sums: Tensor, gradient_NK: Tensor, wanted: Wanted, piece: _Piece) -> Tensor:
+def _log_sums(logits: Tensor) -> Tensor:
+    fast = training_kernels(logits)
+    return logits.float().logsumexp(dim=1) if fast is None else fast.log_sums(logits.contiguous())
+
+
+def _write_gradient(
+    logits: Tensor, sums: Tensor, gradient_NK: Tensor, wanted: Wanted, piece: _Piece, to: Tensor
+) -> None:
     """(ADAPTER_TILE, V): each target's share, less what the softmax takes. Nothing where the datum has no token."""
-    g = gradient_NK[piece.own]
-    shares = (logits - sums[:, None]).exp_()
-    shares[piece.num_own :] = 0.0
-    own = shares[: piece.num_own]
-    own.mul_(-g.sum(dim=1, keepdim=True)).scatter_add_(1, wanted.targets_NK[piece.own], g)
-    return shares
+    g, targets = gradient_NK[piece.own], wanted.targets_NK[piece.own]
+    own = to[: piece.num_own]
+    to[piece.num_own :] = 0.0
+    if (fast := training_kernels(logits)) is not None:
+        fast.targets_back(logits[: piece.num_own].contiguous(), sums, targets.contiguous(), g.contiguous(), own)
+        return
+    shares = (logits[: piece.num_own].float() - sums[: piece.num_own, None]).exp_()
+    own.copy_(shares.mul_(-g.sum(dim=1, keepdim=True)).scatter_add_(1, targets, g))
 
 
 def _adapter_gradient(g_logits: Tensor, x: Tensor, hidden: Tensor, adapter: HeadAdapter) -> Tensor:

@@ -30,6 +30,12 @@ from smelt.types import Datum, SamplingParams
 from training_data import VOCAB, datum_of, make_model, rl_datum
 
 
+@pytest.fixture(autouse=True, params=["torch", "kernels"])
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels._BUILD, "future", None)
+    monkeypatch.setattr(kernels._BUILD, "built", built_kernels() if request.param == "kernels" else None)
+
+
 @pytest.fixture(scope="module")
 def trainer() -> SessionTrainer:
     return SessionTrainer(make_model())
@@ -478,7 +484,10 @@ def test_in_bfloat16_the_sampler_finds_what_the_trainer_does(is_whole: bool) -> 
     datum = Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:].astype(np.int64)})
     [found] = done(trainer.forward_backward([Work(trained, [datum], "cross_entropy")])[0]).logprobs
     expected = np.array([*drawn.prompt_logprobs[1:], *drawn.logprobs], np.float32)
-    assert np.abs(found - expected).max() < 2e-2
+    # Kernels of a few rows round elsewhere than those of whole texts; both are as far from fp32 as from each other.
+    most = 2e-2 if kernels.kernels() is None else 4e-2
+    assert np.abs(found - expected).max() < most
+    assert np.square(found - expected).mean() / 2 < 1e-3  # their divergence, as Tinker's cookbook estimates it
 
 
 def test_a_forward_pass_alone_is_the_same_bits_as_one_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

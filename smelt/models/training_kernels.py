@@ -1,0 +1,148 @@
+"""Kernels of what is trained: calls the functions of `kernels.cpp` that have gradients; knows no model and no autograd.
+
+Shapes: N tokens of texts one after the other, H heads of queries, G heads of keys, D width of a head; S adapters of
+one rank R, P parts of a fused matrix; V token ids, K targets of a token.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Address, Count, Threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+WHOLE_ROW = 1 << 62  # as a window: no limit
+_TEXTS = [Address, Count] * 3 + [Address] + [Count] * 5
+_ATTEND_TEXTS = [*_TEXTS, Address, Address, Threads]
+_ATTEND_TEXTS_BACK = [*_TEXTS, *[Address] * 6, Threads]
+_STACK = [Address] * 5 + [Count] * 4 + [Address] * 3 + [Count] * 2
+_LORA_PASS = [*_STACK, *[Address] * 3, Threads]
+_LORA_PASS_BACK = [*_STACK, *[Address] * 4, Threads]
+_LOG_SUMS = [Address, Address, Count, Count, Threads]
+_TARGETS_BACK = [*[Address] * 5, *[Count] * 3, Threads]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StackedFactors:
+    """Of a fused matrix the factors A (S, P R, in) and B (S, out, R) of S adapters and their scales (S,) in fp32."""
+
+    a: Tensor
+    b: Tensor
+    scales: Tensor
+    part_rows: Tensor  # int64: of each part, together `out`
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Datums:
+    """Where datums begin, how many tokens they have, and whose they are; those of an adapter lie together. int64."""
+
+    starts: Tensor
+    lengths: Tensor
+    slots: Tensor
+
+
+class TrainingKernels:
+    """The compiled functions. They take CPU tensors in fp32 or bf16, and trust their shapes."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._attend_texts = by_dtype(functions, "attend_texts", _ATTEND_TEXTS)
+        self._attend_texts_back = by_dtype(functions, "attend_texts_back", _ATTEND_TEXTS_BACK)
+        self._lora_pass = by_dtype(functions, "lora_pass", _LORA_PASS)
+        self._lora_pass_back = by_dtype(functions, "lora_pass_back", _LORA_PASS_BACK)
+        self._log_sums = by_dtype(functions, "log_sums", _LOG_SUMS)
+        self._targets_back = by_dtype(functions, "targets_back", _TARGETS_BACK)
+
+    def attend_texts(
+        self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, starts: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention within texts that begin at `starts` (int64, and where the last one ends).
+
+        Of each token its heads lie in one piece. Also the logarithms of the softmaxes' sums, fp32 (N, H).
+        """
+        out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype)
+        log_sums_NH = torch.empty(q_NHD.shape[:2])
+        texts = _texts(q_NHD, k_NGD, v_NGD, starts, window)
+        self._attend_texts[q_NHD.dtype](*texts, out_NHD.data_ptr(), log_sums_NH.data_ptr(), torch.get_num_threads())
+        return out_NHD, log_sums_NH
+
+    def attend_texts_back(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        starts: Tensor,
+        window: int | None,
+        outputs: tuple[Tensor, Tensor],
+        gradient_NHD: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v, from what the way there took and gave; the gradient is contiguous."""
+        q, k, v = (torch.empty(each.shape, dtype=each.dtype) for each in inputs)
+        addresses = [each.data_ptr() for each in (outputs[0], gradient_NHD, outputs[1], q, k, v)]
+        back = self._attend_texts_back[gradient_NHD.dtype]
+        back(*_texts(*inputs, starts, window), *addresses, torch.get_num_threads())
+        return q, k, v
+
+    def lora_pass(self, x_NC: Tensor, y_NO: Tensor, factors: StackedFactors, datums: Datums) -> tuple[Tensor, Tensor]:
+        """y + scale B A x for the tokens of the datums, and what lies between A and B, scaled: (N, P R)."""
+        out_NO = y_NO.clone() if int(datums.lengths.sum()) < len(y_NO) else torch.empty_like(y_NO)
+        hidden = x_NC.new_empty(len(x_NC), factors.a.shape[1])
+        addresses = [each.data_ptr() for each in (y_NO, out_NO, hidden)]
+        self._lora_pass[x_NC.dtype](*_stack(x_NC, y_NO, factors, datums), *addresses, torch.get_num_threads())
+        return out_NO, hidden
+
+    def lora_pass_back(
+        self,
+        x_NC: Tensor,
+        gradient_NO: Tensor,
+        hidden: Tensor,
+        factors: StackedFactors,
+        datums: Datums,
+        factor_gradients: Tensor,
+    ) -> Tensor:
+        """The gradient of x by way of the adapters. Those of the factors are added to where they lie.
+
+        `factor_gradients`: the addresses, int64 (S, P, 2), of A's (R, in) and B's (rows, R) in fp32, or 0 for neither.
+        """
+        is_all = int(datums.lengths.sum()) == len(x_NC)
+        x_gradient_NC = torch.empty_like(x_NC) if is_all else torch.zeros_like(x_NC)
+        addresses = [each.data_ptr() for each in (gradient_NO, hidden, x_gradient_NC, factor_gradients)]
+        back = self._lora_pass_back[x_NC.dtype]
+        back(*_stack(x_NC, gradient_NO, factors, datums), *addresses, torch.get_num_threads())
+        return x_gradient_NC
+
+    def log_sums(self, logits_NV: Tensor) -> Tensor:
+        """log sum exp of each row, in fp32; rows lie one after the other."""
+        sums = torch.empty(len(logits_NV))
+        addresses = logits_NV.data_ptr(), sums.data_ptr()
+        self._log_sums[logits_NV.dtype](*addresses, *logits_NV.shape, torch.get_num_threads())
+        return sums
+
+    def targets_back(
+        self, logits_NV: Tensor, sums_N: Tensor, targets_NK: Tensor, gradient_NK: Tensor, to_NV: Tensor
+    ) -> None:
+        """Write the gradient of the logits, given that of log p(target): fp32, and rows one after the other."""
+        num_rows, width = logits_NV.shape
+        addresses = [each.data_ptr() for each in (logits_NV, sums_N, targets_NK, gradient_NK, to_NV)]
+        sizes = num_rows, targets_NK.shape[1], width
+        self._targets_back[logits_NV.dtype](*addresses, *sizes, torch.get_num_threads())
+
+
+def by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> dict[torch.dtype, Any]:
+    """A function of both dtypes."""
+    found = {torch.float32: functions[f"{name}_fp32"], torch.bfloat16: functions[f"{name}_bf16"]}
+    for function in found.values():
+        function.argtypes, function.restype = types, None
+    return found
+
+
+def _stack(x_NC: Tensor, y_NO: Tensor, factors: StackedFactors, datums: Datums) -> list[int]:
+    tensors = (x_NC, factors.a, factors.b, factors.scales, factors.part_rows)
+    sizes = [len(factors.part_rows), factors.b.shape[2], x_NC.shape[1], y_NO.shape[1]]
+    places = [each.data_ptr() for each in (datums.starts, datums.lengths, datums.slots)]
+    return [*(each.data_ptr() for each in tensors), *sizes, *places, len(datums.starts), len(factors.a)]
+
+
+def _texts(q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, starts: Tensor, window: int | None) -> list[int]:
+    places = [number for x in (q_NHD, k_NGD, v_NGD) for number in (x.data_ptr(), x.stride(0))]
+    sizes = [len(starts) - 1, q_NHD.shape[1], k_NGD.shape[1], q_NHD.shape[2]]
+    return [*places, starts.data_ptr(), *sizes, WHOLE_ROW if window is None else window]
