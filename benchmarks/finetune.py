@@ -28,7 +28,7 @@ from smelt.models.decoder import Decoder
 from smelt.models.weights import read_model, write_model
 from smelt.training.example_batches import example_batch
 from smelt.training.example_losses import supervised
-from smelt.training.lora_factors import LoraFactors
+from smelt.training.lora_factors import LoraFactors, fresh_adapter
 from smelt.training.optim import Optimizer
 from smelt.training.step import step
 from smelt.types import Datum
@@ -56,7 +56,7 @@ def ours(folder: Path, dtype: torch.dtype, full: bool) -> Callable[[list[Sample]
     """A step of smelt's, which returns the mean loss."""
     model = read_model(folder, torch.float32 if full else dtype).train()
     if not full:
-        LoraFactors(model, RANK, ALPHA, "all", seed=0)
+        LoraFactors(model, fresh_adapter(model.config, RANK, ALPHA, "all", seed=0))
     optimizer = Optimizer(model, dtype, (0.9, 0.95), 0.0, 1.0)
 
     def run(part: list[Sample]) -> float:

@@ -157,6 +157,9 @@ class TrainConfig(RunConfig):
         return validated(DecoderConfig, {**shape, "vocab_size": vocab_size})
 
 
+NEW_RANK = 16  # of an adapter, where nobody says another
+
+
 class FineTuneConfig(RunConfig):
     """More training of a model, on conversations or texts. Every field is a flag of `smelt finetune`."""
 
@@ -174,9 +177,13 @@ class FineTuneConfig(RunConfig):
     method: Literal["supervised", "dpo"] = Field("supervised", description="dpo learns from pairs of answers")
     beta: float = Field(0.1, gt=0, description="dpo: how much it costs to leave the model it began with")
     lora: bool = Field(True, description="train an adapter that is kept apart; false: all weights")
-    lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="rank of the adapter")
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description=f"rank of the adapter ({NEW_RANK}; that of an adapter to go on from)"
+    )
     lora_alpha: float | None = Field(None, gt=0, description="scales what is added, by alpha / rank (twice the rank)")
-    lora_targets: str = Field("all", description="all, attention, mlp, or modules as in PEFT: q_proj,v_proj")
+    lora_targets: str | None = Field(
+        None, description="all, attention, mlp, or modules as in PEFT: q_proj,v_proj (all; those of an adapter)"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="fraction of activations dropped while training")
 
     # Steps, optimizer and evaluation

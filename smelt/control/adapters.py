@@ -13,6 +13,7 @@ from smelt.errors import InvalidInput, NotFound, SmeltError
 from smelt.models.folders import (
     ADAPTER_FILE,
     ADAPTER_WEIGHTS,
+    adapter_rank,
     adapts_unembedding,
     base_of,
     is_adapter,
@@ -74,8 +75,8 @@ def trained_as(name: str, models_folder: Path) -> tuple[TrainingModel, SavedWeig
     if not is_registered(name, models_folder) or not is_adapter(models_folder / name):
         return None
     settings = read_json_object(models_folder / name / ADAPTER_FILE)
-    base, rank = name_at(base_of(models_folder / name), models_folder), settings.get("r")
-    if base is None or not isinstance(rank, int):
+    base, rank = name_at(base_of(models_folder / name), models_folder), adapter_rank(models_folder / name)
+    if base is None or rank is None:
         return None
     model = TrainingModel(
         owner="", id=name, session_id="", number=0, base_model=base, served_model=base, rank=rank,
@@ -97,8 +98,7 @@ def remove_adapter(name: str, models_folder: Path) -> None:
 
 def _described(info: ModelInfo, models_folder: Path) -> AdapterInfo:
     try:
-        rank = read_json_object(info.folder / ADAPTER_FILE).get("r")
-        base = base_of(info.folder)
+        rank, base = adapter_rank(info.folder), base_of(info.folder)
     except SmeltError:
         return AdapterInfo(info, None, None)
-    return AdapterInfo(info, name_at(base, models_folder) or str(base), rank if isinstance(rank, int) else None)
+    return AdapterInfo(info, name_at(base, models_folder) or str(base), rank)

@@ -99,10 +99,7 @@ class FineTuning:
         if suffix is not None and not SUFFIX.fullmatch(suffix):
             raise InvalidInput("suffix has 1 to 64 letters, digits, '.', '_' and '-'", "suffix")
         values = {**config, "recipe": "fine-tune", "model": served.name}
-        wanted = config_of({**values, "data": "training_file"})  # says what is wrong with it
-        if served.base is not None and getattr(wanted, "lora", False):
-            text = f"{model!r} is an adapter of {served.base}; fine-tune that one, or all weights: lora false"
-            raise InvalidInput(text, "model")
+        config_of({**values, "data": "training_file"})  # says what is wrong with it
         job = FineTuningJob(
             id=f"ftjob-{key_digest(owner, key)[:24] if key else secrets.token_hex(12)}",
             owner=owner,

@@ -11,11 +11,11 @@ from smelt.configs import DecoderConfig
 from smelt.control.datasets import open_for
 from smelt.errors import InvalidInput, Unavailable
 from smelt.models.architectures import CONFIG_FILE
-from smelt.models.folders import read_config
+from smelt.models.folders import adapter_rank, base_of, read_config
 from smelt.models.footprint import adapter_values
 from smelt.models.host_memory import free_host_bytes, host_bytes
 from smelt.models.training_footprint import GIB, Workload, fitting, training_footprint
-from smelt.run_configs import FineTuneConfig, RunConfig, TrainConfig, out_dir_of
+from smelt.run_configs import NEW_RANK, FineTuneConfig, RunConfig, TrainConfig, out_dir_of
 from smelt.settings import Settings
 
 MARGIN = 0.1  # of the memory, for whatever else the machine does
@@ -99,8 +99,10 @@ def workload(config: RunConfig, settings: Settings) -> Workload | None:
             shape = _shape_in(settings.models / config.init_from)
         num_trained = None
     elif isinstance(config, FineTuneConfig):
-        shape = _shape_in(settings.models / config.model)
-        num_trained = adapter_values(shape, config.lora_rank) if shape and config.lora else None
+        folder = settings.models / config.model
+        shape = _shape_in(base_of(folder))
+        rank = adapter_rank(folder) or config.lora_rank or NEW_RANK
+        num_trained = adapter_values(shape, rank) if shape and config.lora else None
     else:
         return None
     if shape is None:

@@ -79,6 +79,12 @@ def base_of(path: Path) -> Path:
     return Path(base)
 
 
+def adapter_rank(folder: Path) -> int | None:
+    """The rank that an adapter says it has; None where it says none, or the folder holds a model."""
+    rank = read_json_object(folder / ADAPTER_FILE).get("r") if is_adapter(folder) else None
+    return rank if isinstance(rank, int) else None
+
+
 def adapts_unembedding(settings: dict[str, Any]) -> bool:
     """Whether an adapter of these settings may change what turns hidden states into logits."""
     targets = settings.get("target_modules")

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from math import ceil
+from math import ceil, isclose
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from smelt.configs import DecoderConfig
 from smelt.data.chat_format import ChatFormat
 from smelt.data.datasets import dataset_folder, list_datasets, open_dataset
 from smelt.data.labelled import order_of
@@ -30,19 +31,27 @@ from smelt.data.training_examples import (
     samples_of,
     wrong_kind,
 )
-from smelt.errors import ConfigError, NotEnoughData, NotFound, TokenizerError
+from smelt.errors import ConfigError, NotEnoughData, NotFound, TokenizerError, UnsupportedModel
+from smelt.models.adapter_folders import Adapter, read_adapter
 from smelt.models.decoder import Decoder
 from smelt.models.devices import pick_dtype
 from smelt.models.folders import base_of, is_adapter
 from smelt.models.loading import load_model
 from smelt.models.registry import resolve
-from smelt.run_configs import FineTuneConfig, learning_rates, out_dir_of
+from smelt.run_configs import NEW_RANK, FineTuneConfig, learning_rates, out_dir_of
 from smelt.training.checkpoint import Checkpoints, WeightFiles, latest, restore
 from smelt.training.compiling import compiled
 from smelt.training.example_batches import ExampleBatches, ExampleEvaluation, example_batch
 from smelt.training.example_losses import answer_logprobs, preference, supervised
 from smelt.training.job import Evaluate, Evaluation, Job, evaluate_batches
-from smelt.training.lora_factors import LoraFactors
+from smelt.training.lora_factors import (
+    LoraFactors,
+    chosen_parts,
+    fresh_adapter,
+    parts_of,
+    rank_and_scale,
+    trained_matrices,
+)
 from smelt.training.losses import Loss
 from smelt.training.metrics import RunSummary, Sink
 from smelt.training.optim import Optimizer, cosine_with_warmup
@@ -55,11 +64,12 @@ FIGURES = {"supervised": ("accuracy",), "dpo": ("accuracy", "margin")}
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What is fine-tuned, in fp32 where all weights are trained."""
+    """What is fine-tuned: a model's weights, in fp32, or `adapter`, as it is at first, while the model stays."""
 
     model: Decoder
     tokenizer: Tokenizer
     folder: Path
+    adapter: Adapter | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +109,47 @@ def fine_tune(
 
 
 def read_base(config: FineTuneConfig, models_folder: Path, device: torch.device) -> Base:
-    """The model to begin with; with LoRA in the dtype that it will be computed in, for it will not change."""
+    """What to begin with; with LoRA the model is in the dtype of its computing, for it will not change."""
     folder = resolve(config.model, models_folder)
-    if config.lora and (is_adapter(folder) or folder.is_file()):
-        kind = "an adapter itself" if is_adapter(folder) else "a file of nanoGPT's"
+    if config.lora and folder.is_file():
         raise ConfigError(
-            f"{config.model} is {kind}, and an adapter needs a model's folder to stand on: make one with `smelt models "
-            f"export {config.model} FOLDER`, or train all weights with --lora false"
+            f"{config.model} is a file of nanoGPT's, and an adapter needs a model's folder to stand on: make one with "
+            f"`smelt models export {config.model} FOLDER`, or train all weights with --lora false"
         )
+    base = base_of(folder) if config.lora else folder
     dtype = pick_dtype(config.dtype, device) if config.lora else torch.float32
-    model, tokenizer = load_model(folder, dtype)
+    model, tokenizer = load_model(base, dtype)
     if tokenizer is None:
         raise TokenizerError(f"{folder} has no tokenizer; put its tokenizer.json beside the weights")
+    adapter = first_adapter(config, folder, model.config) if config.lora else None
     model = with_dropout(model, config.dropout)
     model.gradient_checkpointing = config.gradient_checkpointing
-    return Base(model.to(device), tokenizer, folder)
+    return Base(model.to(device), tokenizer, base, adapter)
+
+
+def first_adapter(config: FineTuneConfig, folder: Path, shape: DecoderConfig) -> Adapter:
+    """The one in the folder, to go on from; on a model a new one, which changes nothing yet. ConfigError."""
+    if is_adapter(folder):
+        adapter = read_adapter(folder, shape)
+        check_continued(config, adapter, shape)
+        return adapter
+    rank = config.lora_rank or NEW_RANK
+    return fresh_adapter(shape, rank, config.lora_alpha or 2.0 * rank, config.lora_targets or "all", config.seed)
+
+
+def check_continued(config: FineTuneConfig, adapter: Adapter, shape: DecoderConfig) -> None:
+    """ConfigError where an adapter cannot be trained further, or is none of the kind that the config asks for."""
+    remedy = f"make one model of both with `smelt models export {config.model} FOLDER`, and train a new adapter of it"
+    try:
+        rank, scale = rank_and_scale(adapter)
+    except UnsupportedModel as error:
+        raise ConfigError(f"{config.model} cannot be trained further as an adapter: {error}; {remedy}") from None
+    for name, asked, own in (("lora_rank", config.lora_rank, rank), ("lora_alpha", config.lora_alpha, scale * rank)):
+        if asked is not None and not isclose(asked, own):
+            raise ConfigError(f"{name} {asked:g} is not the {own:g} of {config.model}; leave it out, or {remedy}")
+    targets = config.lora_targets
+    if targets is not None and chosen_parts(trained_matrices(shape), targets) != parts_of(adapter):
+        raise ConfigError(f"lora_targets {targets!r} are not those of {config.model}; leave them out, or {remedy}")
 
 
 def with_dropout(model: Decoder, dropout: float) -> Decoder:
@@ -186,7 +222,7 @@ def with_progress(located: list[Located], progress: Progress, stage: str) -> Ite
 def prepare_job(config: FineTuneConfig, base: Base, examples: Examples, ranks: Ranks, device: torch.device) -> Prepared:
     """Put together what the loop needs."""
     model, dtype = base.model, pick_dtype(config.dtype, device)
-    weight_files = trained_part(config, base)
+    weight_files = trained_part(base)
     optimizer = Optimizer(model.to(device), dtype, config.betas, config.weight_decay, config.grad_clip)
     # Before a checkpoint is restored: preferences are measured against the model that the run began with.
     references = {name: first_logprobs(config, model, samples, device) for name, samples in _splits(examples)}
@@ -233,13 +269,11 @@ def prepare_job(config: FineTuneConfig, base: Base, examples: Examples, ranks: R
     )
 
 
-def trained_part(config: FineTuneConfig, base: Base) -> WeightFiles:
-    """Have the model learn what the config says, and say how that is kept."""
-    if not config.lora:
+def trained_part(base: Base) -> WeightFiles:
+    """Have the model learn what it shall, and say how that is kept."""
+    if base.adapter is None:
         return model_files(base.model.config, base.tokenizer, base_of(base.folder))
-    alpha = config.lora_alpha or 2.0 * config.lora_rank
-    factors = LoraFactors(base.model, config.lora_rank, alpha, config.lora_targets, config.seed)
-    return factors.files(str(base.folder.absolute()))
+    return LoraFactors(base.model, base.adapter).files(str(base.folder.absolute()))
 
 
 def _splits(examples: Examples) -> list[tuple[str, list[Sample]]]:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smelt.errors import ConfigError
+from smelt.configs import DecoderConfig
+from smelt.errors import ConfigError, UnsupportedModel
 from smelt.models.adapter_folders import (
     UNEMBEDDING,
     Adapter,
@@ -34,24 +35,19 @@ KINDS = ("attention", "mlp")
 
 
 class LoraFactors(nn.Module):
-    """A (rank, in) and B (out, rank) for each part of a fused matrix that `targets` names; B begins as zero."""
+    """A (rank, in) and B (out, rank) for each part of a fused matrix that an adapter changes, beginning as it is."""
 
-    def __init__(self, model: Decoder, rank: int, alpha: float, targets: str, seed: int) -> None:
-        """Freezes the model and becomes its `lora`. ConfigError where `targets` names none of its matrices."""
+    def __init__(self, model: Decoder, adapter: Adapter) -> None:
+        """Freezes the model and becomes its `lora`. UnsupportedModel where such an adapter cannot be trained here."""
         super().__init__()
-        self.shape, self.rank, self.scale = model.config, rank, alpha / rank
-        # The unembedding stays: its factors are as wide as the vocabulary.
-        self.matrices = {name: m for name, m in matrices_of(model.config).items() if name != UNEMBEDDING}
-        self.chosen = chosen_parts(self.matrices, targets)
-        generator = torch.Generator().manual_seed(seed)
-        for name, parts in self.chosen.items():
-            for part in parts:
-                bound = 1 / math.sqrt(self.matrices[name].width)  # as PEFT begins
-                a = torch.rand(rank, self.matrices[name].width, generator=generator) * (2 * bound) - bound
-                self.register_parameter(_key(name, part, "a"), nn.Parameter(a))
-                self.register_parameter(
-                    _key(name, part, "b"), nn.Parameter(torch.zeros(self.matrices[name].num_rows[part], rank))
-                )
+        self.shape, self.matrices = model.config, trained_matrices(model.config)
+        self.rank, self.scale = rank_and_scale(adapter)
+        self.chosen = parts_of(adapter)
+        for name, parts in adapter.items():
+            for part, factors in enumerate(parts):
+                if factors is not None:
+                    self.register_parameter(_key(name, part, "a"), nn.Parameter(factors.a.float()))
+                    self.register_parameter(_key(name, part, "b"), nn.Parameter(factors.b.float()))
         model.requires_grad_(False)
         model.add_module(PREFIX.rstrip("."), self)
         for name in self.chosen:
@@ -99,6 +95,43 @@ class LoraFactors(nn.Module):
             if factors is not None
             for factor, tensor in (("a", factors.a), ("b", factors.b))
         }
+
+
+def fresh_adapter(config: DecoderConfig, rank: int, alpha: float, targets: str, seed: int) -> Adapter:
+    """One that changes nothing yet: A is drawn as PEFT draws it, and B is zero. ConfigError as in `chosen_parts`."""
+    matrices, generator = trained_matrices(config), torch.Generator().manual_seed(seed)
+
+    def drawn(matrix: Matrix, part: int) -> Factors:
+        bound = 1 / math.sqrt(matrix.width)
+        a = torch.rand(rank, matrix.width, generator=generator) * (2 * bound) - bound
+        return Factors(a, torch.zeros(matrix.num_rows[part], rank), alpha / rank)
+
+    return {
+        name: tuple(
+            drawn(matrices[name], part) if part in parts else None for part in range(len(matrices[name].num_rows))
+        )
+        for name, parts in chosen_parts(matrices, targets).items()
+    }
+
+
+def trained_matrices(config: DecoderConfig) -> dict[str, Matrix]:
+    """What a run can train. The unembedding stays: its factors are as wide as the vocabulary."""
+    return {name: matrix for name, matrix in matrices_of(config).items() if name != UNEMBEDDING}
+
+
+def parts_of(adapter: Adapter) -> dict[str, list[int]]:
+    """Of each matrix the parts that an adapter changes."""
+    return {name: [part for part, each in enumerate(parts) if each is not None] for name, parts in adapter.items()}
+
+
+def rank_and_scale(adapter: Adapter) -> tuple[int, float]:
+    """Those that all factors of an adapter have. UnsupportedModel where they differ, or the unembedding has some."""
+    found = {(len(each.a), each.scale) for parts in adapter.values() for each in parts if each is not None}
+    if len(found) > 1:
+        raise UnsupportedModel("its matrices have several ranks or scales, and a run trains one of each")
+    if UNEMBEDDING in adapter:
+        raise UnsupportedModel("it changes the unembedding, which a run leaves as it is")
+    return found.pop()
 
 
 def chosen_parts(matrices: Mapping[str, Matrix], targets: str) -> dict[str, list[int]]:

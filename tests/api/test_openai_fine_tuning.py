@@ -265,12 +265,21 @@ async def test_what_was_fine_tuned_is_fine_tuned_further(
 ) -> None:
     async with training(services):
         first = (await ended(client, await begun(client, CHATS)))["fine_tuned_model"]
-        asked = {"model": first, "training_file": await uploaded(client, CHATS)}
-        assert "is an adapter of base" in (await refused(client, JOBS, asked))["message"]
-        second = await ended(client, await begun(client, CHATS, model=first, config={**QUICK, "lora": False}))
-    assert second["status"] == "succeeded", second["error"]
-    served = await services.catalogue.find(second["fine_tuned_model"])
+        old = {path.name: path.read_bytes() for path in (services.settings.models / first).iterdir()}
+        further = {"model": first, "suffix": "more"}
+        second = await ended(client, await begun(client, CHATS, **further, config={"learning_rate": 1e-2}))
+        whole = await ended(client, await begun(client, CHATS, model=first, config={"lora": False, "max_iters": 2}))
+        other = await ended(client, await begun(client, CHATS, model=first, config={"lora_rank": 8}))
+    assert (second["status"], whole["status"]) == ("succeeded", "succeeded"), (second["error"], whole["error"])
+    name = second["fine_tuned_model"]
+    assert name == f"ft:{first.removeprefix('ft:').replace(':', '-')}:more:{second['id'][-8:]}"
+    served = await services.catalogue.find(name)
+    assert (served.base, served.adapter) == ("base", f"models/{name}")
+    assert {path.name: path.read_bytes() for path in (services.settings.models / first).iterdir()} == old
+    served = await services.catalogue.find(whole["fine_tuned_model"])
     assert (served.base, served.adapter) == (None, None)
+    assert other["status"] == "failed"
+    assert f"lora_rank 8 is not the 4 of {first}; leave it out" in other["error"]["message"]
 
 
 async def test_preferences_are_learned(client: httpx.AsyncClient, services: Services, base: str) -> None:

@@ -1,5 +1,6 @@
 """Runs that cannot fit are refused with the figures and what fits; those of a GPU and of unknown shape are not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def test_the_shape_is_the_models_and_the_vocabulary_the_datasets(settings: Setti
     assert tuned is not None
     assert (tuned.shape.vocab_size, tuned.block_size) == (257, 64)
     assert 0 < (tuned.num_trained or 0) < shape.num_parameters
+    (settings.models / "of-tiny").mkdir()
+    told = {"base_model_name_or_path": str(settings.models / "tiny"), "r": 32}
+    (settings.models / "of-tiny" / "adapter_config.json").write_text(json.dumps(told))
+    further = run_memory.workload(config_of({"recipe": "fine-tune", "model": "of-tiny", "data": "x"}), settings)
+    assert further is not None
+    assert (further.shape, further.num_trained) == (tuned.shape, 2 * (tuned.num_trained or 0))
     scratch = run_memory.workload(config_of({"dataset": "docs"}), settings)
     assert scratch is not None
     assert (scratch.shape.vocab_size, scratch.block_size, scratch.num_trained) == (257, 128, None)

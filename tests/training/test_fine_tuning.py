@@ -1,6 +1,7 @@
 """Fine-tuning computes what transformers and PEFT compute, learns, resumes to the same bits, and says what is wrong."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,28 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters import LLAMA_TARGETS
 from families import make_reference, save_reference
 from ranks import train_on_two_ranks
 from smelt.data.characters import ByteTokenizer
+from smelt.data.chat_format import ChatFormat
 from smelt.data.preparation import PrepareOptions, prepare
-from smelt.data.training_examples import Sample, TextExample
+from smelt.data.training_examples import Sample, TextExample, samples_of
 from smelt.errors import AlreadyExists, ConfigError, DataError, NotFound
-from smelt.models.adapter_folders import read_adapter
+from smelt.models.adapter_folders import UNEMBEDDING, Factors, part_of, read_adapter, write_adapter
 from smelt.models.decoder import Decoder
+from smelt.models.folders import base_of
+from smelt.models.loading import load_model
 from smelt.models.weights import read_model, write_model
 from smelt.run_configs import FineTuneConfig, TrainConfig, resumed_values
 from smelt.training.example_batches import ExampleBatches, example_batch
 from smelt.training.example_losses import preference, supervised
 from smelt.training.fine_tuning import fine_tune, located_examples
-from smelt.training.lora_factors import LoraFactors, chosen_parts
+from smelt.training.lora_factors import LoraFactors, chosen_parts, fresh_adapter, trained_matrices
 from smelt.training.metrics import EvalMetrics, Event, RunSummary
 from smelt.training.parallel import Ranks
 from smelt.types import Datum
@@ -116,7 +122,7 @@ def test_preferences_have_the_loss_of_their_formula_and_its_gradient(tmp_path: P
 def test_an_adapter_has_pefts_gradient_and_is_read_by_peft(targets: str, tmp_path: Path) -> None:
     base = save_reference("llama", tmp_path / "base")
     ours = read_model(tmp_path / "base")
-    factors = LoraFactors(ours, rank=4, alpha=8.0, targets=targets, seed=1)
+    factors = LoraFactors(ours, fresh_adapter(ours.config, rank=4, alpha=8.0, targets=targets, seed=1))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in factors.parameters():
@@ -150,11 +156,11 @@ def test_an_adapter_has_pefts_gradient_and_is_read_by_peft(targets: str, tmp_pat
 
 def test_targets_that_the_model_has_not_are_named(tmp_path: Path) -> None:
     save_reference("llama", tmp_path)
-    factors = LoraFactors(read_model(tmp_path), 2, 4.0, "all", 0)
+    matrices = trained_matrices(read_model(tmp_path).config)
     with pytest.raises(ConfigError, match=r"has no query; it has all, attention, mlp, down_proj"):
-        chosen_parts(factors.matrices, "query")
+        chosen_parts(matrices, "query")
     with pytest.raises(ConfigError, match="names nothing"):
-        chosen_parts(factors.matrices, " ,")
+        chosen_parts(matrices, " ,")
 
 
 def test_each_epoch_sees_every_example_once_and_ranks_share_them() -> None:
@@ -257,7 +263,8 @@ def test_stopping_and_resuming_gives_the_same_bits(lab: Lab, changes: dict[str, 
     assert lab.rows("parts", "step")[-1]["loss"] == lab.rows("whole", "step")[-1]["loss"]
 
 
-def test_preferences_are_learned_against_the_first_model_also_after_a_resume(lab: Lab) -> None:
+@pytest.mark.parametrize("begins_with", ["a model", "an adapter"])
+def test_preferences_are_learned_against_the_first_model_also_after_a_resume(lab: Lab, begins_with: str) -> None:
     def line(question: str, better: str, worse: str) -> dict[str, Any]:
         def turn(text: str) -> list[dict[str, str]]:
             return [{"role": "assistant", "content": text}]
@@ -266,7 +273,8 @@ def test_preferences_are_learned_against_the_first_model_also_after_a_resume(lab
         return {"input": asked, "preferred_output": turn(better), "non_preferred_output": turn(worse)}
 
     data = lab.write("pairs.jsonl", [line(q, "yes", "no") for q in "abcdefgh"])
-    changes: dict[str, Any] = {"data": data, "method": "dpo", "train_val_split": 0.25}
+    model = str(tuned(lab)) if begins_with == "an adapter" else "base"
+    changes: dict[str, Any] = {"model": model, "data": data, "method": "dpo", "train_val_split": 0.25}
     lab.run(lab.config("whole", **changes))
     steps = lab.rows("whole", "step")
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-5), "nothing is learned yet"
@@ -314,11 +322,101 @@ def test_two_ranks_learn_as_one_process_does(lab: Lab) -> None:
         assert shared == pytest.approx(alone, abs=1e-5)
 
 
-def test_an_adapter_stands_on_a_model_and_all_weights_may_go_on_from_one(lab: Lab) -> None:
-    lab.run(lab.config("first"))
-    with pytest.raises(ConfigError, match=r"first is an adapter itself.*smelt models export .*first FOLDER"):
-        lab.run(lab.config("second", model=str(lab.folder / "first")))
-    lab.run(lab.config("second", model=str(lab.folder / "first"), lora=False, epochs=1))
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tuned(lab: Lab, out: str = "first", **changes: Any) -> Path:
+    """The folder of an adapter that has learned something."""
+    lab.run(lab.config(out, epochs=2, learning_rate=3e-2, **changes))
+    return (lab.folder / out / "last").resolve()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from inside peft
+def test_a_run_on_an_adapter_goes_on_from_it(lab: Lab) -> None:
+    old = tuned(lab, lora_alpha=12.0)
+    before = contents(old)
+    data = lab.write("texts.jsonl", [{"text": text} for text in ("abcdef", "xyz", "hello there")])
+    lab.run(lab.config("on", model=str(old), data=data, lora_rank=None, train_val_split=0.0, epochs=3))
+    losses = [row["loss"] for row in lab.rows("on", "step")]
+    base = transformers.AutoModelForCausalLM.from_pretrained(lab.folder / "models" / "base")
+    theirs = peft.PeftModel.from_pretrained(base, str(old)).eval()
+    merged, tokenizer = load_model(old, torch.float32)
+    located = located_examples(data, "train", lab.folder / "datasets")
+    chat_format = ChatFormat.of(lab.folder / "models" / "base", tokenizer)
+    samples = samples_of(located, chat_format, tokenizer, 64, 257)
+    num_targets = sum(sample.num_targets for sample in samples)
+    with torch.no_grad():
+        expected = -sum(reference_logprobs(theirs, sample.data[0]).sum().item() for sample in samples)
+        assert supervised(merged, example_batch(samples, CPU))[0].item() == pytest.approx(expected, rel=1e-5)
+        assert supervised(read_model(base_of(old)), example_batch(samples, CPU))[0].item() != pytest.approx(expected)
+    assert losses[0] == pytest.approx(expected / num_targets, abs=1e-5)
+    assert losses[-1] < losses[0]
+    assert contents(old) == before
+    settings = [json.loads((folder / "adapter_config.json").read_text()) for folder in (old, lab.folder / "on/last")]
+    assert settings[0] == settings[1], "of the same base, rank, scale and matrices"
+    assert contents(lab.folder / "on" / "last")["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"dropout": 0.1}])
+def test_what_goes_on_from_an_adapter_resumes_to_the_same_bits(lab: Lab, changes: dict[str, Any]) -> None:
+    changes = {"model": str(tuned(lab)), **changes}
+    lab.run(lab.config("whole", **changes))
+    assert lab.run(lab.config("parts", **changes), stop_at(4)).stop_reason == "interrupted"
+    lab.resume("parts")
+    assert lab.tensors("parts") == lab.tensors("whole")
+
+
+def test_an_adapter_of_lower_precision_is_trained_in_fp32(lab: Lab) -> None:
+    old = tuned(lab)
+    halved = {name: tensor.half() for name, tensor in load_file(old / "adapter_model.safetensors").items()}
+    (lab.folder / "half").mkdir()
+    shutil.copy(old / "adapter_config.json", lab.folder / "half")
+    save_file(halved, lab.folder / "half" / "adapter_model.safetensors")
+    lab.run(lab.config("on", model=str(lab.folder / "half"), learning_rate=0.0))
+    made = load_file(lab.folder / "on" / "last" / "adapter_model.safetensors")
+    assert made.keys() == halved.keys()
+    assert all(torch.equal(made[name], halved[name].float()) for name in made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 8}, r"lora_rank 8 is not the 4 of .*leave it out, or make one model .*smelt models export"),
+        ({"lora_alpha": 3.0}, r"lora_alpha 3 is not the 8 of "),
+        ({"lora_targets": "all"}, r"lora_targets 'all' are not those of .*leave them out, or make one model"),
+        ({"lora_targets": "c_fc"}, r"lora_targets 'c_fc' are not those of "),
+    ],
+)
+def test_an_adapter_of_another_kind_than_the_one_to_go_on_from_is_refused(
+    lab: Lab, changes: dict[str, Any], message: str
+) -> None:
+    old = tuned(lab, lora_targets="mlp")
+    lab.run(lab.config("same", model=str(old), lora_rank=4, lora_alpha=8.0, lora_targets="c_fc,mlp", max_iters=1))
+    made = read_adapter(lab.folder / "same" / "last", read_model(base_of(old)).config)
+    assert {part_of(name) for name in made} == {"mlp"}
+    with pytest.raises(ConfigError, match=message):
+        lab.run(lab.config("other", model=str(old), **{"lora_rank": None, **changes}))
+
+
+def test_an_adapter_that_a_run_cannot_train_is_refused(lab: Lab) -> None:
+    base = lab.folder / "models" / "base"
+    shape = read_model(base).config
+    fresh = fresh_adapter(shape, 4, 8.0, "attention", 1)
+    of_head = fresh | {UNEMBEDDING: (Factors(torch.ones(4, 32), torch.ones(257, 4), 2.0),)}
+    write_adapter(of_head, shape, lab.folder / "head", str(base))
+    with pytest.raises(ConfigError, match="head cannot be trained further .*unembedding.*smelt models export"):
+        lab.run(lab.config("out", model=str(lab.folder / "head")))
+    write_adapter(fresh, shape, lab.folder / "mixed", str(base))
+    settings = json.loads((lab.folder / "mixed" / "adapter_config.json").read_text())
+    settings["alpha_pattern"] = {"c_proj": 1}
+    (lab.folder / "mixed" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="several ranks or scales"):
+        lab.run(lab.config("out", model=str(lab.folder / "mixed")))
+
+
+def test_all_weights_go_on_from_an_adapter_too(lab: Lab) -> None:
+    lab.run(lab.config("second", model=str(tuned(lab)), lora=False, epochs=1))
     assert (lab.folder / "second" / "last" / "config.json").is_file()
 
 
