@@ -26,6 +26,7 @@ from smelt.api import (
     openai_batches,
     openai_files,
     openai_fine_tuning,
+    openai_uploads,
     resources,
     text_generation,
     tinker,
@@ -66,6 +67,7 @@ def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> Fast
     for routes in (
         openai.router(services),
         openai_files.router(services),
+        openai_uploads.router(services),
         openai_batches.router(services),
         openai_fine_tuning.router(services.fine_tuning),
         tinker.router(services),

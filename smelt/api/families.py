@@ -61,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "/v1/chat/completions": OPENAI,
     "/v1/embeddings": OPENAI,
     "/v1/files": Family(frozenset({"training", "inference"}), "openai", uploads=True),
+    "/v1/uploads": Family(frozenset({"training", "inference"}), "openai", uploads=True),
     "/v1/batches": OPENAI,
     "/v1/fine_tuning": Family(frozenset({"training"}), "openai"),
     "/completions": Family(INFERENCE, "status_code"),

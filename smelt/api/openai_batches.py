@@ -17,7 +17,7 @@ from smelt.api.openai_answers import encode, whole
 from smelt.api.openai_chat_types import ChatBody
 from smelt.api.openai_desk import IDEMPOTENCY_KEY, Call
 from smelt.api.openai_embeddings import embeddings_of
-from smelt.api.openai_files import MAX_SECONDS, MIN_SECONDS
+from smelt.api.openai_files import Expiry
 from smelt.api.openai_lists import Listing, Metadata, listing
 from smelt.api.openai_parsing import Body, check_neutral, parse, schema_of
 from smelt.api.openai_types import ALTERNATIVES, CompletionBody
@@ -39,13 +39,6 @@ log = logging.getLogger(__name__)
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 
 
-class OutputExpiry(Body):
-    """How long the files that come of a batch are kept."""
-
-    anchor: Literal["created_at"]
-    seconds: int = Field(ge=MIN_SECONDS, le=MAX_SECONDS)
-
-
 class BatchBody(Body):
     """A batch of requests, one in each line of a file."""
 
@@ -55,7 +48,7 @@ class BatchBody(Body):
         pattern=r"^[1-9][0-9]{0,2}h$", description=f"hours for all of it, such as 24h; {MAX_WINDOW_HOURS}h at most"
     )
     metadata: Metadata = Field(None, description="up to 16 texts of yours")
-    output_expires_after: OutputExpiry | None = Field(None, description="when its files are removed (after 30 days)")
+    output_expires_after: Expiry | None = Field(None, description="when its files are removed (after 30 days)")
 
     def asked(self) -> BatchRequest:
         """What is asked for. InvalidInput where its completion window is too long."""

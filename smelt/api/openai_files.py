@@ -5,10 +5,11 @@ from typing import Annotated, Literal, cast, get_args
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
+from pydantic import Field
 
 from smelt.api.multipart import Form, read_form
 from smelt.api.openai_lists import Listing, listing
-from smelt.api.openai_parsing import check_neutral
+from smelt.api.openai_parsing import Body, check_neutral
 from smelt.api.services import Services
 from smelt.api.streaming import ClientLeft, NoAnswer
 from smelt.control.uploads import Uploads
@@ -31,6 +32,13 @@ FORM = {
         SECONDS: {"type": "integer", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
     },
 }
+
+
+class Expiry(Body):
+    """How long a file is kept."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=MIN_SECONDS, le=MAX_SECONDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +113,24 @@ def router(services: Services) -> APIRouter:
 
 
 async def _received(request: Request, uploads: Uploads) -> Upload:
-    announced = request.headers.get("content-length", "")
-    async with uploads.incoming(int(announced) if announced.isdigit() else 0) as incoming:
+    async with uploads.incoming(announced_bytes(request)) as incoming:
         form = await read_form(request, "file", incoming.write)
         purpose, seconds = _understood(form)
         assert form.filename is not None, "checked"
         return await uploads.keep(incoming, request.state.caller.owner, form.filename, purpose, seconds)
+
+
+def announced_bytes(request: Request) -> int:
+    """How long a body will be; 0 where nobody says."""
+    announced = request.headers.get("content-length", "")
+    return int(announced) if announced.isdigit() else 0
+
+
+def kept_seconds(purpose: str, seconds: int | None) -> float | None:
+    """How long a file is kept of which its sender has said this: None until its owner deletes it."""
+    if seconds is not None:
+        return float(seconds)
+    return BATCH_SECONDS if purpose == "batch" else None
 
 
 def _understood(form: Form) -> tuple[Purpose, float | None]:
@@ -118,18 +138,18 @@ def _understood(form: Form) -> tuple[Purpose, float | None]:
     if form.filename is None:
         raise InvalidInput("the form has no file; send it in the part `file`, with a filename", "file")
     fields = dict(form.fields)
-    purpose = fields.pop("purpose", None)
+    purpose = cast("Purpose", fields.pop("purpose", None))
     if purpose not in get_args(Purpose):
         raise InvalidInput(f"purpose must be one of {', '.join(get_args(Purpose))}", "purpose")
     anchor, seconds = fields.pop(ANCHOR, None), fields.pop(SECONDS, None)
     check_neutral(dict(fields), {})
     if anchor is None and seconds is None:
-        return cast("Purpose", purpose), BATCH_SECONDS if purpose == "batch" else None
+        return purpose, kept_seconds(purpose, None)
     if anchor != "created_at":
         raise InvalidInput("expires_after.anchor must be created_at", "expires_after")
     if not (seconds or "").isdecimal() or not MIN_SECONDS <= int(seconds or "") <= MAX_SECONDS:
         raise InvalidInput(f"expires_after.seconds must be from {MIN_SECONDS} to {MAX_SECONDS}", "expires_after")
-    return cast("Purpose", purpose), float(seconds or "")
+    return purpose, float(seconds or "")
 
 
 def shown_file(upload: Upload) -> FileObject:

@@ -183,6 +183,7 @@ async def chores(services: Services) -> AsyncIterator[None]:
         "remove files of no request": (3600.0, ledger.collect_files),
         "remove what sessions left behind": (600.0, cleanup.tidy),
         "remove files whose time is over": (600.0, services.uploads.tidy),
+        "end uploads whose time is over": (600.0, services.chunked_uploads.tidy),
     }
     async with AsyncExitStack() as tasks:
         for name, (seconds, chore) in rounds.items():

@@ -9,6 +9,7 @@ from smelt.control.abuse_checker import AbuseChecker
 from smelt.control.adapters_in_training import AdaptersInTraining
 from smelt.control.batches import Batches
 from smelt.control.catalogue import Catalogue
+from smelt.control.chunked_uploads import ChunkedUploads
 from smelt.control.completions import Completions
 from smelt.control.fine_tuning import FineTuning
 from smelt.control.model_server import ModelServer
@@ -56,6 +57,11 @@ class Services:
     def uploads(self) -> Uploads:
         """The files that people upload."""
         return Uploads(self.settings.home, self.database, self.writer)
+
+    @cached_property
+    def chunked_uploads(self) -> ChunkedUploads:
+        """Files that come in parts."""
+        return ChunkedUploads(self.uploads, self.database, self.writer)
 
     @cached_property
     def batches(self) -> Batches:

@@ -72,7 +72,7 @@ class Incoming:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self, pieces: list[bytes]) -> None:
-        with _room_in(self.folder):
+        with room_in(self.folder):
             self._file.writelines(pieces)
             self._file.flush()
 
@@ -118,7 +118,7 @@ class Uploads:
             num_bytes=incoming.num_bytes,
             expires=expires,
         )
-        await asyncio.to_thread(self._place, incoming, upload)
+        await self.place(incoming, upload)
         await self._add(upload)
         return upload
 
@@ -128,10 +128,14 @@ class Uploads:
             await asyncio.to_thread(link, file, incoming.folder / CONTENT)
             size = (await asyncio.to_thread(file.stat)).st_size
             upload = replace(upload, num_bytes=size, suffix=suffix_of(upload.name))
-            await asyncio.to_thread(self._place, incoming, upload)
+            await self.place(incoming, upload)
         with suppress(AlreadyExists):
             await self._add(upload)
         return upload
+
+    async def place(self, incoming: Incoming, upload: Upload) -> None:
+        """Put a file where whoever has its row finds it, so that it survives a power loss. OutOfSpace."""
+        await asyncio.to_thread(self._place, incoming, upload)
 
     async def find(self, owner: str, file_id: str) -> Upload:
         """The owner's file of that id. NotFound, also where its time is over."""
@@ -183,9 +187,9 @@ class Uploads:
         await asyncio.wrap_future(self._writer.write(partial(records.add, record=upload)))
 
     def _place(self, incoming: Incoming, upload: Upload) -> None:
-        """Give it its folder, so that it survives a power loss; one that is there already stays."""
+        """Give it its folder; one that is there already stays."""
         content = incoming.folder / f"{CONTENT}{upload.suffix}"
-        with _room_in(self.folder):
+        with room_in(self.folder):
             (incoming.folder / CONTENT).rename(content)
             sync(content)
             sync(incoming.folder)
@@ -200,11 +204,11 @@ class Uploads:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def shown_name(name: str) -> str:
+def shown_name(name: str, param: str = "file") -> str:
     """What a client calls a file, without the folders that some of them send. InvalidInput where it is none."""
     last = PurePosixPath(name.replace("\\", "/")).name
     if not last or len(last) > MAX_NAME_CHARS or not last.isprintable():
-        raise InvalidInput(f"a file's name has 1 to {MAX_NAME_CHARS} printable characters", "file")
+        raise InvalidInput(f"a file's name has 1 to {MAX_NAME_CHARS} printable characters", param)
     return last
 
 
@@ -255,8 +259,8 @@ def _rename(folder: Path, target: Path) -> None:
 
 
 @contextmanager
-def _room_in(folder: Path) -> Iterator[None]:
-    """OutOfSpace where the disk is full."""
+def room_in(folder: Path) -> Iterator[None]:
+    """OutOfSpace where the disk of a folder is full."""
     try:
         yield
     except OSError as error:

@@ -11,7 +11,14 @@ from alembic.operations import Operations
 from sqlalchemy import BigInteger, Column, Connection, Engine, MetaData, Table, inspect, select, text
 
 from smelt.errors import StorageError
-from smelt.storage import migration_0001, migration_0002, migration_0003, migration_0004, migration_0005
+from smelt.storage import (
+    migration_0001,
+    migration_0002,
+    migration_0003,
+    migration_0004,
+    migration_0005,
+    migration_0006,
+)
 
 # To change the schema: change `tables`, write the step that leads there, and add it here. Never edit an old one.
 MIGRATIONS: tuple[Callable[[Operations], None], ...] = (
@@ -20,6 +27,7 @@ MIGRATIONS: tuple[Callable[[Operations], None], ...] = (
     migration_0003.upgrade,
     migration_0004.upgrade,
     migration_0005.upgrade,
+    migration_0006.upgrade,
 )
 
 schema_version = Table("schema_version", MetaData(), Column("version", BigInteger, nullable=False))

@@ -172,6 +172,27 @@ class Upload(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChunkedUpload(Record):
+    """A file that comes in parts, and has so many bytes at the end. `expires` is its own end, not the file's."""
+
+    name: str
+    purpose: str
+    num_bytes: int
+    expires: float
+    file_seconds: float | None = None  # that the file is kept
+    state: str = "pending"
+    file_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadPart(Record):
+    """A part of one, which is on the disk."""
+
+    upload_id: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchJob(Record):
     """Many requests in one file. `times` says when it came to each status, `errors` what is wrong with its file."""
 
@@ -223,6 +244,8 @@ TABLES: dict[type[Record], Table] = {
     SavedWeights: tables.saved_weights,
     SamplerRecord: tables.samplers,
     Upload: tables.uploads,
+    ChunkedUpload: tables.chunked_uploads,
+    UploadPart: tables.upload_parts,
     BatchJob: tables.batch_jobs,
     FineTuningJob: tables.fine_tuning_jobs,
 }

@@ -244,6 +244,26 @@ uploads = _records(
     Index("ix_uploads_owner_created", "owner", "created"),
 )
 
+# Files that come in parts; a part lies in the home folder, in the folder of its upload.
+chunked_uploads = _records(
+    "chunked_uploads",
+    Column("name", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("expires", Double, nullable=False),
+    Column("file_seconds", Double),
+    Column("state", Text, nullable=False),
+    Column("file_id", Text),
+    Index("ix_chunked_uploads_owner_state", "owner", "state"),
+)
+
+upload_parts = _records(
+    "upload_parts",
+    Column("upload_id", Text, ForeignKey("chunked_uploads.id"), nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Index("ix_upload_parts_upload_id", "upload_id"),
+)
+
 # Many requests in one file, to be answered within a time; each of them is a future of the lane of that id.
 batch_jobs = _records(
     "batch_jobs",

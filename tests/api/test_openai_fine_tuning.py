@@ -151,6 +151,21 @@ async def test_a_job_is_done_told_of_and_served(
     assert all(each.created for each in there)
 
 
+async def test_a_file_that_came_in_parts_is_learned(client: httpx.AsyncClient, services: Services, base: str) -> None:
+    content = "".join(json.dumps(line) + "\n" for line in CHATS).encode()
+    asked = {"filename": "chats.jsonl", "purpose": "fine-tune", "bytes": len(content), "mime_type": "text/jsonl"}
+    upload = await ask(client, "/v1/uploads", asked)
+    parts = []
+    for half in (content[:100], content[100:]):
+        answer = await client.post(f"/v1/uploads/{upload['id']}/parts", files={"data": ("part", half)})
+        parts.append(answer.raise_for_status().json()["id"])
+    done = await ask(client, f"/v1/uploads/{upload['id']}/complete", {"part_ids": parts})
+    asked = {"model": "base", "training_file": done["file"]["id"], "config": {**QUICK, "max_iters": 2}}
+    async with training(services):
+        job = await ended(client, await ask(client, JOBS, asked))
+    assert job["status"] == "succeeded", job["error"]
+
+
 async def test_lists_go_page_by_page(client: httpx.AsyncClient, base: str) -> None:
     jobs = [await begun(client, CHATS) for _ in range(3)]
     page = (await client.get(f"{JOBS}?limit=2")).json()

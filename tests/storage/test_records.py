@@ -13,6 +13,7 @@ from smelt.storage.records import (
     Ban,
     BatchJob,
     Checkpoint,
+    ChunkedUpload,
     Dataset,
     FineTuningJob,
     Key,
@@ -25,6 +26,7 @@ from smelt.storage.records import (
     Strike,
     TrainingModel,
     Upload,
+    UploadPart,
 )
 from smelt.storage.writer import Writer
 
@@ -45,6 +47,8 @@ EXAMPLES: list[Record] = [
     SamplerRecord(owner="ann", session_id="s", base_model="org/gpt", served_model="gpt", lane="t", seq=3),
     Upload(owner="ann", id="f", name="a.jsonl", purpose="batch", suffix=".jsonl", num_bytes=2**40, expires=9.5),
     BatchJob(owner="ann", endpoint="/v1/completions", input_file_id="f", key_id=None, deadline=2.0, times={"a": 1.5}),
+    ChunkedUpload(owner="ann", id="u", name="a.jsonl", purpose="batch", num_bytes=2**40, expires=9.5, file_seconds=3.5),
+    UploadPart(owner="ann", upload_id="u", num_bytes=2**36),
     FineTuningJob(owner="ann", model="gpt", request={"seed": 1}, error={"code": "x"}, result_files=["f"]),
 ]
 
