@@ -9,6 +9,7 @@ see `fixed_tiles`, `packed_data` and `adapter_pass`. One that trains all weights
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from smelt.errors import InvalidInput, NonFiniteLoss, UnsupportedModel
 from smelt.models.adapter_folders import UNEMBEDDING, matrices_of, part_of
 from smelt.models.decoder import Decoder
+from smelt.models.devices import single_thread
 from smelt.models.fixed_tiles import fixed_tiles
 from smelt.models.linear import Linear
 from smelt.training.adapter_pass import AdapterPass, Member
@@ -32,6 +34,7 @@ from smelt.training.trained_weights import OptimSettings, TrainedWeights
 from smelt.types import Datum
 
 MAX_PASS_TOKENS = 4096
+SMALL = 1 << 21  # weights; the products of such a model are over before a second thread is awake
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +100,7 @@ class SessionTrainer:
         if not isinstance(head, nn.Embedding | Linear):
             raise UnsupportedModel("sessions cannot train on quantized weights; serve the model without --quantize")
         self._head = head.weight
+        self._is_small = sum(weight.numel() for weight in model.parameters()) < SMALL
 
     def create(
         self, *, rank: int, seed: int, train_attn: bool = True, train_mlp: bool = True, train_unembed: bool = True
@@ -114,8 +118,9 @@ class SessionTrainer:
         """What came of each work, in order. One that fails takes no other with it, and fails its session's window."""
         loaded: list[list[_Loaded] | Exception] = [self._load(work) for work in works]
         sharing = [each for each in loaded if isinstance(each, list) and each and not _is_whole(each[0].work)]
-        failure = self._try([datum for each in sharing for datum in each])
-        outcomes = [self._finish(work, each, failure) for work, each in zip(works, loaded, strict=True)]
+        with single_thread() if self._is_small else nullcontext():
+            failure = self._try([datum for each in sharing for datum in each])
+            outcomes = [self._finish(work, each, failure) for work, each in zip(works, loaded, strict=True)]
         for work, outcome in zip(works, outcomes, strict=True):
             if isinstance(outcome, Exception) and not work.forward_only:
                 work.trained.fail_window()
@@ -123,7 +128,8 @@ class SessionTrainer:
 
     def optim_step(self, trained: TrainedWeights, settings: OptimSettings) -> dict[str, float]:
         """Step with the gradient since the last step; figures. TrainingError where a part of it has failed."""
-        return trained.step(settings)
+        with single_thread() if self._is_small else nullcontext():
+            return trained.step(settings)
 
     def _finish(self, work: Work, loaded: list[_Loaded] | Exception, failure: Exception | None) -> Outcome | Exception:
         """What came of a work, once those that share passes were tried together."""

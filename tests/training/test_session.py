@@ -214,6 +214,25 @@ def test_a_loss_needs_no_more_than_its_line_among_the_losses(
     assert twice == pytest.approx(2 * once, rel=1e-5)
 
 
+def test_a_small_model_is_computed_by_one_thread(trainer: SessionTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    plain = LOSSES["cross_entropy"]
+
+    def noting(logprobs: Tensor, inputs: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, Tensor]]:
+        found.append(torch.get_num_threads())
+        return plain(logprobs, inputs)
+
+    monkeypatch.setitem(LOSSES, "cross_entropy", noting)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        done(trainer.forward_backward([Work(adapter_of(trainer), [datum_of(9)], "cross_entropy")])[0])
+        found.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(num_threads)
+    assert found == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mistral sliding", "qwen3", "llama 3 rope"])
 def test_every_family_can_be_trained(name: str, tmp_path: Path) -> None:
     assert name in FAMILIES
