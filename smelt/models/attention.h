@@ -1,4 +1,4 @@
-// Causal attention of whole texts and its gradient, for CPUs: torch's own runs at a tenth of the speed of its products.
+// Attention within whole texts and its gradient, for CPUs: torch's own runs at a tenth of the speed of its products.
 // Part of kernels.cpp. A text's scores for a few queries lie in a core's cache, so the softmax is the plain one. Each
 // text is computed alone, and a head of keys by one thread: company changes no bits.
 #pragma once
@@ -10,29 +10,33 @@ constexpr int64_t QUERIES = 32; // at a time; even, since their numbers are pack
 template <class X> struct Texts { // strides in numbers, from one token to the next
     const X *q, *k, *v;
     int64_t q_stride, k_stride, v_stride;
-    const int64_t *starts; // num_texts + 1
-    int64_t num_texts, num_heads, num_kv_heads, width, window;
+    const int64_t *starts;                                            // num_texts + 1
+    int64_t num_texts, num_heads, num_kv_heads, width, window, ahead; // keys up to itself, and behind it
 
     int64_t group() const { return num_heads / num_kv_heads; }
     float scale() const { return 1.0f / std::sqrt(float(width)); }
 };
 
-// Queries `first` up to `end` of a text see the keys from `begin` on, and each only up to itself.
+// Queries `first` up to `end` of a text, and the keys that they see: `begin` up to `last`.
 struct Span {
-    int64_t first, end, begin;
-    Span(int64_t first, int64_t length, int64_t window)
+    int64_t first, end, begin, last;
+    template <class X>
+    Span(int64_t first, int64_t length, const Texts<X> &texts)
         : first(first), end(std::min(first + QUERIES, length)),
-          begin(std::max<int64_t>(0, first - window + 1) / LANES * LANES) {}
+          begin(std::max<int64_t>(0, first - texts.window + 1) / LANES * LANES),
+          last(std::min(end + texts.ahead, length)) {}
     int64_t num_queries() const { return end - first; }
-    int64_t num_keys() const { return end - begin; }
+    int64_t num_keys() const { return last - begin; }
     int64_t stride() const { return lanes(num_keys()); }
 };
 
 // The first and the last key that query m of a span sees, counted from the span's first.
-inline int64_t first_seen(const Span &span, int64_t m, int64_t window) {
-    return std::max<int64_t>(0, span.first + m - window + 1 - span.begin);
+template <class X> inline int64_t first_seen(const Span &span, int64_t m, const Texts<X> &texts) {
+    return std::max<int64_t>(0, span.first + m - texts.window + 1 - span.begin);
 }
-inline int64_t last_seen(const Span &span, int64_t m) { return span.first + m - span.begin; }
+template <class X> inline int64_t last_seen(const Span &span, int64_t m, const Texts<X> &texts) {
+    return std::min(span.first + m + texts.ahead, span.last - 1) - span.begin;
+}
 
 // The lanes of a vector at `at` that lie from `first` up to and with `last`.
 inline floats only_seen(floats value, int64_t at, int64_t first, int64_t last, float other) {
@@ -101,7 +105,7 @@ template <class X> void attend_texts(const Texts<X> &texts, X *out, float *log_s
                       wide);
             for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
                 for (int64_t first = 0; first < length; first += QUERIES) {
-                    const Span span(first, length, texts.window);
+                    const Span span(first, length, texts);
                     const int64_t num = span.num_queries(), stride = span.stride();
                     const X *q = texts.q + (start + first) * texts.q_stride + head * width;
                     lay_rows(q, texts.q_stride, num, width, queries, deep);
@@ -110,8 +114,8 @@ template <class X> void attend_texts(const Texts<X> &texts, X *out, float *log_s
                     float sums[QUERIES];
                     for (int64_t m = 0; m < num; m++)
                         log_sums[(start + first + m) * texts.num_heads + head] =
-                            soften_row(scores + m * stride, stride, first_seen(span, m, texts.window),
-                                       last_seen(span, m), texts.scale(), sums[m]);
+                            soften_row(scores + m * stride, stride, first_seen(span, m, texts),
+                                       last_seen(span, m, texts), texts.scale(), sums[m]);
                     lay_rows(scores, stride, num, stride, weights, stride);
                     multiply(Factor<E>{weights, stride}, Factor<E>{values + span.begin * wide, wide * PAIR<X>}, num,
                              width, span.num_keys(), mixed, wide, false);
@@ -168,7 +172,7 @@ void attend_texts_back(const Texts<X> &texts, const X *out, const X *g, const fl
             pack_rows(k, texts.k_stride, length, width, key_rows, wide);
             for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
                 for (int64_t first = 0; first < length; first += QUERIES) {
-                    const Span span(first, length, texts.window);
+                    const Span span(first, length, texts);
                     const int64_t num = span.num_queries(), stride = span.stride(), num_keys = span.num_keys();
                     const X *q = texts.q + (start + first) * texts.q_stride + head * width;
                     const X *g_here = g + (start + first) * row + head * width,
@@ -185,7 +189,7 @@ void attend_texts_back(const Texts<X> &texts, const X *out, const X *g, const fl
                     multiply(Factor<E>{gradients, deep}, from(values, all), num, num_keys, width, slopes, stride,
                              false);
                     for (int64_t m = 0; m < num; m++) {
-                        const int64_t seen = first_seen(span, m, texts.window), last = last_seen(span, m);
+                        const int64_t seen = first_seen(span, m, texts), last = last_seen(span, m, texts);
                         const float log_sum = log_sums[(start + first + m) * texts.num_heads + head];
                         const float pull =
                             dot(g_here + m * row, out_here + m * row, width); // which the softmax takes back
@@ -223,39 +227,39 @@ extern "C" {
 
 void attend_texts_fp32(const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v,
                        int64_t v_stride, const int64_t *starts, int64_t num_texts, int64_t num_heads,
-                       int64_t num_kv_heads, int64_t width, int64_t window, float *out, float *log_sums,
-                       int threads) {
-    const Texts<float> texts{q,      k,         v,         q_stride,     k_stride, v_stride,
-                             starts, num_texts, num_heads, num_kv_heads, width,    window};
+                       int64_t num_kv_heads, int64_t width, int64_t window, int64_t ahead, float *out,
+                       float *log_sums, int threads) {
+    const Texts<float> texts{
+        q, k, v, q_stride, k_stride, v_stride, starts, num_texts, num_heads, num_kv_heads, width, window, ahead};
     attend_texts(texts, out, log_sums, threads);
 }
 
 void attend_texts_back_fp32(const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v,
                             int64_t v_stride, const int64_t *starts, int64_t num_texts, int64_t num_heads,
-                            int64_t num_kv_heads, int64_t width, int64_t window, const float *out, const float *g,
-                            const float *log_sums, float *q_gradient, float *k_gradient, float *v_gradient,
-                            int threads) {
-    const Texts<float> texts{q,      k,         v,         q_stride,     k_stride, v_stride,
-                             starts, num_texts, num_heads, num_kv_heads, width,    window};
+                            int64_t num_kv_heads, int64_t width, int64_t window, int64_t ahead, const float *out,
+                            const float *g, const float *log_sums, float *q_gradient, float *k_gradient,
+                            float *v_gradient, int threads) {
+    const Texts<float> texts{
+        q, k, v, q_stride, k_stride, v_stride, starts, num_texts, num_heads, num_kv_heads, width, window, ahead};
     attend_texts_back(texts, out, g, log_sums, {q_gradient, k_gradient, v_gradient}, threads);
 }
 
 void attend_texts_bf16(const bf16 *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
                        int64_t v_stride, const int64_t *starts, int64_t num_texts, int64_t num_heads,
-                       int64_t num_kv_heads, int64_t width, int64_t window, bf16 *out, float *log_sums,
-                       int threads) {
-    const Texts<bf16> texts{q,      k,         v,         q_stride,     k_stride, v_stride,
-                            starts, num_texts, num_heads, num_kv_heads, width,    window};
+                       int64_t num_kv_heads, int64_t width, int64_t window, int64_t ahead, bf16 *out,
+                       float *log_sums, int threads) {
+    const Texts<bf16> texts{
+        q, k, v, q_stride, k_stride, v_stride, starts, num_texts, num_heads, num_kv_heads, width, window, ahead};
     attend_texts(texts, out, log_sums, threads);
 }
 
 void attend_texts_back_bf16(const bf16 *q, int64_t q_stride, const bf16 *k, int64_t k_stride, const bf16 *v,
                             int64_t v_stride, const int64_t *starts, int64_t num_texts, int64_t num_heads,
-                            int64_t num_kv_heads, int64_t width, int64_t window, const bf16 *out, const bf16 *g,
-                            const float *log_sums, bf16 *q_gradient, bf16 *k_gradient, bf16 *v_gradient,
-                            int threads) {
-    const Texts<bf16> texts{q,      k,         v,         q_stride,     k_stride, v_stride,
-                            starts, num_texts, num_heads, num_kv_heads, width,    window};
+                            int64_t num_kv_heads, int64_t width, int64_t window, int64_t ahead, const bf16 *out,
+                            const bf16 *g, const float *log_sums, bf16 *q_gradient, bf16 *k_gradient,
+                            bf16 *v_gradient, int threads) {
+    const Texts<bf16> texts{
+        q, k, v, q_stride, k_stride, v_stride, starts, num_texts, num_heads, num_kv_heads, width, window, ahead};
     attend_texts_back(texts, out, g, log_sums, {q_gradient, k_gradient, v_gradient}, threads);
 }
 }

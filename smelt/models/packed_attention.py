@@ -1,17 +1,22 @@
 """Attention within texts of different lengths that lie one after the other in one row; knows no model.
 
-The products of a layer then see no padding at all. Only here are texts of similar length laid side by side, so that
-what is filled up is a few percent. Shapes: N tokens in one row, B texts of up to T tokens, H heads, D width of a head.
+The products of a layer then see no padding at all, and neither does attention by our kernels. Where torch computes it,
+texts of similar length are laid side by side, so that what is filled up is a few percent. Shapes: N tokens in one row,
+B texts of up to T tokens, H heads, D width of a head.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smelt.models.kernels import training_kernels
 from smelt.models.layers import Attend, prefers_written_out, written_out_attention
+from smelt.models.text_attention import attend_texts
+from smelt.models.training_kernels import Texts
 
 MIN_FILL = 0.8  # the shortest text of a group, as a fraction of the longest
 
@@ -38,9 +43,15 @@ def attend_within_texts(
     dropout: float = 0.0,
 ) -> Attend:
     """How the tokens of one row attend to their own text; best where texts are sorted by length."""
-    groups = [_group(first, part, device, causal, window) for first, part in _similar(lengths)]
+    texts = Texts(torch.tensor([0, *accumulate(lengths)]), causal, window)
+    groups: list[Group] = []
 
     def attend(_layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
+        fast = None if dropout > 0 else training_kernels(q_1NHD)
+        if fast is not None:
+            return attend_texts(fast, q_1NHD[0], k_1NGD[0], v_1NGD[0], texts)[None]
+        if not groups:
+            groups.extend(_group(first, part, device, causal, window) for first, part in _similar(lengths))
         rows = [_attend(group, q_1NHD[0], k_1NGD[0], v_1NGD[0], dropout) for group in groups]
         return torch.cat(rows)[None]
 

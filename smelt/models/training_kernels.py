@@ -14,7 +14,7 @@ from torch import Tensor
 
 Address, Count, Threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 WHOLE_ROW = 1 << 62  # as a window: no limit
-_TEXTS = [Address, Count] * 3 + [Address] + [Count] * 5
+_TEXTS = [Address, Count] * 3 + [Address] + [Count] * 6
 _ATTEND_TEXTS = [*_TEXTS, Address, Address, Threads]
 _ATTEND_TEXTS_BACK = [*_TEXTS, *[Address] * 6, Threads]
 _STACK = [Address] * 5 + [Count] * 4 + [Address] * 3 + [Count] * 2
@@ -22,6 +22,15 @@ _LORA_PASS = [*_STACK, *[Address] * 3, Threads]
 _LORA_PASS_BACK = [*_STACK, *[Address] * 4, Threads]
 _LOG_SUMS = [Address, Address, Count, Count, Threads]
 _TARGETS_BACK = [*[Address] * 5, *[Count] * 3, Threads]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """Where texts begin and the last one ends, int64, and who sees whom: all, or none behind itself."""
+
+    starts: Tensor
+    causal: bool = True
+    window: int | None = None  # keys up to and with itself that a query sees, in a causal one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,24 +63,21 @@ class TrainingKernels:
         self._log_sums = by_dtype(functions, "log_sums", _LOG_SUMS)
         self._targets_back = by_dtype(functions, "targets_back", _TARGETS_BACK)
 
-    def attend_texts(
-        self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, starts: Tensor, window: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Causal attention within texts that begin at `starts` (int64, and where the last one ends).
+    def attend_texts(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+        """Attention within texts. Of each token its heads lie in one piece.
 
-        Of each token its heads lie in one piece. Also the logarithms of the softmaxes' sums, fp32 (N, H).
+        Also the logarithms of the softmaxes' sums, fp32 (N, H).
         """
         out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype)
         log_sums_NH = torch.empty(q_NHD.shape[:2])
-        texts = _texts(q_NHD, k_NGD, v_NGD, starts, window)
-        self._attend_texts[q_NHD.dtype](*texts, out_NHD.data_ptr(), log_sums_NH.data_ptr(), torch.get_num_threads())
+        places = _texts(q_NHD, k_NGD, v_NGD, texts)
+        self._attend_texts[q_NHD.dtype](*places, out_NHD.data_ptr(), log_sums_NH.data_ptr(), torch.get_num_threads())
         return out_NHD, log_sums_NH
 
     def attend_texts_back(
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
-        starts: Tensor,
-        window: int | None,
+        texts: Texts,
         outputs: tuple[Tensor, Tensor],
         gradient_NHD: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +85,7 @@ class TrainingKernels:
         q, k, v = (torch.empty(each.shape, dtype=each.dtype) for each in inputs)
         addresses = [each.data_ptr() for each in (outputs[0], gradient_NHD, outputs[1], q, k, v)]
         back = self._attend_texts_back[gradient_NHD.dtype]
-        back(*_texts(*inputs, starts, window), *addresses, torch.get_num_threads())
+        back(*_texts(*inputs, texts), *addresses, torch.get_num_threads())
         return q, k, v
 
     def lora_pass(self, x_NC: Tensor, y_NO: Tensor, factors: StackedFactors, datums: Datums) -> tuple[Tensor, Tensor]:
@@ -142,7 +148,8 @@ def _stack(x_NC: Tensor, y_NO: Tensor, factors: StackedFactors, datums: Datums) 
     return [*(each.data_ptr() for each in tensors), *sizes, *places, len(datums.starts), len(factors.a)]
 
 
-def _texts(q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, starts: Tensor, window: int | None) -> list[int]:
+def _texts(q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, texts: Texts) -> list[int]:
     places = [number for x in (q_NHD, k_NGD, v_NGD) for number in (x.data_ptr(), x.stride(0))]
-    sizes = [len(starts) - 1, q_NHD.shape[1], k_NGD.shape[1], q_NHD.shape[2]]
-    return [*places, starts.data_ptr(), *sizes, WHOLE_ROW if window is None else window]
+    sizes = [len(texts.starts) - 1, q_NHD.shape[1], k_NGD.shape[1], q_NHD.shape[2]]
+    window = WHOLE_ROW if texts.window is None else texts.window
+    return [*places, texts.starts.data_ptr(), *sizes, window, 0 if texts.causal else WHOLE_ROW]

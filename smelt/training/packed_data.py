@@ -16,10 +16,11 @@ from torch import Tensor
 
 from smelt.configs import DecoderConfig
 from smelt.models.batch import Batch
-from smelt.models.causal_attention import attend_texts
 from smelt.models.fixed_tiles import TILE_ROWS
 from smelt.models.kernels import training_kernels
 from smelt.models.layers import Attend, attend_within
+from smelt.models.text_attention import attend_texts
+from smelt.models.training_kernels import Texts
 
 ADAPTER_TILE = 32  # tokens: more waste what is filled up, fewer take memory for the gradients of each tile
 
@@ -51,13 +52,13 @@ class PackedData:
     def attend(self, config: DecoderConfig) -> Attend:
         """Each datum attends to itself."""
         lengths = [length for num, length in self.groups for _ in range(num)]
-        starts = torch.tensor([0, *accumulate(lengths)])
+        texts = Texts(torch.tensor([0, *accumulate(lengths)]), window=config.sliding_window)
         by_torch = self._attend_by_torch(config)
 
         def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
             if (fast := training_kernels(q_1NHD)) is None:
                 return by_torch(layer, q_1NHD, k_1NGD, v_1NGD)
-            return attend_texts(fast, q_1NHD[0], k_1NGD[0], v_1NGD[0], starts, config.sliding_window)[None]
+            return attend_texts(fast, q_1NHD[0], k_1NGD[0], v_1NGD[0], texts)[None]
 
         return attend
 
