@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -19,8 +19,10 @@ from sqlalchemy import Connection, Engine
 from smelt.errors import StorageError
 from smelt.storage import batch_rows, transitions
 from smelt.storage import lanes as turns
+from smelt.storage.demands import Demands
 from smelt.storage.faults import Fault, no_fault
 from smelt.storage.files import Files
+from smelt.storage.lanes import Wish
 from smelt.storage.tables import AnyRow
 from smelt.storage.transitions import FINISHED, Alongside, Body, State, Submission
 from smelt.storage.writer import Operation, Writer
@@ -93,24 +95,6 @@ class Logged:
     failed: bool
 
 
-@dataclass(slots=True)
-class Demand:
-    """A worker that asks for work of these kinds. `num_changes` had been made when the writer was last asked for it."""
-
-    epoch: int
-    limit: int
-    kinds: tuple[str, ...]
-    all_kinds: tuple[str, ...]
-    num_changes: int = -1
-    answer: asyncio.Future[list[AnyRow]] = field(init=False)
-
-    def operation(self, num_changes: int) -> Operation:
-        """What grants it; nobody waits for the disk: a grant that is lost with the power was to be redone anyway."""
-        self.num_changes = num_changes
-        run = partial(turns.grant, epoch=self.epoch, limit=self.limit, kinds=self.kinds, all_kinds=self.all_kinds)
-        return Operation(run, durable=False, answer=self.answer)
-
-
 class Ledger:
     """The futures of one database. Nobody else may write to it while it is open."""
 
@@ -125,8 +109,7 @@ class Ledger:
         self._holes_since: dict[tuple[str, int], float] = {}
         # Those who wait for a future: they hear its ending, or None where they shall read it.
         self._waiting: defaultdict[str, set[asyncio.Future[Ending | None]]] = defaultdict(set)
-        self._demands: list[Demand] = []
-        self._num_changes = 0
+        self._demands = Demands(writer)
         writer.write(turns.recover).result()
 
     async def accept(self, submission: Submission, alongside: Alongside | None = None) -> str:
@@ -155,16 +138,9 @@ class Ledger:
         StaleEpoch where the connection is over. Whoever stops waiting must `release` the epoch: something may have
         been granted to it in that moment.
         """
-        demand = Demand(epoch, limit, kinds, all_kinds or kinds)
-        while True:
-            demand.answer = asyncio.get_running_loop().create_future()
-            if demand.num_changes == self._num_changes:
-                self._demands.append(demand)  # nothing has changed since it got nothing: the next change asks again
-            else:
-                self._writer.submit([demand.operation(self._num_changes)])
-            if rows := await demand.answer:
-                self._fault("after_grant_before_send")
-                return [await self._granted(row) for row in rows]
+        rows = await self._demands.rows(Wish(epoch, limit, kinds, all_kinds or kinds))
+        self._fault("after_grant_before_send")
+        return [await self._granted(row) for row in rows]
 
     async def finish(
         self, future_id: str, epoch: int, result: bytes, category: str | None = None, *, durable: bool = True
@@ -185,7 +161,10 @@ class Ledger:
 
         Where it `died`, its work may have been the reason: the third time that work has failed.
         """
-        for failed in await self._change(partial(turns.release, epoch=epoch, died=died, now=time.time())):
+        answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        release = Operation(partial(turns.release, epoch=epoch, died=died, now=time.time()), answer=answer)
+        self._writer.submit([release, *self._demands.with_ending(epoch)])
+        for failed in await answer:
             self._wake(failed)
 
     async def cancel(self, owner: str, future_id: str) -> bool:
@@ -272,12 +251,9 @@ class Ledger:
         return await asyncio.to_thread(self._files.collect, referenced, FILE_GRACE_S)
 
     def _change(self, run: Callable[[Connection], T], durable: bool = True) -> Awaitable[T]:
-        """Submit a change and, for the same commit, a grant for each worker that waits for one."""
-        self._num_changes += 1
-        waiting = [demand.operation(self._num_changes) for demand in self._demands if not demand.answer.done()]
-        self._demands = []
+        """Submit a change and, for the same commit, grants for the workers that wait."""
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._writer.submit([Operation(run, durable, answer), *waiting])
+        self._writer.submit([Operation(run, durable, answer), *self._demands.with_change()])
         return answer
 
     async def _stored(self, body: bytes) -> Body:

@@ -18,6 +18,7 @@ from smelt.storage import (
     migration_0004,
     migration_0005,
     migration_0006,
+    migration_0007,
 )
 
 # To change the schema: change `tables`, write the step that leads there, and add it here. Never edit an old one.
@@ -28,6 +29,7 @@ MIGRATIONS: tuple[Callable[[Operations], None], ...] = (
     migration_0004.upgrade,
     migration_0005.upgrade,
     migration_0006.upgrade,
+    migration_0007.upgrade,
 )
 
 schema_version = Table("schema_version", MetaData(), Column("version", BigInteger, nullable=False))

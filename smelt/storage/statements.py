@@ -3,10 +3,13 @@
 Knows no table. What they return is as the driver gives it: SQLite's truth values are 0 and 1.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Dialect
+import msgspec
+from sqlalchemy import BindParameter, ColumnElement, Connection, CursorResult, Dialect, bindparam
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -43,3 +46,35 @@ class Prepared:
         names = tuple(compiled.positiontup or ()) if compiled.positional else None
         text = self._texts[dialect.name] = Text(str(compiled), dict(compiled.params), names)
         return text
+
+
+class Elements(ColumnElement[Any]):
+    """What is in a list that comes as one parameter: as many parameters as values would be another text each time."""
+
+    inherit_cache = True
+
+    def __init__(self, name: str, column: ColumnElement[Any]) -> None:
+        self.parameter: BindParameter[Any] = bindparam(name)
+        self.type = column.type
+
+
+@compiles(Elements, "sqlite")
+def _of_sqlite(elements: Elements, compiler: SQLCompiler, **options: Any) -> str:
+    return f"(SELECT value FROM json_each({compiler.process(elements.parameter, **options)}))"
+
+
+@compiles(Elements, "postgresql")
+def _of_postgresql(elements: Elements, compiler: SQLCompiler, **options: Any) -> str:
+    parameter = compiler.process(elements.parameter, **options)
+    kind = compiler.dialect.type_compiler_instance.process(elements.type)
+    return f"(SELECT CAST(json_array_elements_text(CAST({parameter} AS json)) AS {kind}))"
+
+
+def is_among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    """Whether a column's value is in the list that comes as the parameter of that name."""
+    return column.bool_op("IN")(Elements(name, column))
+
+
+def listed(values: Iterable[str | int]) -> str:
+    """A list as such a parameter."""
+    return msgspec.json.encode(list(values)).decode()

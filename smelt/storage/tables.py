@@ -20,11 +20,15 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
 from sqlalchemy.schema import SchemaItem
 
 AnyRow: TypeAlias = Row[*tuple[Any, ...]]
+
+# States as the indexes have them. With a parameter in their place SQLite would plan a statement anew each time it runs.
+QUEUED, GRANTED = (literal_column(f"'{state}'", Text) for state in ("queued", "granted"))
 
 # Every constraint has a name, so that a later migration can drop it.
 NAMES = {"ix": "ix_%(column_0_N_name)s", "uq": "uq_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"}
@@ -74,7 +78,13 @@ futures = Table(
     Column("created", Double, nullable=False),
     Column("updated", Double, nullable=False),
     UniqueConstraint("lane", "seq"),
-    Index("ix_futures_ready", "number", sqlite_where=text("ready = 1"), postgresql_where=text("ready")),
+    Index("ix_futures_ready", "kind", "number", sqlite_where=text("ready = 1"), postgresql_where=text("ready")),
+    Index(
+        "ix_futures_suspect",
+        "number",
+        sqlite_where=text("ready = 1 AND attempts > 0"),
+        postgresql_where=text("ready AND attempts > 0"),
+    ),
     Index(
         "ix_futures_queued",
         "lane",

@@ -12,7 +12,7 @@ from smelt.errors import NotFound, SeqAbandoned, SeqReused, StaleEpoch
 from smelt.storage import lanes as turns
 from smelt.storage.faults import Fault
 from smelt.storage.statements import Prepared
-from smelt.storage.tables import AnyRow, epochs, futures, lanes
+from smelt.storage.tables import GRANTED, QUEUED, AnyRow, epochs, futures, lanes
 
 State = Literal["queued", "granted", "done", "failed", "cancelled"]
 FINISHED = ("done", "failed", "cancelled")
@@ -53,7 +53,7 @@ Alongside = Callable[[Connection, str], bytes | None]
 
 _queued_before = (
     select(func.min(futures.c.seq))
-    .where(futures.c.lane == bindparam("at_lane"), futures.c.state == "queued", futures.c.seq < bindparam("at_seq"))
+    .where(futures.c.lane == bindparam("at_lane"), futures.c.state == QUEUED, futures.c.seq < bindparam("at_seq"))
     .scalar_subquery()
 )
 FIND_PLACE = Prepared(
@@ -71,7 +71,7 @@ COLUMNS = (
 INSERT = Prepared(futures.insert(), COLUMNS)
 FINISH = Prepared(
     futures.update()
-    .where(futures.c.id == bindparam("of_id"), futures.c.epoch == bindparam("of_epoch"), futures.c.state == "granted")
+    .where(futures.c.id == bindparam("of_id"), futures.c.epoch == bindparam("of_epoch"), futures.c.state == GRANTED)
     .values({name: bindparam(name) for name in ("state", "result", "result_file", "category", "updated")})
 )
 # Of those that are wrong already.

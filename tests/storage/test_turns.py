@@ -13,12 +13,17 @@ from smelt.errors import SeqAbandoned, SeqReused, StaleEpoch
 from smelt.storage import lanes, transitions
 from smelt.storage.database import open_database
 from smelt.storage.faults import no_fault
+from smelt.storage.lanes import Wish
 from smelt.storage.tables import futures
 from smelt.storage.transitions import Body, Submission, future_id
 
 LANES = st.sampled_from(["a", "b"])
 SEQS = st.integers(1, 4)
 EPOCHS = st.integers(0, 2)
+
+
+def wish(epoch: int, limit: int) -> Wish:
+    return Wish(epoch, limit, ("step",), ("step",))
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Turns(RuleBasedStateMachine):
     def grant(self, number: int, limit: int) -> None:
         epoch = self.epochs[number]
         held = [future for future in self.expected.values() if future.state == "granted" and future.epoch == epoch]
-        rows = lanes.grant(self.connection, epoch, limit, ("step",))
+        rows = lanes.grant(self.connection, wish(epoch, limit))
         assert len(rows) <= limit
         assert not rows or not any(future.attempts for future in held), "a suspect stays alone"
         for row in rows:
@@ -135,7 +140,7 @@ class Turns(RuleBasedStateMachine):
                 expected += [future_id(lane, seq)] if future.state == "failed" else []
         assert sorted(failed) == sorted(expected)
         with pytest.raises(StaleEpoch):
-            lanes.grant(self.connection, epoch, 1, ("step",))
+            lanes.grant(self.connection, wish(epoch, 1))
         self.epochs[number] = transitions.open_epoch(self.connection)
 
     @precondition(lambda self: self.expected)
@@ -182,7 +187,7 @@ def test_what_comes_back_goes_before_what_came_meanwhile() -> None:
     turns.grant(0, 10)
     turns.restart()
     turns.accept("a", 3, "x")
-    assert [row.seq for row in lanes.grant(turns.connection, turns.epochs[0], 10, ("step",))] == [1, 2, 3]
+    assert [row.seq for row in lanes.grant(turns.connection, wish(turns.epochs[0], 10))] == [1, 2, 3]
     turns.teardown()
 
 
@@ -192,6 +197,6 @@ def test_nothing_joins_a_suspect() -> None:
     turns.grant(0, 10)
     turns.release(0)
     turns.accept("b", 1, "x")
-    suspect_first = [lanes.grant(turns.connection, turns.epochs[0], 10, ("step",)) for _ in range(2)]
+    suspect_first = [lanes.grant(turns.connection, wish(turns.epochs[0], 10)) for _ in range(2)]
     assert [[row.lane for row in rows] for rows in suspect_first] == [["a"], []]
     turns.teardown()
