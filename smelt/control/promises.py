@@ -27,7 +27,7 @@ class Outcome:
 
 async def outcome(ledger: Ledger, owner: str, promise_id: str, wait_s: float) -> Outcome | None:
     """What became of a promise; None where that is open after so long a wait. NotFound where the owner has none."""
-    future = await ledger.wait(owner, promise_id, wait_s)
+    future = await ledger.wait(owner, promise_id, wait_s, with_request=False)
     if future.kind not in KINDS:
         raise NotFound(f"there is no request {promise_id[:200]!r}")
     return _ended(future) if future.state in FINISHED else None

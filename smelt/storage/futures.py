@@ -24,13 +24,15 @@ from smelt.storage.faults import Fault, no_fault
 from smelt.storage.files import Files
 from smelt.storage.lanes import Wish
 from smelt.storage.tables import AnyRow
-from smelt.storage.transitions import FINISHED, Alongside, Body, State, Submission
+from smelt.storage.transitions import FINISHED, Accepted, Alongside, Body, State, Submission
 from smelt.storage.writer import Operation, Writer
 
 # Bytes: a larger body lies in a file, and its row holds the name.
 MAX_INLINE = 1 << 20
 # Rows of a log that are read at once.
 LOG_ROWS = 64
+# Open futures of which it is known in memory how they stand.
+MAX_REMEMBERED = 4096
 # Younger files are kept by `collect_files`: their row may be on its way.
 FILE_GRACE_S = 3600.0
 
@@ -59,7 +61,8 @@ class Granted:
 class Future:
     """How a request stands. `result` is there when it is finished, unless it is `expired`.
 
-    `request` is the body that came with it: None where it lies in a file, or was forgotten together with the result.
+    `request` is the body that came with it: None where it lies in a file, was forgotten together with the result, or is
+    not asked for.
     """
 
     id: str
@@ -109,6 +112,7 @@ class Ledger:
         self._holes_since: dict[tuple[str, int], float] = {}
         # Those who wait for a future: they hear its ending, or None where they shall read it.
         self._waiting: defaultdict[str, set[asyncio.Future[Ending | None]]] = defaultdict(set)
+        self._open: dict[str, Future] = {}  # those that were accepted here, until they end
         self._demands = Demands(writer)
         writer.write(turns.recover).result()
 
@@ -119,11 +123,12 @@ class Ledger:
         where another request has its place, SeqAbandoned where its lane went on without it, NotFound where the lane is
         another owner's.
         """
-        body = await self._stored(submission.request)
-        run = partial(transitions.accept, submission, body, time.time(), self._fault, alongside)
-        accepted = await self._change(run)
+        body, now = await self._stored(submission.request), time.time()
+        accepted = await self._change(partial(transitions.accept, submission, body, now, self._fault, alongside))
+        if accepted.is_open:
+            self._remember(submission, accepted, now)
         self._fault("after_commit_before_answer")
-        return accepted
+        return accepted.id
 
     async def open_epoch(self) -> int:
         """The number of a worker's new connection; none was ever used before."""
@@ -182,11 +187,16 @@ class Ledger:
         rows = await asyncio.to_thread(self._query, partial(transitions.recent, owner, kind, limit))
         return [await asyncio.to_thread(self._future, row) for row in rows]
 
-    async def wait(self, owner: str, future_id: str, timeout_s: float) -> Future:
-        """How a request stands when it is finished, or when the time is over. NotFound where the owner has none."""
+    async def wait(self, owner: str, future_id: str, timeout_s: float, *, with_request: bool = True) -> Future:
+        """How a request stands when it is finished, or when the time is over. NotFound where the owner has none.
+
+        Who can do without its body is not kept waiting by the disk while it is open.
+        """
         ending = None
         with self._listening(future_id) as ended:
-            future = await self.read(owner, future_id)
+            future = None if with_request else self._open.get(future_id)
+            if future is None or future.owner != owner:
+                future = await self.read(owner, future_id)
             if future.state in FINISHED:
                 return future
             with suppress(TimeoutError):
@@ -216,6 +226,7 @@ class Ledger:
 
     async def forget_lane(self, lane: str) -> None:
         """Remove a lane and all that was asked of it."""
+        self._open = {name: future for name, future in self._open.items() if future.lane != lane}
         await self._change(partial(batch_rows.forget, lane))
 
     async def forget_log(self, lane: str, before: int, *, durable: bool = False) -> int:
@@ -314,7 +325,17 @@ class Ledger:
             if not self._waiting[future_id]:
                 del self._waiting[future_id]
 
+    def _remember(self, submission: Submission, accepted: Accepted, now: float) -> None:
+        """As it stands without its body, until it ends; the oldest is forgotten where there are many."""
+        owner, kind, lane = submission.owner, submission.kind, submission.lane
+        self._open[accepted.id] = Future(
+            accepted.id, owner, kind, now, None, lane, accepted.seq, "queued", 0, None, None, expired=False
+        )
+        if len(self._open) > MAX_REMEMBERED:
+            del self._open[next(iter(self._open))]
+
     def _wake(self, future_id: str, ending: Ending | None = None) -> None:
+        self._open.pop(future_id, None)
         for ended in self._waiting.get(future_id, ()):
             if not ended.done():
                 ended.set_result(ending)

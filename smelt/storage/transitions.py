@@ -47,6 +47,15 @@ class Body:
     file: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The future in a submission's place; one that came before, or failed at once, is not `open`."""
+
+    id: str
+    seq: int | None
+    is_open: bool
+
+
 # Writes what belongs to a new future of that id, in its transaction; what it returns, if anything, fails the future.
 Alongside = Callable[[Connection, str], bytes | None]
 
@@ -87,8 +96,8 @@ def future_id(lane: str, seq: int) -> str:
 
 def accept(
     submission: Submission, body: Body, now: float, fault: Fault, alongside: Alongside | None, connection: Connection
-) -> str:
-    """The id of the future in the submission's place, which is new unless it came before."""
+) -> Accepted:
+    """The future in the submission's place, which is new unless it came before."""
     fault("before_insert")
     lane, seq = submission.lane, submission.seq
     ready = True
@@ -101,7 +110,7 @@ def accept(
         place = _place(connection, submission, lane, seq)
         if place.fingerprint is not None:
             _check_same(submission, seq, place)
-            return accepted
+            return Accepted(accepted, seq, is_open=False)
         if place.next_seq is not None and seq < place.next_seq:
             raise SeqAbandoned(f"seq {seq} of {lane} came too late: the lane has gone on to {place.next_seq}")
         # Released ones may be queued below `next_seq`; they come first.
@@ -120,7 +129,7 @@ def accept(
         INSERT_FAILED(connection, **row | {"state": "failed", "ready": False, "category": "user", "result": failure})
         turns.advance(connection, [] if lane is None else [lane])
     fault("after_insert_before_commit")
-    return accepted
+    return Accepted(accepted, seq, is_open=failure is None)
 
 
 def _place(connection: Connection, submission: Submission, lane: str, seq: int) -> AnyRow:

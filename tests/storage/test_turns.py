@@ -75,7 +75,7 @@ class Turns(RuleBasedStateMachine):
         submission = Submission("ann", "step", fingerprint, b"", lane, seq)
 
         def accept() -> str:
-            return transitions.accept(submission, Body(b"", None), 0.0, no_fault, None, self.connection)
+            return transitions.accept(submission, Body(b"", None), 0.0, no_fault, None, self.connection).id
 
         there = self.expected.get((lane, seq))
         if (lane, seq) in self.abandoned:
