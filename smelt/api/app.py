@@ -37,6 +37,7 @@ from smelt.api import (
 from smelt.api.gate import Gate
 from smelt.api.services import Services
 from smelt.api.sessions import Sessions
+from smelt.api.shortcuts import Shortcuts
 from smelt.control.dataset_requests import DatasetRequests
 from smelt.control.imports import Imports
 from smelt.control.keyring import KeyRing
@@ -47,7 +48,8 @@ def create_app(services: Services) -> ASGIApp:
     """The application that a server runs. ConfigError for settings that cannot be meant."""
     ring = KeyRing(services.database)
     sessions = Sessions(services.settings.home)
-    return Gate(create_routes(services, ring, sessions), services.settings, ring, sessions)
+    app = Shortcuts(create_routes(services, ring, sessions))
+    return Gate(app, services.settings, ring, sessions)
 
 
 def create_routes(services: Services, ring: KeyRing, sessions: Sessions) -> FastAPI:
