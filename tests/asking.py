@@ -30,6 +30,7 @@ class Ask:
     must_call: bool = False
     echo: bool = False
     adapter: str | None = None
+    is_live: bool = True
 
 
 def asked(prompt: str, seed: int = 1, max_tokens: int = 30, **changes: Any) -> Ask:
@@ -144,3 +145,4 @@ class AskVectors:
     inputs: tuple[str | tuple[int, ...], ...]
     model: str = "gpt"
     owner: str = "ann"
+    is_live: bool = True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
@@ -185,13 +186,15 @@ async def _written(services: Services, call: Call) -> bytes:
         if getattr(call.body, name):
             raise InvalidInput(f"{name} is not for requests of a batch; leave it out", name)
     completions = services.completions
-    await completions.check(call.requests)
-    async with aclosing(metered(call.head.model, completions.answers(call.requests))) as pieces:
+    requests = [msgspec.structs.replace(request, is_live=False) for request in call.requests]
+    await completions.check(requests)
+    async with aclosing(metered(call.head.model, completions.answers(requests))) as pieces:
         return whole(call.head, await gathered(pieces, call.num_choices))
 
 
 async def _embeddings(services: Services, line: Line, caller: Caller) -> bytes:
-    return await embeddings_of(line.body, caller, services.catalogue, services.model_server, services.abuse_checker)
+    catalogue, model_server, checker = services.catalogue, services.model_server, services.abuse_checker
+    return await embeddings_of(line.body, caller, catalogue, model_server, checker, is_live=False)
 
 
 def shown_batch(batch: BatchJob) -> BatchObject:

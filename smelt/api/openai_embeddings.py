@@ -79,25 +79,31 @@ def add_embeddings(routes: APIRouter, catalogue: Catalogue, model_server: ModelS
 
 
 async def embeddings_of(
-    raw: bytes, caller: Caller, catalogue: Catalogue, model_server: ModelServer, checker: AbuseChecker
+    raw: bytes,
+    caller: Caller,
+    catalogue: Catalogue,
+    model_server: ModelServer,
+    checker: AbuseChecker,
+    *,
+    is_live: bool = True,
 ) -> bytes:
     """The answer to a body. InvalidInput, UnknownModel, Banned, and what `ModelServer.embed` raises."""
     body = parse(EmbeddingBody, raw, ALTERNATIVES)
-    asked = await _understood(body, catalogue, caller.owner)
+    asked = await _understood(body, catalogue, caller.owner, is_live)
     await checker.check_subject(Subject(caller.owner, caller.key_id or NO_KEY, body.user or ""))
     embedded, finish = await model_server.embed(asked)
     telemetry.count_answer(asked.model, "embedded", finish.num_prompt_tokens)
     return _answer(body, asked.model, embedded, finish)
 
 
-async def _understood(body: EmbeddingBody, catalogue: Catalogue, owner: str) -> Embed:
+async def _understood(body: EmbeddingBody, catalogue: Catalogue, owner: str, is_live: bool) -> Embed:
     check_neutral(body.model_extra, {})
     inputs = body.inputs()
     check_prompts(inputs, "input")
     if "" in inputs:
         raise InvalidInput("input has an empty text; there is nothing to embed", "input")
     served = await catalogue.find(body.model)
-    return Embed(f"embd-{uuid.uuid4().hex}", owner, served.name, tuple(inputs))
+    return Embed(f"embd-{uuid.uuid4().hex}", owner, served.name, tuple(inputs), is_live)
 
 
 def _answer(body: EmbeddingBody, model: str, embedded: Embedded, finish: Finish) -> bytes:

@@ -1,7 +1,7 @@
 """The requests of all batches, taken from the ledger and answered a few at a time; knows no batch and no HTTP.
 
-A request is answered as a live one, so the worker treats both alike; because only a few are under way, live ones stay
-fast. One that cannot be answered now is tried again. What is under way when this process ends is taken up by the next.
+A request is answered as a live one would be, but such go first. One that cannot be answered now is tried again. What is
+under way when this process ends is taken up by the next.
 """
 
 import asyncio

@@ -94,8 +94,9 @@ class Completions:
         """The id under which the answer will be found, once the request is on the disk.
 
         With a key of the caller's, the same request gets the same id again; SeqReused where the key came with another
-        fingerprint. The seed is drawn now, so that a second attempt writes the same text.
+        fingerprint. The seed is drawn now, so that a second attempt writes the same text. Live ones go before it.
         """
+        request = msgspec.structs.replace(request, is_live=False)
         if request.params.seed is None:
             request = msgspec.structs.replace(request, params=replace(request.params, seed=secrets.randbits(63)))
         body = msgspec.msgpack.encode(request)

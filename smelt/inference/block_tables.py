@@ -17,7 +17,8 @@ from smelt.inference.sequence import Sequence
 class Prefix:
     """What a sequence finds in the cache: full blocks to share, and one to copy that holds all the rest but a token.
 
-    `is_coming`: a running sequence computes the next part right now, so that waiting for it spares the work.
+    `is_coming`: a running sequence computes the next part right now, so that waiting for it spares the work. For what
+    one of a batch computes no live one waits.
     """
 
     shared: tuple[int, ...] = ()
@@ -55,7 +56,7 @@ class BlockTables:
         for key in self._keys(sequence, num_full):
             block = self._pool.find(key)
             if block is None:
-                return Prefix(tuple(shared), None, len(shared) * self.block_size, key in self._coming)
+                return Prefix(tuple(shared), None, len(shared) * self.block_size, self._is_coming(key, sequence))
             shared.append(block)
         prefix = Prefix(tuple(shared), None, num_full * self.block_size)
         if not prefix.num_tokens < sequence.num_skippable == sequence.num_tokens - 1:
@@ -64,7 +65,7 @@ class BlockTables:
         copied = self._pool.find(key)
         if copied is not None:
             return Prefix(prefix.shared, copied, sequence.num_tokens - 1)
-        return Prefix(prefix.shared, None, prefix.num_tokens, key in self._coming)
+        return Prefix(prefix.shared, None, prefix.num_tokens, self._is_coming(key, sequence))
 
     def has_room(self, sequence: Sequence, prefix: Prefix, num_spare: int) -> bool:
         """Whether all of its tokens would have a block, and `num_spare` blocks be left."""
@@ -83,8 +84,8 @@ class BlockTables:
             assert has_grown, "who has no room is given nothing"
         if sequence.num_computed < len(sequence.prompt_ids):
             for key in self._prompt_keys(sequence):
-                if self._pool.find(key) is None:
-                    self._coming.setdefault(key, sequence)
+                if self._pool.find(key) is None and not self._is_coming(key, sequence):
+                    self._coming[key] = sequence
         if prefix.copied is None:
             return []
         self._pool.touch(prefix.copied)
@@ -122,6 +123,10 @@ class BlockTables:
         """Let nothing be found any more; no sequence may hold a block."""
         assert self.num_used == 0, "a block in use cannot be forgotten"
         self._pool = BlockPool(self.num_blocks)
+
+    def _is_coming(self, key: bytes, sequence: Sequence) -> bool:
+        maker = self._coming.get(key)
+        return maker is not None and (maker.is_live or not sequence.is_live)
 
     def _append_block(self, sequence: Sequence) -> bool:
         block = self._pool.take()

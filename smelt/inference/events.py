@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 class Request(Protocol):
-    """What is asked for: to go on from a prompt or, where there are messages, to write the next turn."""
+    """What is asked for: to go on from a prompt or, where there are messages, to write the next turn.
+
+    `is_live`: somebody waits for it. Others make way for such requests.
+    """
 
     @property
     def owner(self) -> str: ...
@@ -35,6 +38,8 @@ class Request(Protocol):
     def echo(self) -> bool: ...
     @property
     def adapter(self) -> str | None: ...
+    @property
+    def is_live(self) -> bool: ...
 
 
 class SampleRequest(Protocol):
@@ -63,6 +68,8 @@ class EmbedRequest(Protocol):
     def model(self) -> str: ...
     @property
     def inputs(self) -> tuple[str | tuple[int, ...], ...]: ...
+    @property
+    def is_live(self) -> bool: ...
 
 
 class RenderRequest(Protocol):

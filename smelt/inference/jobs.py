@@ -73,6 +73,8 @@ class Writing:
             answers_to = partial(model.answers_to, request.prompt, echo=request.echo)
         adapter = self._read_adapter(model)
         self.answers = answers_to(request.params, num_answers, owner=request.owner, adapter=adapter)
+        for answer in self.answers:
+            answer.sequence.is_live = request.is_live
 
     def bring_adapter(self, model: TextModel) -> None:
         """To be called on the engine's thread, before its answers are begun."""

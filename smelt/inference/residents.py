@@ -22,6 +22,7 @@ from smelt.inference.classifier import Classifying, TextClassifier, fill_slice
 from smelt.inference.jobs import Embedding, Job, Writing
 from smelt.inference.memory import MIB, Candidate, Room, Upkeep
 from smelt.inference.sample_jobs import Sampling
+from smelt.inference.scheduler import MAX_OVERTAKING
 from smelt.inference.service import TextModel
 from smelt.types import ModelLoad
 
@@ -46,6 +47,7 @@ class Resident:
     jobs: set[Job] = field(default_factory=set)  # that it works on
     writing: dict[Answer, Writing | Sampling] = field(default_factory=dict)
     embedding: deque[Embedding] = field(default_factory=deque)
+    num_overtaking: int = 0  # live slices and steps that texts of batches have let pass
     classifying: list[Classifying] = field(default_factory=list)
     gathers_until: float = 0.0  # more texts to classify, which are computed together
     leavers: list[str] = field(default_factory=list)  # keys of those who wait for it to be gone
@@ -55,6 +57,17 @@ class Resident:
     def is_idle(self) -> bool:
         """Whether it may go without anybody losing anything."""
         return self.model is not None and not self.jobs
+
+    def next_embedding(self) -> Embedding | None:
+        """Whose slice of texts is next. Those of batches let live ones and live answers go first, but not for ever."""
+        live = next((job for job in self.embedding if job.request.is_live), None)
+        other = next((job for job in self.embedding if not job.request.is_live), None)
+        is_free = live is None and not any(answer.sequence.is_live for answer in self.writing)
+        if other is None or not (is_free or self.num_overtaking == MAX_OVERTAKING):
+            self.num_overtaking += other is not None
+            return live
+        self.num_overtaking = 0
+        return other
 
     @property
     def classifies_at(self) -> float | None:

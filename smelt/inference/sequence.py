@@ -53,6 +53,7 @@ class Sequence:
     owner: str = LOCAL_OWNER  # the scheduler is fair between owners, and no prefix is shared across them
     adapter: str | None = None  # a LoRA adapter that the engine knows by this name
     grammar: "GrammarState | None" = None  # what the answer must look like, and how far it is
+    is_live: bool = True  # somebody waits for it, or it has waited for such long enough; the others are of batches
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     # Of each token the (id, log-probability) pairs of the most likely ones, where the params ask for them.
@@ -114,7 +115,7 @@ class Sequence:
     def resumed(self, context: list[int], num_left: int) -> "Sequence":
         """What goes on from this context where this sequence stopped, with its luck, penalties and grammar."""
         params = replace(self.params, max_tokens=num_left, num_prompt_logprobs=None)
-        sequence = Sequence(context, params, self.owner, self.adapter, self.grammar)
+        sequence = Sequence(context, params, self.owner, self.adapter, self.grammar, self.is_live)
         sequence.random, sequence._uniform = self.random, self._uniform
         if self.token_counts is not None:
             sequence.token_counts = self.token_counts.restarted(self.output_ids)

@@ -200,8 +200,8 @@ class InferenceServer:
                 self._events += job.events_of(answer)
                 if job.has_ended:
                     self._forget(job)
-        if resident.embedding:
-            self._embed_slice(resident)
+        if resident.embedding and (embedding := resident.next_embedding()) is not None:
+            self._embed_slice(resident, embedding)
         began = time.monotonic()
         if resident.classifies_at is not None and resident.classifies_at <= began:
             self._classify_slice(resident)
@@ -241,9 +241,9 @@ class InferenceServer:
                 self._fail(resident.writing[answer], error)
         return answers
 
-    def _embed_slice(self, resident: Resident) -> None:
-        """One slice of the oldest; the others follow in turns."""
-        job = resident.embedding.popleft()
+    def _embed_slice(self, resident: Resident, job: Embedding) -> None:
+        """One slice; the others follow in turns."""
+        resident.embedding.remove(job)
         try:
             events = job.step()
         except Exception as error:  # noqa: BLE001 - whatever it was, it is this request's

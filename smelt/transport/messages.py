@@ -102,6 +102,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     adapter: str | None = None  # a LoRA adapter of the model: its folder below the home folder
     key_id: str = ""  # of the API key, where one was needed
     user: str = ""  # whom the key's owner says it is for
+    is_live: bool = True  # somebody waits for it, as nobody does for a batch or in the background
 
 
 class TextChunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -134,6 +135,7 @@ class Embed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     owner: str
     model: str
     inputs: tuple[str | tuple[int, ...], ...]
+    is_live: bool = True
 
 
 class Embedded(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

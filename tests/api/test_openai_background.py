@@ -69,6 +69,7 @@ async def test_the_ledger_has_the_whole_request_and_a_seed(client: httpx.AsyncCl
     assert (request.model, request.owner, request.messages[0].content) == ("tiny", "local", "Hi")
     assert (request.params.max_tokens, request.params.temperature) == (5, 0.5)
     assert request.params.seed is not None
+    assert not request.is_live
 
 
 async def test_several_choices_with_log_probabilities_and_calls(client: httpx.AsyncClient, services: Services) -> None:

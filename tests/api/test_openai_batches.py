@@ -118,12 +118,15 @@ async def test_every_request_is_answered_as_its_endpoint_would(
     assert sorted(str(asked.prompt) for asked in model_server.asked) == sorted(
         name.replace("id-", "p") for name in answers
     )
+    assert not any(asked.is_live for asked in model_server.asked)
+    await ask(client, TEXTS, request(0)["body"])
+    assert model_server.asked[-1].is_live
     await until(lambda: not list((services.settings.home / "batches").iterdir()))
     assert await services.ledger.states(batch["id"]) == []
 
 
 @pytest.mark.usefixtures("working")
-async def test_chats_and_embeddings_are_answered_too(client: httpx.AsyncClient) -> None:
+async def test_chats_and_embeddings_are_answered_too(client: httpx.AsyncClient, model_server: Scripted) -> None:
     says = [{"role": "user", "content": "hello"}]
     chat = {"custom_id": "a", "method": "POST", "url": CHATS, "body": {"model": "tiny", "messages": says}}
     done = await ended(client, await begun(client, [chat], CHATS))
@@ -136,6 +139,7 @@ async def test_chats_and_embeddings_are_answered_too(client: httpx.AsyncClient) 
     vectors = (await told(client, done["output_file_id"]))["b"]["response"]["body"]["data"]
     assert [vector["embedding"] for vector in vectors] == [[4, -1], [1, -1]]
     assert (done["usage"]["input_tokens"], done["usage"]["output_tokens"]) == (5, 0)
+    assert [asked.is_live for asked in model_server.embedded] == [False]
 
 
 @pytest.mark.usefixtures("working")

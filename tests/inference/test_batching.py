@@ -243,6 +243,7 @@ def test_logprobs_of_a_prompt_survive_a_preemption(model: Decoder) -> None:
 @given(
     prompts=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=30), min_size=1, max_size=7),
     owners=st.lists(st.sampled_from(["ann", "bob"]), min_size=7, max_size=7),
+    are_live=st.lists(st.booleans(), min_size=7, max_size=7),
     max_tokens=st.integers(1, 30),
     block_size=st.sampled_from([1, 2, 5, 16]),
     max_running=st.integers(1, 7),
@@ -255,6 +256,7 @@ def test_any_order_of_coming_and_leaving_gives_the_same_and_leaks_no_block(
     model: Decoder,
     prompts: list[list[int]],
     owners: list[str],
+    are_live: list[bool],
     max_tokens: int,
     block_size: int,
     max_running: int,
@@ -274,7 +276,7 @@ def test_any_order_of_coming_and_leaving_gives_the_same_and_leaks_no_block(
 
     def sequence(index: int) -> Sequence:
         params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=index)
-        return Sequence(prompts[index], params, owners[index])
+        return Sequence(prompts[index], params, owners[index], is_live=are_live[index])
 
     sequences = [sequence(index) for index in range(len(prompts))]
     for number in range(2000):

@@ -1,20 +1,24 @@
 """Which models are in memory: they share a limit, idle ones make way, and files that change are read anew."""
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 
 import pytest
 
+from asking import Ask, AskVectors
 from smelt.configs import DecoderConfig
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import InvalidInput, NotFound, Unavailable
-from smelt.inference.jobs import Loading
+from smelt.inference.jobs import Embedding, Loading, Writing
 from smelt.inference.memory import MIB, Candidate, Upkeep
 from smelt.inference.residents import FRESH_SECONDS, Resident, Residents
+from smelt.inference.scheduler import MAX_OVERTAKING
 from smelt.inference.service import TextModel
 from smelt.models.decoder import Decoder
+from smelt.types import SamplingParams
 
 CONFIG = DecoderConfig(vocab_size=257, block_size=16, n_layer=1, n_head=1, n_embd=8)
 
@@ -200,3 +204,18 @@ def test_without_a_limit_it_is_what_the_machine_has_free(
         h.find("d")
         assert isinstance(h.told[-1][1], Unavailable)
         assert "d needs 60 MiB of memory, and there are 45 MiB for it" in str(h.told[-1][1])
+
+
+def test_texts_of_batches_become_vectors_when_nobody_waits_and_a_few_times_else() -> None:
+    resident = Resident("a", 0.0, 0.0)
+    of_batch, live, other = (Embedding(key, AskVectors(("x",), is_live=key != "batch")) for key in ("batch", "l", "o"))
+    resident.embedding.append(of_batch)
+    assert [resident.next_embedding() for _ in range(3)] == [of_batch] * 3
+    resident.embedding.extend((live, other))
+    assert [resident.next_embedding() for _ in range(MAX_OVERTAKING + 2)] == [live] * MAX_OVERTAKING + [of_batch, live]
+    resident.embedding = deque((of_batch,))
+    [answer] = TextModel(Decoder(CONFIG), ByteTokenizer()).answers_to("x", SamplingParams())
+    resident.writing[answer] = Writing("w", Ask())
+    assert [resident.next_embedding() for _ in range(MAX_OVERTAKING)] == [None] * (MAX_OVERTAKING - 1) + [of_batch]
+    answer.sequence.is_live = False
+    assert resident.next_embedding() is of_batch

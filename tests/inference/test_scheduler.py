@@ -1,7 +1,7 @@
 import pytest
 
 from smelt.inference.block_tables import BlockTables
-from smelt.inference.scheduler import Plan, Scheduler
+from smelt.inference.scheduler import MAX_OVERTAKING, Plan, Scheduler
 from smelt.inference.sequence import Sequence, Status
 from smelt.types import SamplingParams
 
@@ -10,9 +10,19 @@ def make(num_blocks: int = 100, block_size: int = 4, max_running: int = 8, max_s
     return Scheduler(BlockTables(num_blocks, block_size), max_running, max_step_tokens)
 
 
-def asked(num_tokens: int, first: int = 0, owner: str = "ann") -> Sequence:
+def asked(num_tokens: int, first: int = 0, owner: str = "ann", is_live: bool = True) -> Sequence:
     """Of tokens that no other has, unless it is told to begin like one."""
-    return Sequence(list(range(first, first + num_tokens)), SamplingParams(max_tokens=1000), owner)
+    prompt = list(range(first, first + num_tokens))
+    return Sequence(prompt, SamplingParams(max_tokens=1000), owner, is_live=is_live)
+
+
+def of_batch(num_tokens: int, first: int = 0, owner: str = "ann") -> Sequence:
+    return asked(num_tokens, first, owner, is_live=False)
+
+
+def add_all(scheduler: Scheduler, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        scheduler.add(sequence)
 
 
 def step(scheduler: Scheduler) -> Plan:
@@ -165,3 +175,144 @@ def test_removing_takes_from_every_place() -> None:
         scheduler.remove(sequence)
     assert not scheduler.has_work
     assert scheduler.plan().chunks == []
+
+
+def test_live_prompts_come_first_and_batches_get_what_is_left_of_a_quarter() -> None:
+    scheduler = make(max_step_tokens=80)
+    add_all(scheduler, of_batch(50, 100), of_batch(10, 200))
+    assert figures(step(scheduler)) == [(200, 10), (100, 10)]
+    add_all(scheduler, asked(22, 300), asked(5, 400))
+    assert figures(step(scheduler)) == [(200, 1), (400, 5), (300, 22)]
+    add_all(scheduler, asked(12, 500))
+    assert figures(step(scheduler)) == [(300, 1), (400, 1), (200, 1), (500, 12), (100, 8)]
+    assert figures(step(scheduler))[4:] == [(100, 20)]
+
+
+def test_a_live_sequence_is_let_in_before_those_of_batches_that_came_earlier() -> None:
+    scheduler = make(max_running=2)
+    batch = [of_batch(30, 100 * number) for number in range(1, 4)]
+    add_all(scheduler, *batch)
+    step(scheduler)
+    live = asked(3, 1000, "bob")
+    scheduler.add(live)
+    scheduler.remove(batch[0])
+    step(scheduler)
+    assert scheduler.running == [live, batch[1]]
+    assert scheduler.total_preempted == 0
+
+
+def test_the_youngest_of_a_batch_gives_up_its_place_to_a_live_one() -> None:
+    scheduler = make(max_running=3)
+    old, young = of_batch(3, 100), of_batch(3, 200)
+    first, second, third = (asked(3, 1000 * number) for number in range(1, 4))
+    add_all(scheduler, first, old, young)
+    step(scheduler)
+    scheduler.add(second)
+    assert figures(step(scheduler)) == [(1000, 1), (100, 1), (2000, 3)]
+    assert scheduler.running == [first, second, old]
+    assert (young.status, young.block_ids) == (Status.WAITING, [])
+    scheduler.add(third)
+    step(scheduler)
+    add_all(scheduler, asked(3, 4000))
+    step(scheduler)
+    assert scheduler.running == [first, second, third]  # no live one makes way
+    scheduler.remove(first)
+    scheduler.remove(second)
+    step(scheduler)
+    assert [each.prompt_ids[0] for each in scheduler.running] == [3000, 4000, 100]
+
+
+def test_batches_give_blocks_to_live_ones_the_youngest_first() -> None:
+    scheduler = make(num_blocks=12)
+    old, young = of_batch(12, 100), of_batch(12, 200)
+    add_all(scheduler, old, young)
+    step(scheduler)
+    live = asked(20, 1000)
+    scheduler.add(live)
+    step(scheduler)
+    assert scheduler.running == [live, old]
+    while old.status is Status.RUNNING:
+        step(scheduler)
+    assert (live.status, scheduler.total_preempted) == (Status.RUNNING, 2)
+    scheduler.remove(live)
+    step(scheduler)
+    assert scheduler.running == [old, young]
+
+
+def test_batches_do_not_make_way_in_vain() -> None:
+    scheduler = make(num_blocks=12)
+    large, batch = asked(28, 100), of_batch(8, 200)
+    add_all(scheduler, large, batch)
+    step(scheduler)
+    waiting = asked(24, 300)
+    scheduler.add(waiting)
+    step(scheduler)
+    assert scheduler.running == [large, batch]
+    scheduler.remove(large)
+    step(scheduler)
+    assert scheduler.running == [waiting, batch]
+
+
+def test_a_live_one_does_not_wait_for_a_prefix_that_a_batch_computes() -> None:
+    scheduler = make()
+    batch, live, other_live, other_of_batch = of_batch(41), asked(41), asked(41), of_batch(41)
+    add_all(scheduler, batch, other_of_batch)
+    step(scheduler)
+    add_all(scheduler, live, other_live)
+    assert figures(step(scheduler)) == [(0, 20)]
+    assert scheduler.running == [live, batch]  # the others wait for the prefix
+    while not (live.output_ids and other_live.output_ids):
+        step(scheduler)
+    assert other_live.num_cached_tokens == 40
+    assert other_of_batch.num_cached_tokens >= 40
+
+
+def new_live_one(scheduler: Scheduler, number: int) -> Sequence:
+    """Comes, and lets no other be computed in the next step."""
+    live = asked(20, 1000 * (number + 1), "bob")
+    scheduler.add(live)
+    step(scheduler)
+    return live
+
+
+def test_one_sequence_of_a_batch_counts_as_live_after_so_many_live_ones() -> None:
+    scheduler = make()
+    batch = [of_batch(30, 100 * number) for number in range(1, 3)]
+    add_all(scheduler, *batch)
+    step(scheduler)
+    for number in range(MAX_OVERTAKING):
+        scheduler.remove(new_live_one(scheduler, number))
+    assert [each.num_computed for each in batch] == [5, 0]
+    scheduler.remove(new_live_one(scheduler, MAX_OVERTAKING))
+    assert [each.num_computed for each in batch] == [15, 0]
+    assert [each.is_live for each in batch] == [True, False]
+
+
+def test_no_batch_waits_for_ever_for_a_place() -> None:
+    scheduler = make(max_running=1)
+    batch = of_batch(3, 100)
+    live = new_live_one(scheduler, 0)
+    scheduler.add(batch)
+    for number in range(1, MAX_OVERTAKING + 1):
+        scheduler.add(following := asked(20, 1000 * (number + 1)))
+        scheduler.remove(live)
+        step(scheduler)
+        live = following
+        assert scheduler.running == [live]
+    add_all(scheduler, asked(20, 100_000))
+    scheduler.remove(live)
+    assert figures(step(scheduler)) == [(100, 3)]
+    add_all(scheduler, asked(20, 200_000))
+    step(scheduler)
+    assert scheduler.running == [batch]  # and keeps it
+
+
+def test_a_batch_alone_gets_all_places_and_counts_nobody() -> None:
+    scheduler = make(max_running=3)
+    batch = [of_batch(2, 10 * number) for number in range(30)]
+    add_all(scheduler, *batch)
+    while scheduler.has_work:
+        step(scheduler)
+        assert len(scheduler.running) == min(3, len(scheduler.running) + scheduler.num_waiting)
+        scheduler.remove(scheduler.running[0])
+    assert not any(each.is_live for each in batch)

@@ -92,6 +92,20 @@ def test_owners_take_turns() -> None:
     client.server.close()
 
 
+def test_a_live_request_takes_the_place_of_a_batch_which_goes_on_to_the_same_text() -> None:
+    client = Client(gpt=make_model(num_slots=1))
+    of_batch, live = asked("batch", max_tokens=600, is_live=False), asked("live", max_tokens=5, owner="bob")
+    client.server.submit("batch", of_batch)
+    client.server.submit("other of the batch", asked("c", is_live=False))
+    client.begun("batch")
+    client.server.submit("live", live)
+    assert client.text("live") == alone(live)
+    assert not client.ends.keys() - {"live"}
+    assert client.text("batch") == alone(of_batch)
+    assert client.models["gpt"].engine.stats.total_preempted == 1
+    client.server.close()
+
+
 def test_loading_a_model_holds_up_no_other() -> None:
     may_load = threading.Event()
     client = Client(gpt=make_model(), slow=lambda: (may_load.wait(), make_model())[1])

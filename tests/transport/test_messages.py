@@ -48,7 +48,7 @@ EXAMPLES = [
     Result("f1", 3, b"bytes"),
     Result("f1", 3, failure=Failure("InvalidInput", "the learning rate is -1: give one above 0")),
     Generate("r1", "bob", "gpt", "To be", params=PARAMS),
-    Generate("r2", "bob", "gpt", (5, 6, 7)),
+    Generate("r2", "bob", "gpt", (5, 6, 7), is_live=False),
     Generate("r3", "bob", "gpt", messages=(ChatMessage("user", "héllo \U0001f600"),)),
     Generate("r4", "bob", "gpt", "2 + 2 = ", num_samples=2, best_of=3, echo=True, adapter="sums", params=GUIDED),
     TextChunk("r1", " or", (30, 31)),
