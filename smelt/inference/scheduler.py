@@ -188,12 +188,11 @@ class Scheduler:
         return [each for each in self.running if not (each.is_live or _is_writing(each))]
 
     def _prompts(self, num_tokens: int, planned: set[Sequence]) -> list[Chunk]:
-        """Parts of prompts, so many tokens in all; those of batches get what live ones leave of a smaller number."""
+        """Parts of prompts, so many tokens in all. In a step with live ones, which ends the sooner so, batches wait."""
         rest = [sequence for sequence in self.running if sequence not in planned]
-        chunks = _share(num_tokens, [sequence for sequence in rest if sequence.is_live])
-        most = min(num_tokens, max(1, self.max_step_tokens // BATCH_PART))
-        left = max(0, most - sum(chunk.num_tokens for chunk in chunks))
-        return chunks + _share(left, [sequence for sequence in rest if not sequence.is_live])
+        if live := [sequence for sequence in rest if sequence.is_live]:
+            return _share(num_tokens, live)
+        return _share(min(num_tokens, max(1, self.max_step_tokens // BATCH_PART)), rest)
 
 
 def _share(num_tokens: int, sequences: list[Sequence]) -> list[Chunk]:
