@@ -23,11 +23,13 @@ import msgspec
 from smelt.cluster import trainer
 from smelt.cluster.dialling import serve_for_ever
 from smelt.cluster.launchers import LAUNCHERS, Lives, gave_up
+from smelt.control.run_memory import needed_bytes
 from smelt.errors import SmeltError, TrainingError, TransportError
+from smelt.library import run_config
 from smelt.run_configs import newest_checkpoint
 from smelt.settings import load_settings
 from smelt.transport.failures import failure_of
-from smelt.transport.messages import Cancel, Grant, Ping, Pong, Result, TrainRequest, WorkerStatus
+from smelt.transport.messages import Cancel, Grant, Lent, Ping, Pong, Result, TrainRequest, WorkerStatus
 from smelt.transport.streams import Connection
 
 LONGEST_PAUSE_SECONDS = 0.2  # between two tries to dial: the server is on this machine
@@ -45,6 +47,7 @@ class Launcher:
         self._grants: asyncio.Queue[Grant] = asyncio.Queue()
         self._cancelled: set[str] = set()
         self._running: dict[str, Lives] = {}
+        self._lent: asyncio.Future[Lent] = asyncio.get_running_loop().create_future()
 
     async def serve(self) -> None:
         """Until the connection ends or this is cancelled: then the run is stopped, and nobody is told what it said."""
@@ -61,6 +64,8 @@ class Launcher:
                     self._cancelled.add(message.request_id)
                     if lives := self._running.get(message.request_id):
                         lives.interrupt()
+                case Lent() if not self._lent.done():
+                    self._lent.set_result(message)
                 case Ping():
                     await self._connection.send(Pong(message.sent_at))
                 case _:
@@ -77,10 +82,11 @@ class Launcher:
     async def _done(self, grant: Grant) -> Result:
         """What came of a grant. A run whose processes die goes on in others, as long as it gets further."""
         try:
-            config = msgspec.msgpack.decode(grant.body, type=TrainRequest).config
-            out_dir, num_ranks = Path(config["out_dir"]), config.get("ranks", 1)
+            request = msgspec.msgpack.decode(grant.body, type=TrainRequest)
+            out_dir, num_ranks = Path(request.config["out_dir"]), request.config.get("ranks", 1)
+            work = partial(trainer.result_of, grant, await self._room_for(request))
             lives = self._running[grant.future_id] = Lives(
-                lambda: LAUNCHERS[load_settings().launcher](partial(trainer.result_of, grant), num_ranks),
+                lambda: LAUNCHERS[load_settings().launcher](work, num_ranks),
                 lambda: newest_checkpoint(out_dir),
             )
             if grant.future_id in self._cancelled:
@@ -95,6 +101,26 @@ class Launcher:
             return Result(grant.future_id, grant.epoch, failure=failure_of(error))
         finally:
             self._running.pop(grant.future_id, None)
+
+    async def _room_for(self, request: TrainRequest) -> tuple[str, ...]:
+        """Have the workers of this machine leave a run the memory that it needs; the models that they have unloaded."""
+        device, num_bytes = await asyncio.to_thread(_needs_of, request)
+        if num_bytes == 0:
+            return ()
+        self._lent = asyncio.get_running_loop().create_future()
+        await self._connection.send(WorkerStatus(device, num_running=1, num_needed_bytes=num_bytes))
+        return (await self._lent).unloaded
+
+
+def _needs_of(request: TrainRequest) -> tuple[str, int]:
+    """The device of a run, and how much of this machine's memory it takes: nothing where its ranks are on others."""
+    settings = load_settings()
+    if settings.launcher != "local":
+        return settings.device, 0
+    with suppress(SmeltError):
+        config = run_config(trainer.values_of(request))
+        return config.device, needed_bytes(config, settings)
+    return settings.device, 0  # what is wrong with it the run itself says
 
 
 async def warm_up() -> None:

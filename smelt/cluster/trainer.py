@@ -51,14 +51,14 @@ def main(work: Callable[[], Result], rank: int, num_ranks: int, rendezvous: str,
     answer.send_bytes(msgspec.msgpack.encode(work()))
 
 
-def result_of(grant: Grant) -> Result:
-    """Train what was granted, and put into a Result what came of it."""
+def result_of(grant: Grant, unloaded: tuple[str, ...] = ()) -> Result:
+    """Train what was granted, and put into a Result what came of it. `unloaded`: models that have made way for it."""
 
     def train() -> "RunSummary":
         request = msgspec.msgpack.decode(grant.body, type=TrainRequest)
         log_to(Path(request.config["out_dir"]))
         config = run_config(values_of(request))
-        wait_for_room(config)
+        wait_for_room(config, unloaded)
         return run(config)
 
     return result_from(train, grant.future_id, grant.epoch)
@@ -81,13 +81,17 @@ def result_from(train: Callable[[], "RunSummary"], future_id: str = "", epoch: i
     return Result(future_id, epoch, failure=failure_of(error))
 
 
-def wait_for_room(config: RunConfig) -> None:
+def wait_for_room(config: RunConfig, unloaded: tuple[str, ...]) -> None:
     """Return when there is the memory that a run needs, which workers of this machine may hold until now."""
+    made_way = f"the worker has unloaded {', '.join(unloaded)}" if unloaded else ""
+    if made_way:
+        log.info("%s: this run needs the memory", made_way)
     from smelt.models.devices import pick_device  # noqa: PLC0415 torch: launchers import this module too
 
     def tell(lack: str) -> None:
-        log.info("%s", lack)
-        note(out_dir_of(config), "waiting", lack)
+        reason = f"{lack}; {made_way}" if made_way else lack
+        log.info("%s", reason)
+        note(out_dir_of(config), "waiting", reason)
 
     wait_for_memory(config, load_settings(), str(pick_device(config.device)), tell)
 

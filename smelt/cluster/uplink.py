@@ -13,7 +13,7 @@ import msgspec
 from smelt.cluster.samples import encoded
 from smelt.cluster.training_lanes import Note, Told, TrainingLanes
 from smelt.errors import ConnectionClosed, InvalidInput, SmeltError, TooLarge, TransportError, Unavailable
-from smelt.inference.events import ClassifyRequest, End, Piece, RenderedData, Samples, Scores, Vectors
+from smelt.inference.events import ClassifyRequest, End, MadeWay, Piece, RenderedData, Samples, Scores, Vectors
 from smelt.inference.server import InferenceServer
 from smelt.transport.failures import failure_of
 from smelt.transport.frames import MAX_FRAME_BYTES
@@ -27,6 +27,8 @@ from smelt.transport.messages import (
     Finish,
     Generate,
     Grant,
+    Lend,
+    Lent,
     LoadModel,
     LogPart,
     Message,
@@ -115,6 +117,7 @@ class Uplink:
         finally:
             for key in self._work:
                 self._server.cancel(key)
+            self._server.lend("", 0)  # runs end with the server's connections, too
             if self._lanes is not None:
                 self._lanes.hang_up()
             self._work.clear()
@@ -129,7 +132,7 @@ class Uplink:
             self._is_idle.clear()
             await self._is_idle.wait()
 
-    def take(self, event: Piece | End | Vectors | RenderedData | Scores | Samples) -> None:
+    def take(self, event: Piece | End | Vectors | RenderedData | Scores | Samples | MadeWay) -> None:
         """Pass on what came of this connection's requests; what is of an earlier one finds nobody."""
         work = self._work.get(event.key)
         if work is None:
@@ -174,7 +177,7 @@ class Uplink:
     async def _receive(self) -> None:
         async for message in self._connection:
             match message:
-                case Generate() | Embed() | Render() | Classify() | LoadModel() | UnloadModel():
+                case Generate() | Embed() | Render() | Classify() | LoadModel() | UnloadModel() | Lend():
                     self._begin_live(message)
                 case Grant():
                     self._begin_granted(message)
@@ -189,7 +192,7 @@ class Uplink:
                 case _:
                     raise TransportError(f"the server sends a worker no {type(message).__name__}")
 
-    def _begin_live(self, request: Generate | Embed | Render | Classify | LoadModel | UnloadModel) -> None:
+    def _begin_live(self, request: Generate | Embed | Render | Classify | LoadModel | UnloadModel | Lend) -> None:
         work = Work(request.request_id)
         if self._status.leaving:  # sent before the server had heard of it
             error = Unavailable("the worker is going down; ask again")
@@ -210,6 +213,8 @@ class Uplink:
                 self._server.load(key, request.model)
             case UnloadModel():
                 self._server.unload(key, request.model)
+            case Lend():
+                self._server.lend(key, request.num_bytes)
 
     def _cancel(self, key: str) -> None:
         self._server.cancel(key)
@@ -267,7 +272,9 @@ class Uplink:
                 self._is_idle.set()
 
 
-def _piece(work: Work, event: Piece | Vectors | RenderedData | Scores) -> Message:
+def _piece(work: Work, event: Piece | Vectors | RenderedData | Scores | MadeWay) -> Message:
+    if isinstance(event, MadeWay):
+        return Lent(work.request_id, event.models)
     if isinstance(event, Scores):
         return Classified(work.request_id, event.labels, event.probabilities)
     if isinstance(event, RenderedData):

@@ -144,8 +144,14 @@ class Worker:
     def _take(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, Load):
-                running, waiting, loads = event.num_running, event.num_waiting, event.model_loads
-                self._status = WorkerStatus(self._status.device, event.models, running, waiting, model_loads=loads)
+                self._status = WorkerStatus(
+                    self._status.device,
+                    event.models,
+                    event.num_running,
+                    event.num_waiting,
+                    model_loads=event.model_loads,
+                    num_lent_bytes=event.num_lent_bytes,
+                )
                 if self._uplink is not None:
                     self._uplink.take_status(self._status)
             elif self._uplink is not None:

@@ -16,6 +16,8 @@ from smelt.transport.messages import (
     Embedded,
     Finish,
     Generate,
+    Lend,
+    Lent,
     LoadModel,
     Render,
     Rendered,
@@ -28,8 +30,8 @@ from smelt.types import TokenLogprob
 MAX_HELD_CHARS = 2**18
 MAX_HELD_TOKENS = 2**16
 
-LiveRequest = Generate | Embed | Render | Classify | LoadModel | UnloadModel
-Whole = Embedded | Rendered | Classified  # what comes in one piece
+LiveRequest = Generate | Embed | Render | Classify | LoadModel | UnloadModel | Lend
+Whole = Embedded | Rendered | Classified | Lent  # what comes in one piece
 LivePiece = TextChunk | Whole | Finish
 
 

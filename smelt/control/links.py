@@ -28,6 +28,7 @@ from smelt.transport.messages import (
     Failure,
     Finish,
     Grant,
+    Lent,
     LogWanted,
     Message,
     Ping,
@@ -88,9 +89,13 @@ DUTIES: dict[Role, Duty] = {
 class Link:
     """`run` it for as long as the connection lives."""
 
-    def __init__(self, connection: Connection, ledger: Ledger, witness: Witness) -> None:
+    def __init__(
+        self, connection: Connection, ledger: Ledger, witness: Witness, noted: "Callable[[Link], None]"
+    ) -> None:
         self.connection = connection
         self.status = WorkerStatus(device="")
+        self.num_lent = 0  # bytes that a worker has been told to leave to runs
+        self._noted = noted  # called with each status
         self.granted: dict[str, Granted] = {}
         self._answers: dict[str, LiveAnswer] = {}
         self._models: Counter[str] = Counter()  # that its live answers are of
@@ -254,7 +259,7 @@ class Link:
         async for message in self.connection:
             self._num_unanswered = 0
             match message:
-                case TextChunk() | Embedded() | Rendered() | Classified():
+                case TextChunk() | Embedded() | Rendered() | Classified() | Lent():
                     self._take_piece(message)
                 case Finish():
                     if answer := self._answers.get(message.request_id):
@@ -291,6 +296,7 @@ class Link:
         self.status = status
         if status.leaving:
             self.stop_granting()
+        self._noted(self)
 
     def _keep_soon(self, result: Result) -> None:
         """Not one after the other: those that wait together share a commit."""

@@ -29,6 +29,7 @@ class WorkerInfo:
     num_running: int
     num_waiting: int
     model_loads: tuple[ModelLoad, ...] = ()
+    num_lent_bytes: int = 0  # of its device's memory, to runs
 
 
 class ModelServer(Protocol):

@@ -52,12 +52,17 @@ def check_memory(config: RunConfig, settings: Settings, device: str) -> None:
     )
 
 
+def needed_bytes(config: RunConfig, settings: Settings) -> int:
+    """Memory that all ranks of a run take together; 0 where nobody can tell."""
+    work = workload(config, settings)
+    return 0 if work is None else training_footprint(work).total * config.ranks
+
+
 def shortage(config: RunConfig, settings: Settings, device: str) -> str | None:
     """What a run lacks now on that device, in words; None where it may begin, or nobody can tell."""
-    work = workload(config, settings) if device.startswith("cpu") else None
-    if work is None:
+    if not device.startswith("cpu"):
         return None
-    needed, free = training_footprint(work).total * config.ranks, free_host_bytes()
+    needed, free = needed_bytes(config, settings), free_host_bytes()
     if needed <= free:
         return None
     return f"it waits for memory: it needs about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"

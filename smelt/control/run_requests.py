@@ -5,10 +5,8 @@ What such a run may read is for `run_sources` to say.
 
 import asyncio
 import hashlib
-import logging
 import os
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +15,12 @@ import msgspec
 
 from smelt.control.model_server import ModelServer
 from smelt.control.run_folders import Entry, is_training, new_run_id, write_entry
-from smelt.control.run_memory import check_memory, shortage
+from smelt.control.run_memory import check_memory
 from smelt.control.run_metrics import note
 from smelt.control.run_sources import RunSources
 from smelt.control.runs import LOST, STOPPED, RunDetails, Runs, RunStatus
 from smelt.control.uploads import Uploads
-from smelt.errors import InUse, InvalidInput, NotFound, SmeltError
+from smelt.errors import InUse, InvalidInput, NotFound
 from smelt.run_configs import RunConfig, config_of
 from smelt.settings import Settings
 from smelt.storage.futures import Future, Ledger
@@ -33,8 +31,6 @@ KIND = "train"
 NOT_ASKED = ("out_dir", "eval_only", "wandb", "tensorboard")
 WILL_GO_ON = "it waits to go on from its last checkpoint"
 NEVER_ACCEPTED = "the server went down before it accepted this run; ask for it again"
-
-log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=RunStatus)
 
@@ -48,7 +44,6 @@ class RunRequests:
         self._settings = settings
         self._ledger = ledger
         self._model_server = model_server
-        self._making_room: set[asyncio.Task[None]] = set()
 
     async def all(self, owner: str | None = None) -> list[RunStatus]:
         """Every run of an owner, or of all, newest first."""
@@ -109,23 +104,6 @@ class RunRequests:
         submission = Submission(entry.owner, KIND, fingerprint, body, lane=entry.id, seq=seq)
         accepted = await self._ledger.accept(submission)
         assert accepted == entry.future_id
-        making = asyncio.create_task(self._make_room(config_of(entry.config)))
-        self._making_room.add(making)
-        making.add_done_callback(self._making_room.discard)
-
-    async def _make_room(self, config: RunConfig) -> None:
-        """Have idle workers of this machine give up their models where the run would have to wait for their memory.
-
-        Whoever asks for such a model has it loaded again, when there is room.
-        """
-        device = self._device_of(config)
-        idle = [worker for worker in self._model_server.workers if not (worker.num_running or worker.num_waiting)]
-        with suppress(SmeltError):  # then the run waits, and workers unload by themselves later
-            for model in (model for worker in idle for model in worker.models):
-                if await asyncio.to_thread(shortage, config, self._settings, device) is None:
-                    return
-                log.info("%s is unloaded: a run needs the memory", model)
-                await self._model_server.unload_model(model)
 
     async def check_unneeded(self, dataset: str) -> None:
         """InUse where a run waits to train on a dataset; while it does, the dataset's own lock says so."""

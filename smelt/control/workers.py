@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from smelt.control.answers import LiveAnswer, LiveRequest
+from smelt.control.leases import Leases
 from smelt.control.links import Link, Witness
 from smelt.control.model_server import WorkerInfo
 from smelt.errors import (
@@ -60,6 +61,7 @@ class Workers:
         self._witness = witness
         self._patience_s = patience_s
         self._links: list[Link] = []
+        self._leases = Leases(self._links)
         self._live: set[str] = set()
         self._waiting: set[str] = set()
         self._has_changed = asyncio.Event()  # a worker has come, or the end
@@ -73,13 +75,14 @@ class Workers:
 
     async def serve(self, connection: Connection) -> None:
         """Work with one that has dialled in until it is gone; raises the reason."""
-        link = Link(connection, self._ledger, self._witness)
+        link = Link(connection, self._ledger, self._witness, self._leases.note)
         self._links.append(link)
         self._has_changed.set()
         try:
             await link.run()
         finally:
             self._links.remove(link)
+            self._leases.note(link)
 
     async def generate(self, request: Generate) -> AsyncGenerator[TextChunk | Finish, None]:
         """Pieces of the answers, and one Finish for each. Closing the generator cancels the work; see ModelServer."""
@@ -217,4 +220,5 @@ def _describe(link: Link) -> WorkerInfo:
         status.num_running,
         status.num_waiting,
         status.model_loads,
+        status.num_lent_bytes,
     )

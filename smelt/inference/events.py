@@ -125,6 +125,7 @@ class Load:
     num_running: int = 0  # answers
     num_waiting: int = 0
     model_loads: tuple[ModelLoad, ...] = ()
+    num_lent_bytes: int = 0  # to runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,4 +177,12 @@ class Samples:
     wishes: "PromptWishes | None"
 
 
-Event: TypeAlias = Piece | End | Vectors | RenderedData | Scores | Samples | Load
+@dataclass(frozen=True, slots=True)
+class MadeWay:
+    """Memory is lent to runs, for which these idle models were unloaded. An End follows."""
+
+    key: str
+    models: tuple[str, ...]
+
+
+Event: TypeAlias = Piece | End | Vectors | RenderedData | Scores | Samples | MadeWay | Load

@@ -67,12 +67,16 @@ class Upkeep:
 
 class Room:
     """What models may take together. What is free on the machine is judged twice: what was free at first less what
-    the loaded ones will take (a cache fills later), and what is free now (others use the machine too)."""
+    the loaded ones will take (a cache fills later), and what is free now (others use the machine too).
+
+    `num_lent` bytes of what was free at first are for runs, whether they have taken them yet or not.
+    """
 
     def __init__(self, upkeep: Upkeep) -> None:
         self._limit = upkeep.limit_bytes
         self._device = upkeep.device
         self._free_at_first = free_memory(upkeep.device)
+        self.num_lent = 0
 
     @property
     def most(self) -> int:
@@ -82,5 +86,19 @@ class Room:
     def left(self, num_taken: int) -> int:
         """Bytes for one more model beside those that take so many."""
         if self._limit is not None:
-            return self._limit - num_taken
-        return int(min(self._free_at_first - num_taken, free_memory(self._device)) * (1 - MARGIN))
+            left = self._limit - num_taken
+        else:
+            left = int(min(self._free_at_first - num_taken, self.free) * (1 - MARGIN))
+        return left if self.num_lent == 0 else min(left, self._beside_runs(num_taken))
+
+    @property
+    def free(self) -> int:
+        """Bytes that nobody on the machine has taken."""
+        return free_memory(self._device)
+
+    def is_overdrawn(self, num_taken: int) -> bool:
+        """Whether models that take so many may come to hold what was lent."""
+        return self.num_lent > 0 and self._beside_runs(num_taken) < 0
+
+    def _beside_runs(self, num_taken: int) -> int:
+        return int(self._free_at_first * (1 - MARGIN)) - self.num_lent - num_taken

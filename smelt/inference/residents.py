@@ -2,7 +2,7 @@
 
 A model is examined and loaded beside the server's thread; everything else here happens on that thread. Where memory
 is short, idle models make way, the one that was asked for longest ago first. A busy one never does: who needs its
-place waits, for some time.
+place waits, for some time. For runs that train on the same device they make way too, and none comes in their place.
 """
 
 import logging
@@ -148,8 +148,27 @@ class Residents:
             return []
         if resident.leavers:
             self._drop(resident)
+        self._make_way()
         self._help_the_short()
         return resident.leavers
+
+    @property
+    def num_lent(self) -> int:
+        """Bytes that are left to runs."""
+        return self._room.num_lent
+
+    def lend(self, num_bytes: int) -> list[str]:
+        """Leave so many bytes to runs, from now on; 0: to none any more. Names the idle models that made way for that.
+
+        Busy ones do so when they have become idle. Those that are to stay come back when no run needs memory any more.
+        """
+        was_lent, self._room.num_lent = self._room.num_lent, num_bytes
+        unloaded = self._make_way(num_bytes)
+        self._help_the_short()
+        if was_lent and not num_bytes:
+            for name in self._pinned:
+                self.find(name)
+        return unloaded
 
     def tend(self) -> None:
         """Unload what nobody asked for in a long time, and let who waits for memory know that it is in vain."""
@@ -208,9 +227,23 @@ class Residents:
         elif self._fits(resident, without=[r for r in movable if r.is_reserved]):
             resident.short_since = resident.short_since or time.monotonic()
         else:
-            can_never = resident.candidate.num_bytes > self._room.most - self._num_taken
+            num_staying = self._num_taken - sum(r.candidate.num_bytes for r in movable)
+            can_never = resident.candidate.num_bytes > self._room.most - num_staying
             shortage = self._shortage(resident)
             self._refuse(resident, InvalidInput(shortage, "model") if can_never else Unavailable(shortage, 10))
+
+    def _make_way(self, num_needed: int = 0) -> list[str]:
+        """Unload idle models, the one asked for longest ago first, while runs lack memory; `num_needed`: right now.
+
+        Those that are to stay come last.
+        """
+        idle = sorted((r for r in self if r.is_idle), key=lambda r: (r.name in self._pinned, r.used_at))
+        unloaded = []
+        while idle and (self._room.is_overdrawn(self._num_taken) or self._room.free < num_needed):
+            log.info("unloaded %s: a run needs the memory", idle[0].name)
+            unloaded.append(idle[0].name)
+            self._drop(idle.pop(0))
+        return unloaded
 
     def _fits(self, resident: Resident, without: Iterable[Resident] = ()) -> bool:
         given_back = sum(other.candidate.num_bytes for other in without)
@@ -226,6 +259,7 @@ class Residents:
             f"{resident.name} needs {resident.candidate.num_bytes / MIB:,.0f} MiB of memory, and there are "
             f"{max(0, self._room.left(self._num_taken)) / MIB:,.0f} MiB for it"
             + (f" beside {taken}" if taken else "")
+            + (f"; {self._room.num_lent / MIB:,.0f} MiB are lent to a run until it ends" if self._room.num_lent else "")
             + "; quantize it to int8, give it a smaller cache (kv_cache_mb), or serve it on another machine"
         )
 

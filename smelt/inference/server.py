@@ -22,7 +22,7 @@ from typing import Protocol
 from smelt.errors import Overloaded, SmeltError
 from smelt.inference.answer import Answer
 from smelt.inference.classifier import Classifying, TextClassifier, classify_slice
-from smelt.inference.events import ClassifyRequest, EmbedRequest, End, Event, Load, RenderRequest, Request
+from smelt.inference.events import ClassifyRequest, EmbedRequest, End, Event, Load, MadeWay, RenderRequest, Request
 from smelt.inference.jobs import Embedding, Job, Loading, Rendering, Writing, explained, mismatch
 from smelt.inference.memory import Upkeep
 from smelt.inference.residents import Resident, Residents
@@ -108,6 +108,10 @@ class InferenceServer:
     def unload(self, key: str, model: str) -> None:
         """Give a model's memory back once what it works on has ended. An End says when."""
         self._commands.put(partial(self._unload, key, model))
+
+    def lend(self, key: str, num_bytes: int) -> None:
+        """Leave so much of the memory to runs, until another number is told: MadeWay, then one End."""
+        self._commands.put(partial(self._lend, key, num_bytes))
 
     def sample(self, key: str, model: str, sampling: Sampling) -> None:
         """Have raw tokens drawn: Samples, then one End."""
@@ -374,6 +378,9 @@ class InferenceServer:
                     job.leave()
             self._rest(resident)
 
+    def _lend(self, key: str, num_bytes: int) -> None:
+        self._events += [MadeWay(key, tuple(self._residents.lend(num_bytes))), End(key, "stop")]
+
     def _cancel(self, key: str) -> None:
         if key in self._jobs:
             job, _ = self._jobs[key]
@@ -439,6 +446,7 @@ class InferenceServer:
             len(answers) - num_waiting,
             num_waiting + num_preparing,
             tuple(resident.load for resident in loaded),
+            self._residents.num_lent,
         )
         if load != self._last_load:
             self._last_load = load

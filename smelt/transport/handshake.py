@@ -22,7 +22,7 @@ import msgspec
 from smelt.errors import ConfigError, TransportError
 from smelt.transport.frames import FrameStream, decode_body, encode_frame
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HANDSHAKE_SECONDS = 10.0
 MAX_HANDSHAKE_BYTES = 4096  # of a frame: a stranger cannot make us hold more
 MIN_KEY_BYTES = 16

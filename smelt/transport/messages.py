@@ -9,6 +9,8 @@ them and what they answer:
                             Render, Cancel ->    <- Rendered, Finish
                             Classify, Cancel ->  <- Classified, Finish
                             LoadModel, UnloadModel -> <- Finish
+    memory for runs         Lend ->              <- Lent, Finish (a worker)
+                            Lent ->              <- WorkerStatus (a launcher)
     training sessions       LogPart, SnapshotKept -> <- LogWanted, SnapshotTaken
     what is going on        Ping ->              <- Pong, WorkerStatus
 
@@ -193,6 +195,24 @@ class UnloadModel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     model: str
 
 
+class Lend(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Leave so much memory of your device to runs, as long as this connection lives or until another number comes."""
+
+    request_id: str
+    num_bytes: int  # for all runs together; 0: for none any more
+    model: str = ""  # none in particular
+
+
+class Lent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A worker leaves that to runs, and has unloaded these idle models for it; a Finish follows.
+
+    To a launcher: all workers of its machine do.
+    """
+
+    request_id: str
+    unloaded: tuple[str, ...] = ()
+
+
 class Cancel(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Nobody wants this any more: the request_id of a Generate or the future_id of a Grant."""
 
@@ -273,6 +293,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     leaving: bool = False  # finishes what it has, takes nothing new, and then hangs up
     engines: tuple[EngineStatus, ...] = ()  # of its models
     model_loads: tuple[ModelLoad, ...] = ()
+    num_needed_bytes: int = 0  # of a launcher: that its run needs on the device; it hears a Lent
+    num_lent_bytes: int = 0  # of a worker: that it leaves to runs
 
 
 Message = (
@@ -289,6 +311,8 @@ Message = (
     | Classified
     | LoadModel
     | UnloadModel
+    | Lend
+    | Lent
     | LogWanted
     | LogPart
     | SnapshotTaken

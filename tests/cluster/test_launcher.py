@@ -19,7 +19,7 @@ import pytest
 
 from processes import all_below, children_of, eventually, is_alive, needs_proc
 from smelt.control.run_folders import Entry, read_entry, write_entry
-from smelt.transport.messages import Cancel, Grant, Ping, Pong, Result, TrainRequest, WorkerStatus
+from smelt.transport.messages import Cancel, Grant, Lent, Ping, Pong, Result, TrainRequest, WorkerStatus
 from smelt.transport.streams import Connection, listen
 
 pytestmark = [needs_proc, pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(120)]
@@ -75,11 +75,15 @@ class Server:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._heard: asyncio.Queue[Any] = asyncio.Queue()
+        self.needs: list[tuple[str, int]] = []
 
     async def listen(self) -> None:
         async for message in self.connection:
             if not isinstance(message, WorkerStatus):
                 self._heard.put_nowait(message)
+            elif message.num_needed_bytes:
+                self.needs.append((message.device, message.num_needed_bytes))
+                await self.connection.send(Lent("", ("gpt",)))
 
     async def grant(self, name: str, folder: Path, **config: Any) -> Path:
         """Have a run trained in a folder of that name, which is given back."""
@@ -159,6 +163,9 @@ async def test_runs_are_done_one_after_the_other(folder: Path, start: Callable[[
     assert [(summary["step"], summary["stop_reason"]) for summary in summaries] == [(40, "done")] * 2
     assert digest(first) == digest(second)
     assert "step 40: " in (first / "log.txt").read_text()
+    assert "the worker has unloaded gpt: this run needs the memory" in (first / "log.txt").read_text()
+    assert [device for device, _ in server.needs] == ["cpu", "cpu"]
+    assert min(num_bytes for _, num_bytes in server.needs) > 0
     entry = read_entry(first)
     assert entry is not None
     assert (entry.id, entry.owner) == (run_id("first"), "ann")

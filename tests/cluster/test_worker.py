@@ -13,9 +13,11 @@ import pytest
 
 from smelt.cluster.worker import Shelf, Worker
 from smelt.configs import DecoderConfig
+from smelt.control.answers import check
 from smelt.control.workers import Workers
 from smelt.data.characters import ByteTokenizer
 from smelt.errors import ConfigError, InvalidInput, NotFound, TransportError, Unavailable, WorkerLost
+from smelt.inference.memory import MIB, Candidate, Upkeep
 from smelt.inference.service import TextModel
 from smelt.models.decoder import Decoder
 from smelt.models.loading import write_model
@@ -31,6 +33,7 @@ from smelt.transport.messages import (
     Finish,
     Generate,
     Grant,
+    Lent,
     Ping,
     Pong,
     Render,
@@ -38,7 +41,7 @@ from smelt.transport.messages import (
     TextChunk,
     WorkerStatus,
 )
-from smelt.transport.streams import Connection, listen
+from smelt.transport.streams import Connection, connect, listen
 from smelt.transport.tinker_wire import decode_forward_backward
 from smelt.types import ChatExample, ChatMessage, Conversation, SamplingParams, TokenLogprob
 from spine import letting_in, until
@@ -47,6 +50,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
 CONFIG = DecoderConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=16)
 PARAMS = SamplingParams(max_tokens=30, temperature=1.0, seed=3)
+SMALL = Candidate((), MIB)
 ENDLESS = replace(PARAMS, max_tokens=10_000_000)
 
 
@@ -413,3 +417,19 @@ def test_what_the_settings_say_of_memory_is_what_models_get(home: Path) -> None:
     assert settings.kv_cache_bytes == 2**20
     assert Settings(home=home, model_memory_mb=8).kv_cache_bytes == 2 * 2**20
     assert Settings(home=home).kv_cache_bytes is None
+
+
+async def test_a_run_s_memory_is_lent_and_given_back(workers: Workers, ledger: Ledger, socket_file: Path) -> None:
+    async with letting_in(workers, ledger, socket_file), working(socket_file, upkeep=Upkeep(examine=lambda _: SMALL)):
+        await collect(workers, ask("before"))
+        machine = workers.workers[0].name.rpartition(":")[0]
+        async with await connect(socket_file, "launcher", f"{machine}:run") as launcher:
+            await launcher.send(WorkerStatus("cpu", num_running=1, num_needed_bytes=2**60))
+            while not isinstance(message := await launcher.receive(), Lent):
+                assert isinstance(message, Ping)
+            assert message.unloaded == ("tiny",)
+            await until(lambda: [(w.models, w.num_lent_bytes) for w in workers.workers] == [((), 2**60)])
+            with pytest.raises(Unavailable, match="are lent to a run until it ends"):
+                check((await collect(workers, ask("meanwhile")))[2])
+        await until(lambda: workers.workers[0].num_lent_bytes == 0)
+        assert (await collect(workers, ask("after")))[0] == expected("Hello")

@@ -219,3 +219,67 @@ def test_texts_of_batches_become_vectors_when_nobody_waits_and_a_few_times_else(
     assert [resident.next_embedding() for _ in range(MAX_OVERTAKING)] == [None] * (MAX_OVERTAKING - 1) + [of_batch]
     answer.sequence.is_live = False
     assert resident.next_embedding() is of_batch
+
+
+def test_idle_models_make_way_for_a_run_the_least_recently_asked_for_first_and_pinned_ones_last(
+    clock: Callable[[House], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smelt.inference.memory.free_memory", lambda _: 200 * MIB)  # of which 180 are for models
+    with house(clock, limit=None) as h:
+        h.residents.pin("a")
+        for name in ("a", "b", "c"):
+            h.find(name)
+        assert h.residents.lend(100 * MIB) == ["b"]
+        assert h.residents.lend(60 * MIB) == []
+        assert h.residents.lend(150 * MIB) == ["c", "a"]
+        assert h.names == []
+        h.residents.lend(0)
+        h.find("a")
+        assert h.names == ["a"]  # it is to stay
+
+
+def test_a_busy_model_makes_way_for_a_run_once_it_is_idle(
+    clock: Callable[[House], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smelt.inference.memory.free_memory", lambda _: 200 * MIB)
+    with house(clock, limit=None) as h:
+        busy, other = h.find("a", is_busy=True), h.find("b", is_busy=True)
+        assert h.residents.lend(150 * MIB) == []
+        h.rest(other)
+        assert h.names == ["a"]
+        h.rest(busy)
+        assert h.names == []
+
+
+@pytest.mark.parametrize("limit", [None, 150])
+def test_no_model_grows_into_what_is_lent_to_a_run(
+    clock: Callable[[House], None], monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    free = [200 * MIB]
+    monkeypatch.setattr("smelt.inference.memory.free_memory", lambda _: free[0])
+    with house(clock, limit=limit) as h:
+        h.residents.lend(100 * MIB)
+        h.find("a")
+        h.find("b")
+        free[0] -= 100 * MIB  # the run has taken it: that changes nothing
+        h.find("c")
+        assert h.names == ["b", "c"]
+        h.find("big")
+        name, error = h.told[-1]
+        assert (name, type(error)) == ("big", Unavailable)
+        assert "100 MiB are lent to a run until it ends" in str(error)
+        free[0] += 100 * MIB
+        h.residents.lend(0)
+        h.find("big")
+        assert "big" in h.names
+
+
+def test_what_is_free_now_counts_when_memory_is_lent(
+    clock: Callable[[House], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [200 * MIB]
+    monkeypatch.setattr("smelt.inference.memory.free_memory", lambda _: free[0])
+    with house(clock, limit=None) as h:
+        h.find("a")
+        free[0] = 50 * MIB  # others have come
+        assert h.residents.lend(60 * MIB) == ["a"]

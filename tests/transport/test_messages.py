@@ -19,6 +19,8 @@ from smelt.transport.messages import (
     Finish,
     Generate,
     Grant,
+    Lend,
+    Lent,
     LoadModel,
     LogPart,
     LogWanted,
@@ -64,6 +66,8 @@ EXAMPLES = [
     Classified("r9", ("no", "yes"), b"\x00\x00\x80\x3f"),
     LoadModel("r6", "gpt"),
     UnloadModel("r7", "gpt"),
+    Lend("r10", 2**40),
+    Lent("r10", ("gpt", "news")),
     LogWanted("s:train:0", 4, 9),
     LogPart(
         "s:train:0", 4, 7, (LogEntry(5, "optim_step", b"x"), LogEntry(6, "forward_backward", b"", failed=True)), True
