@@ -114,6 +114,26 @@ def test_a_queued_run_is_taken_back_and_one_that_starts_too(client: Client) -> N
     client.wait(third, "cancelled")
 
 
+def test_the_worker_beside_a_run_leaves_it_memory_and_comes_first_on_the_cores(client: Client) -> None:
+    def num_lent() -> int:
+        (worker,) = client.ask("GET", "/v1/workers")["data"]
+        return int(worker["num_lent_bytes"])
+
+    run_id = client.start(max_iters=1_000_000)
+    running = client.wait(run_id, "running", step=1)
+    entry = read_entry(Path(running["out_dir"]))
+    assert entry is not None
+    assert entry.pid is not None
+    worker = client.server.pid_of("worker")
+    assert num_lent() > 0
+    assert os.getpriority(os.PRIO_PROCESS, entry.pid) > os.getpriority(os.PRIO_PROCESS, worker)
+    for pid in (entry.pid, worker):  # threads that wait sleep
+        assert b"OMP_WAIT_POLICY=PASSIVE" in Path(f"/proc/{pid}/environ").read_bytes()
+    client.ask("POST", f"/v1/runs/{run_id}/cancel")
+    client.wait(run_id, "cancelled")
+    eventually(lambda: num_lent() == 0, "the worker to have its memory back", SOON_S)
+
+
 def test_a_run_whose_process_or_server_is_killed_goes_on_by_itself(client: Client, undisturbed: str) -> None:
     run_id = client.start()
     running = client.wait(run_id, "running", step=60)
