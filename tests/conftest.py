@@ -92,3 +92,16 @@ def pytest_make_collect_report() -> Generator[None, Any, Any]:
     report = yield
     forbid_silent_skip(report)
     return report
+
+
+@pytest.fixture(scope="module", params=["torch", "kernels"])
+def computed_by(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests twice: with what there is where there is no compiler, and with kernels."""
+    # Not before the environment says how many threads there are.
+    from kernels_built import built_kernels
+    from smelt.models import kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels._BUILD, "future", None)
+        patch.setattr(kernels._BUILD, "built", built_kernels() if request.param == "kernels" else None)
+        yield

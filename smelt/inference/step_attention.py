@@ -9,6 +9,7 @@ width of a head, B chunks of a single token.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from smelt.inference.kv_cache import KVCache
 from smelt.inference.scheduler import Chunk
+from smelt.models.kernels import training_kernels
 from smelt.models.layers import Attend
 from smelt.models.paged_attention import attend_paged
+from smelt.models.text_attention import attend_texts
+from smelt.models.training_kernels import Texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,11 @@ class Span:
     place: slice
     ids_LG: Tensor | None  # vectors in the cache; None where it looks at nothing but itself
     mask_TL: Tensor | None  # None: plain causal attention
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all that its sequence has yet."""
+        return self.ids_LG is None
 
 
 class Places(NamedTuple):
@@ -56,6 +65,7 @@ def attend_chunks(cache: KVCache, chunks: list[Chunk], window: int | None) -> At
     num_singles = sum(chunk.num_tokens == 1 for chunk in chunks)
     tables_BN, lengths_B = _tables(chunks[:num_singles], cache.device)
     spans = _spans(cache, chunks[num_singles:], num_singles, window)
+    wholes = _wholes(spans, window)
     if not spans:
         return attend_singles(cache, Places(new_ids, tables_BN, lengths_B), window)
 
@@ -67,7 +77,13 @@ def attend_chunks(cache: KVCache, chunks: list[Chunk], window: int | None) -> At
         if num_singles:
             single_q = q_NHD[:num_singles]
             mixed_NHD[:num_singles] = attend_paged(single_q, keys, values, tables_BN, lengths_B, window)
+        fast = training_kernels(q_NHD)
+        if fast is not None:
+            for place, texts in wholes:
+                mixed_NHD[place] = attend_texts(fast, q_NHD[place], k_NGD[place], v_NGD[place], texts)
         for span in spans:
+            if fast is not None and span.is_whole:
+                continue
             k_LGD, v_LGD = k_NGD[span.place], v_NGD[span.place]
             if span.ids_LG is not None:
                 k_LGD, v_LGD = cache.read(layer, span.ids_LG)
@@ -133,6 +149,18 @@ def _spans(cache: KVCache, chunks: list[Chunk], begin: int, window: int | None) 
         spans.append(Span(place, ids_LG, mask_TL))
         begin = place.stop
     return spans
+
+
+def _wholes(spans: list[Span], window: int | None) -> list[tuple[slice, Texts]]:
+    """Where whole prompts lie, and what they are to our kernel: neighbours together."""
+    found = []
+    for is_whole, group in groupby(spans, key=lambda span: span.is_whole):
+        places = [span.place for span in group]
+        if is_whole:
+            first = places[0].start
+            starts = torch.tensor([0, *(place.stop - first for place in places)])
+            found.append((slice(first, places[-1].stop), Texts(starts, window=window)))
+    return found
 
 
 def _mask(chunk: Chunk, first: int, window: int | None) -> Tensor:

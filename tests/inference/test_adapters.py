@@ -12,6 +12,8 @@ from smelt.models.adapter_folders import read_adapter
 from smelt.models.weights import read_model
 from smelt.types import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 ADAPTERS = {"a": {"r": 4, "lora_alpha": 8}, "b": {"r": 9, "lora_alpha": 9}}
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 PROMPTS = [[5, 9, 2], [7] * 20, [3, 4, 60], [11, 12, 13, 14, 15], [7] * 20, [7] * 20]

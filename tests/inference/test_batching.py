@@ -20,6 +20,8 @@ from smelt.models.decoder import Decoder
 from smelt.models.weights import read_model
 from smelt.types import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 SYSTEM = [9, 8, 7, 6, 5, 4, 3, 2, 1, 2, 3, 4, 5]
 PROMPTS = [
     [5, 9, 2],

@@ -14,6 +14,8 @@ from smelt.models.decoder import Decoder
 from smelt.models.weights import read_model
 from smelt.types import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 PROMPTS = [[5, 9, 2], [1], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7], [3, 4, 60], [11, 12, 13, 14, 15]]
 

@@ -29,11 +29,7 @@ from smelt.training.trained_weights import OptimSettings
 from smelt.types import Datum, SamplingParams
 from training_data import VOCAB, datum_of, make_model, rl_datum
 
-
-@pytest.fixture(autouse=True, params=["torch", "kernels"])
-def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels._BUILD, "future", None)
-    monkeypatch.setattr(kernels._BUILD, "built", built_kernels() if request.param == "kernels" else None)
+pytestmark = pytest.mark.usefixtures("computed_by")
 
 
 @pytest.fixture(scope="module")
