@@ -49,7 +49,8 @@ inline std::vector<Piece> pieces_of(const Datums &datums) {
     return pieces;
 }
 
-// y = x W rounded, or that plus `before`, a few columns at a time.
+// y = x W rounded, or that plus `before`, a few columns at a time. Both are rounded where torch does, which computes the
+// sampler's prompts: so trainer and sampler agree three times as well.
 template <class X, class E>
 inline void write_product(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t num_columns, int64_t depth,
                           const X *before, X *to, int64_t stride) {
@@ -63,8 +64,9 @@ inline void write_product(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t nu
             const X *base = before ? before + m * stride + c : nullptr;
             int64_t i = 0;
             for (; i + LANES <= count; i += LANES)
-                round_to(row + i, base ? load<floats>(from + i) + widen(base + i) : load<floats>(from + i));
-            for (; i < count; i++) assign(row[i], base ? from[i] + to_float(base[i]) : from[i]);
+                round_to(row + i,
+                         base ? rounded<X>(load<floats>(from + i)) + widen(base + i) : load<floats>(from + i));
+            for (; i < count; i++) assign(row[i], base ? rounded<X>(from[i]) + to_float(base[i]) : from[i]);
         }
     }
 }

@@ -500,7 +500,7 @@ def test_in_bfloat16_the_sampler_finds_what_the_trainer_does(is_whole: bool) -> 
     [found] = done(trainer.forward_backward([Work(trained, [datum], "cross_entropy")])[0]).logprobs
     expected = np.array([*drawn.prompt_logprobs[1:], *drawn.logprobs], np.float32)
     # Kernels of a few rows round elsewhere than those of whole texts; both are as far from fp32 as from each other.
-    most = 2e-2 if kernels.kernels() is None else 4e-2
+    most = 2e-2 if kernels.kernels() is None else 3e-2
     assert np.abs(found - expected).max() < most
     assert np.square(found - expected).mean() / 2 < 1e-3  # their divergence, as Tinker's cookbook estimates it
 
