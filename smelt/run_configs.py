@@ -60,6 +60,9 @@ class RunConfig(Config):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Dtype = Field("auto", description="auto picks the fastest that is safe on the device")
     ranks: PositiveInt = Field(1, description="processes on this machine that train together, one per GPU")
+    sharding: Literal["none", "optimizer", "full"] = Field(
+        "none", description="what each rank holds only its part of: none, the optimizer, or full: weights too"
+    )
     threads: PositiveInt | None = Field(None, description="CPU threads of all ranks together (the machine's cores)")
     compile: Literal["auto", "true", "false"] = Field("auto", description="torch.compile; auto: when the run repays it")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
@@ -80,6 +83,12 @@ class RunConfig(Config):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"betas {value} must each lie in [0, 1)")
         return value
+
+    @model_validator(mode="after")
+    def _sharded_or_compiled(self) -> Self:
+        if self.sharding != "none" and self.compile == "true":
+            raise ValueError(f"sharding {self.sharding} cannot be compiled: give compile=false, or sharding=none")
+        return self
 
     @property
     def base_model(self) -> str | None:
@@ -296,7 +305,7 @@ RUN_SECTIONS: Sections = {
         *("out_dir", "resume_if_begun", "eval_interval", "eval_iters", "eval_only", "log_interval"),
         *("always_save_checkpoint", "keep_checkpoints", "wandb", "tensorboard"),
     ),
-    "Device": ("device", "dtype", "ranks", "threads", "compile", "gradient_checkpointing"),
+    "Device": ("device", "dtype", "ranks", "sharding", "threads", "compile", "gradient_checkpointing"),
 }
 TRAIN_SECTIONS: Sections = {
     "Data": ("data_path", "dataset", "tokenizer", "train_val_split"),

@@ -1,6 +1,7 @@
 """Batches of blocks from a dataset's split, for training and for evaluation; knows no model and no optimizer."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class BlockBatches:
         self.split = split
         self.order = order
         self.num_rows = num_rows  # of the global batch
-        self.own_rows = ranks.rows(num_rows)
+        self.ranks = ranks
+        ranks.rows(num_rows)  # refuses those that cannot be shared before anything is computed
         self.micro_rows = micro_rows
 
     def size(self, step: int) -> BatchSize:
@@ -37,19 +39,20 @@ class BlockBatches:
         num_tokens = self.num_rows * self.order.block_size
         return BatchSize(num_targets=num_tokens, num_tokens=num_tokens)
 
-    def starts(self, step: int) -> NDArray[np.int64]:
-        """Where this rank's blocks of a step (counted from 0) begin."""
-        return self.order.starts(step * self.num_rows, self.num_rows)[self.own_rows]
+    def starts(self, step: int, rank: int) -> NDArray[np.int64]:
+        """Where a rank's blocks of a step (counted from 0) begin."""
+        own_rows = replace(self.ranks, rank=rank).rows(self.num_rows)
+        return self.order.starts(step * self.num_rows, self.num_rows)[own_rows]
 
-    def micro_batches(self, step: int, device: torch.device) -> Iterator[Batch]:
-        """This rank's share of a step's global batch, `micro_rows` rows at a time."""
-        starts = self.starts(step)
+    def micro_batches(self, step: int, device: torch.device, rank: int) -> Iterator[Batch]:
+        """A rank's share of a step's global batch, `micro_rows` rows at a time."""
+        starts = self.starts(step, rank)
         for first in range(0, len(starts), self.micro_rows):
             yield read_batch(self.split, starts[first : first + self.micro_rows], self.order.block_size, device)
 
     def describe(self, step: int) -> str:
         """Numbers of the first 20 documents that this rank's blocks of a step begin in."""
-        documents = sorted({self.split.document_at(int(start)) for start in self.starts(step)})
+        documents = sorted({self.split.document_at(int(start)) for start in self.starts(step, self.ranks.rank)})
         return f"that begins in documents {', '.join(map(str, documents[:20]))}"
 
 
@@ -62,10 +65,10 @@ class EvalBatches:
         self.ranks = ranks
         self.num_rows = num_rows
 
-    def batches(self, max_batches: int | None, device: torch.device) -> Iterator[Batch]:
-        """Up to max_batches evenly spread batches over all ranks; None: the whole split."""
+    def batches(self, max_batches: int | None, device: torch.device, rank: int) -> Iterator[Batch]:
+        """A rank's share of up to max_batches evenly spread batches; None: of the whole split."""
         max_blocks = self.split.num_tokens if max_batches is None else max_batches * self.num_rows
         starts = spread_starts(self.split.num_tokens, self.block_size, max_blocks)
-        own = starts[self.ranks.rank :: self.ranks.world_size]
+        own = starts[rank :: self.ranks.world_size]
         for first in range(0, len(own), self.num_rows):
             yield read_batch(self.split, own[first : first + self.num_rows], self.block_size, device)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from smelt.disk import is_full, sync
@@ -60,6 +60,7 @@ class TrainState:
     loss_scale: float | None = None
     num_good_steps: int = 0
     num_worse: int = 0  # evaluations since the best one
+    sharding: str = "none"
 
 
 class WeightFiles(NamedTuple):
@@ -93,6 +94,14 @@ class Checkpoints:
             if folder.name > step_name(step):
                 shutil.rmtree(folder)
 
+    def gather(self, optimizer: Optimizer, *, keep: bool) -> None:
+        """Bring a sharded optimizer's parts together, one tensor at a time; all ranks do, and who saves keeps them."""
+        self.wait()
+        for name, tensor in optimizer.buffers().items():
+            whole = optimizer.whole(tensor)
+            if keep:
+                self._keep(name, whole)
+
     def save(self, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
         """Begin to save; returns at once. `wait_until_copied` must come before the next update."""
         self.wait()
@@ -124,7 +133,8 @@ class Checkpoints:
 
     def _save(self, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
         try:
-            self._copy(optimizer)
+            if not optimizer.is_sharded:  # else all of it was gathered just now
+                self._copy(optimizer)
             self.copied.set()
             self.throttle.begin()
             self._write(optimizer, state)
@@ -136,9 +146,12 @@ class Checkpoints:
 
     def _copy(self, optimizer: Optimizer) -> None:
         for name, tensor in optimizer.buffers().items():
-            if name not in self.warm:
-                self.warm[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            copy_on_this_thread(self.warm[name], tensor)
+            self._keep(name, tensor)
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        if name not in self.warm:
+            self.warm[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copy_on_this_thread(self.warm[name], tensor)
 
     def _write(self, optimizer: Optimizer, state: TrainState) -> None:
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}"
@@ -275,12 +288,16 @@ def read_state(folder: Path) -> TrainState:
 def restore(folder: Path, weight_files: WeightFiles, optimizer: Optimizer) -> TrainState:
     """Load a checkpoint into an optimizer, and so into the model that it moves, bit for bit."""
     state = read_state(folder)
-    weights = weight_files.read(folder)
-    moments = load_file(folder / OPTIMIZER)
     own = optimizer.buffers()
-    _fill(optimizer.named(own, "masters"), weights, folder)
-    for kind in MOMENTS:
-        _fill(optimizer.named(own, kind), {n.removeprefix(f"{kind}."): t for n, t in moments.items()}, folder)
+    weights = weight_files.read(folder)
+    for name, held in optimizer.named(own, "masters").items():
+        _fill(optimizer, held, weights.pop(name, None), name, folder)
+    with safe_open(folder / OPTIMIZER, "pt") as moments:  # one tensor after the other: they may be larger than the part
+        known = set(moments.keys())
+        for kind in MOMENTS:
+            for name, held in optimizer.named(own, kind).items():
+                found = moments.get_tensor(f"{kind}.{name}") if f"{kind}.{name}" in known else None
+                _fill(optimizer, held, found, name, folder)
     optimizer.num_steps = state.num_updates
     if state.loss_scale is not None and optimizer.loss_scale is not None:
         optimizer.loss_scale = LossScale(state.loss_scale, state.num_good_steps)
@@ -288,9 +305,8 @@ def restore(folder: Path, weight_files: WeightFiles, optimizer: Optimizer) -> Tr
     return state
 
 
-def _fill(targets: dict[str, Tensor], sources: dict[str, Tensor], folder: Path) -> None:
-    for name, target in targets.items():
-        if name not in sources or sources[name].shape != target.shape:
-            found = "nothing" if name not in sources else f"shape {tuple(sources[name].shape)}"
-            raise CheckpointError(f"checkpoint {folder}: {name} needs shape {tuple(target.shape)}, found {found}")
-        target.copy_(sources[name])
+def _fill(optimizer: Optimizer, held: Tensor, source: Tensor | None, name: str, folder: Path) -> None:
+    if source is None or source.shape != held.shape:
+        found = "nothing" if source is None else f"shape {tuple(source.shape)}"
+        raise CheckpointError(f"checkpoint {folder}: {name} needs shape {tuple(held.shape)}, found {found}")
+    optimizer.fill(held, source)

@@ -4,8 +4,8 @@ Knows which data, tokenizer and weights a config means; what all recipes share i
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,15 @@ from smelt.training.losses import Loss, Metrics
 from smelt.training.metrics import Note, RunSummary, Sink
 from smelt.training.optim import Optimizer, linear_with_warmup
 from smelt.training.parallel import Ranks
-from smelt.training.run_setup import Prepared, Started, initial_state, no_progress, run_prepared, unnoticed
+from smelt.training.run_setup import (
+    Prepared,
+    Started,
+    initial_state,
+    no_progress,
+    optimizer_of,
+    run_prepared,
+    unnoticed,
+)
 from smelt.training.text_batches import TextBatches, eval_batches
 
 NGRAM_BLOCK = 4096  # tokens: a mean has no longest text, but work has to have bounds
@@ -145,8 +153,8 @@ def prepare_job(
     train, valid = (Texts(part, encoder.encode(part.texts)) for part in data)
     model = build_model(config, start, shape, train.ids)
     dtype = torch.float32 if is_ngrams(shape) and config.dtype == "auto" else pick_dtype(config.dtype, device)
-    optimizer = Optimizer(model.to(device), dtype, config.betas, config.weight_decay, config.grad_clip)
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = optimizer_of(config, model, dtype, device, ranks)
     files = classifier_files(shape, tokenizer, fixed)
     resumed = restore(start.checkpoint, files, optimizer) if start.checkpoint else None
     num_texts = config.batch_size * config.gradient_accumulation_steps
@@ -274,13 +282,17 @@ def score(model: Classifier, valid: Texts, ranks: Ranks, device: torch.device, n
     was_training = model.training
     model.eval()
     sums = torch.zeros(1 + len(names) ** 2, dtype=torch.float64)
-    for batch in eval_batches(valid.ids, valid.source.labels, ranks, num_texts, device):
+
+    def batches_of(rank: int) -> Iterator[Batch]:
+        return eval_batches(valid.ids, valid.source.labels, replace(ranks, rank=rank), num_texts, device)
+
+    for batch, counts in ranks.passes(batches_of):
         logits_BL, labels_B = model(batch).float(), labels_of(batch)
         total = F.cross_entropy(logits_BL, labels_B, reduction="sum").double()
-        sums += torch.cat((total[None], confusions(logits_BL, labels_B).flatten())).cpu()
+        sums += counts * torch.cat((total[None], confusions(logits_BL, labels_B).flatten())).cpu()
     model.train(was_training)
-    total_loss, *counts = ranks.sum_(sums.to(reducible(device))).tolist()
-    rows = tuple(tuple(map(int, counts[i * len(names) : (i + 1) * len(names)])) for i in range(len(names)))
+    total_loss, *pairs = ranks.sum_(sums.to(reducible(device))).tolist()
+    rows = tuple(tuple(map(int, pairs[i * len(names) : (i + 1) * len(names)])) for i in range(len(names)))
     return LabelScores(names, total_loss / len(valid.ids), rows)
 
 

@@ -21,7 +21,7 @@ def wants_compile(config: RunConfig, num_flops: float, device: torch.device, dty
     """
     if config.compile != "auto":
         return config.compile == "true"
-    if not has_compiler() or device.type == "mps":
+    if config.sharding != "none" or not has_compiler() or device.type == "mps":
         return False
     if device.type == "cpu" and not (dtype == torch.bfloat16 and has_fast_bfloat16(device)):
         return False

@@ -108,9 +108,9 @@ class ExampleBatches:
             num_samples=len(own),
         )
 
-    def micro_batches(self, step: int, device: torch.device) -> Iterator[ExampleBatch]:
-        """This rank's share of a step's global batch, `micro_rows` examples at a time."""
-        own = self.numbers(step)[self.ranks.rank :: self.ranks.world_size]
+    def micro_batches(self, step: int, device: torch.device, rank: int) -> Iterator[ExampleBatch]:
+        """A rank's share of a step's global batch, `micro_rows` examples at a time."""
+        own = self.numbers(step)[rank :: self.ranks.world_size]
         yield from _batches(self.samples, own, self.micro_rows, device, self.references)
 
     def describe(self, step: int) -> str:
@@ -131,12 +131,12 @@ class ExampleEvaluation:
         self.micro_rows = micro_rows
         self.references = references
 
-    def batches(self, max_batches: int | None, device: torch.device) -> Iterator[ExampleBatch]:
-        """Up to max_batches over all ranks; None: all."""
+    def batches(self, max_batches: int | None, device: torch.device, rank: int) -> Iterator[ExampleBatch]:
+        """A rank's share of up to max_batches; None: of all."""
         num = len(self.samples) if max_batches is None else min(len(self.samples), max_batches * self.micro_rows)
         chosen = np.unique(np.linspace(0, len(self.samples) - 1, num).round().astype(np.int64)).tolist()
         chosen.sort(key=lambda number: (self.samples[number].num_tokens, number))
-        own = chosen[self.ranks.rank :: self.ranks.world_size]
+        own = chosen[rank :: self.ranks.world_size]
         yield from _batches(self.samples, own, self.micro_rows, device, self.references)
 
 

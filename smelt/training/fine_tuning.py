@@ -54,10 +54,18 @@ from smelt.training.lora_factors import (
 )
 from smelt.training.losses import Loss
 from smelt.training.metrics import RunSummary, Sink
-from smelt.training.optim import Optimizer, cosine_with_warmup
+from smelt.training.optim import cosine_with_warmup
 from smelt.training.parallel import Ranks
 from smelt.training.pretraining import model_files
-from smelt.training.run_setup import Prepared, Started, initial_state, no_progress, run_prepared, unnoticed
+from smelt.training.run_setup import (
+    Prepared,
+    Started,
+    initial_state,
+    no_progress,
+    optimizer_of,
+    run_prepared,
+    unnoticed,
+)
 
 FIGURES = {"supervised": ("accuracy",), "dpo": ("accuracy", "margin")}
 
@@ -223,7 +231,7 @@ def prepare_job(config: FineTuneConfig, base: Base, examples: Examples, ranks: R
     """Put together what the loop needs."""
     model, dtype = base.model, pick_dtype(config.dtype, device)
     weight_files = trained_part(base)
-    optimizer = Optimizer(model.to(device), dtype, config.betas, config.weight_decay, config.grad_clip)
+    optimizer = optimizer_of(config, model, dtype, device, ranks)
     # Before a checkpoint is restored: preferences are measured against the model that the run began with.
     references = {name: first_logprobs(config, model, samples, device) for name, samples in _splits(examples)}
     checkpoint = latest(out_dir_of(config)) if config.init_from == "resume" else None
@@ -311,7 +319,8 @@ def evaluation(
     held = ExampleEvaluation(samples, ranks, config.batch_size, references)
 
     def evaluate(max_batches: int | None) -> Evaluation:
-        return evaluate_batches(model, loss, held.batches(max_batches, device), ranks, device, FIGURES[config.method])
+        batches_of = partial(held.batches, max_batches, device)
+        return evaluate_batches(model, loss, batches_of, ranks, device, FIGURES[config.method])
 
     return evaluate
 

@@ -10,6 +10,7 @@ Shapes: V rows of C numbers.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,6 +108,31 @@ class GradientSum:
         for num, their_ids, theirs in zip(map(int, nums), ids, rows, strict=True):
             table.index_add_(0, their_ids[:num], theirs[:num])
         return True
+
+
+class ShardedSum:
+    """The same for a model in shards, whose gradients torch adds itself: see `sharding`.
+
+    Who has room for whole gradients adds them up alone until the last backward pass (torch's `no_sync`), and keeps the
+    gathered weights until then. Where weights are in shards to save memory, so are gradients after every pass.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks) -> None:
+        self._model = model
+        self._waits = ranks.sharding == "optimizer"
+        self.finish()
+
+    def begin(self) -> None:
+        """The backward pass that comes is the step's last one."""
+        self._set(is_last=True)
+
+    def finish(self) -> None:
+        """Backward has returned when all gradients were added; the next step's passes begin."""
+        self._set(is_last=not self._waits)
+
+    def _set(self, *, is_last: bool) -> None:
+        self._model.set_requires_gradient_sync(is_last)
+        self._model.set_reshard_after_backward(is_last)
 
 
 def large_embeddings(model: nn.Module) -> dict[str, int]:

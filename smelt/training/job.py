@@ -32,8 +32,8 @@ class TrainBatches(Protocol):
         """The size of a step's global batch."""
         ...
 
-    def micro_batches(self, step: int, device: torch.device) -> Iterator[Any]:
-        """This rank's share of it, in pieces as the job's loss takes them."""
+    def micro_batches(self, step: int, device: torch.device, rank: int) -> Iterator[Any]:
+        """A rank's share of it, in pieces as the job's loss takes them. The first rank has the most."""
         ...
 
     def describe(self, step: int) -> str:
@@ -82,15 +82,20 @@ class Job:
 def evaluate_batches(
     model: nn.Module,
     loss: Loss,
-    batches: Iterable[Any],
+    batches_of: Callable[[int], Iterable[Any]],
     ranks: Ranks,
     device: torch.device,
     figures: tuple[str, ...] = (),
 ) -> Evaluation:
-    """The mean loss over the batches of all ranks, and the means of those of its metrics that are sums over targets."""
+    """The mean loss over the batches of all ranks, and the means of those of its metrics that are sums over targets.
+
+    `batches_of` gives those of a rank.
+    """
     sums = torch.zeros(2 + len(figures), dtype=torch.float64)
-    for batch in batches:
+    for batch, counts in ranks.passes(batches_of):
         value = measure(model, batch, loss)
+        if not counts:
+            continue
         shown = [float(value.metrics[name]) for name in figures]
         sums += torch.tensor([float(value.total), value.num_targets, *shown], dtype=torch.float64)
     total, num_targets, *shown = ranks.sum_(sums.to(reducible(device))).tolist()

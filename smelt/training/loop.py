@@ -18,7 +18,7 @@ import torch
 
 from smelt.errors import NonFiniteLoss
 from smelt.models.devices import matmul_peak, synchronize
-from smelt.training.gradient_sum import GradientSum
+from smelt.training.gradient_sum import GradientSum, ShardedSum
 from smelt.training.job import Evaluation, Job
 from smelt.training.metrics import EvalMetrics, Event, RunSummary, StepMetrics
 from smelt.training.step import step
@@ -78,7 +78,9 @@ class Loop:
         first = job.state.step
         self.progress = Progress(first, job.state.best_val_loss, first or None, job.state.num_worse)
         self.started = time.perf_counter()
-        self.gradient_sum = GradientSum(job.model, job.optimizer, job.ranks)
+        self.gradient_sum = (
+            ShardedSum(job.model, job.ranks) if job.ranks.in_step else GradientSum(job.model, job.optimizer, job.ranks)
+        )
         self.peak_flops = matmul_peak(job.device, job.dtype) * job.ranks.world_size
 
     def run(self) -> RunSummary:
@@ -164,14 +166,15 @@ class Loop:
         scale = 1.0 / num_targets
         loss_scale = job.optimizer.loss_scale.value if job.optimizer.loss_scale else 1.0
         totals = torch.zeros(1 + len(job.figures), device=job.device)
-        for batch, is_last in told_the_last(job.train_batches.micro_batches(now, job.device)):
+        own = job.ranks.passes(lambda rank: job.train_batches.micro_batches(now, job.device, rank))
+        for (batch, counts), is_last in told_the_last(own):
             if request.received and job.ranks.world_size == 1:
                 job.optimizer.zero_gradients()
                 return None
             if is_last:
                 self.gradient_sum.begin()
-            value = step(job.model, batch, job.loss, scale * loss_scale)
-            totals += torch.stack([value.total, *(value.metrics[name] for name in job.figures)])
+            value = step(job.model, batch, job.loss, scale * loss_scale * counts)
+            totals += counts * torch.stack([value.total, *(value.metrics[name] for name in job.figures)])
         self.gradient_sum.finish()
         loss, *figures = (total * scale for total in job.ranks.sum_(totals).tolist())
         if not math.isfinite(loss):
@@ -233,6 +236,8 @@ class Loop:
     def _save(self, is_best: bool) -> None:
         job, progress = self.job, self.progress
         progress.last_saved_step = progress.steps_done
+        if job.optimizer.is_sharded:
+            job.checkpoints.gather(job.optimizer, keep=job.ranks.is_main)
         if not job.ranks.is_main:
             return
         scale = job.optimizer.loss_scale

@@ -68,46 +68,54 @@ class LossScale:
 class Optimizer:
     """AdamW with decoupled decay (Loshchilov and Hutter 2019) and global-norm clipping."""
 
+    is_sharded = False  # each rank has all of every tensor
+
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, betas: tuple[float, float], weight_decay: float, grad_clip: float
     ) -> None:
         self.grad_clip = grad_clip
         self.loss_scale = LossScale(65536.0) if dtype == torch.float16 else None
+        self.groups: list[ParameterGroup] = []
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.groups = [
-            flatten({name: p for name, p in named.items() if p.dim() >= 2}, dtype),
-            flatten({name: p for name, p in named.items() if p.dim() < 2}, dtype),
-        ]
+        matrices = self._hold({name: p for name, p in named.items() if p.dim() >= 2}, dtype)
+        vectors = self._hold({name: p for name, p in named.items() if p.dim() < 2}, dtype)
+        self.masters = [*matrices, *vectors]  # fp32, each with its gradient
         self.adamw = torch.optim.AdamW(
-            [
-                {"params": [self.groups[0].masters], "weight_decay": weight_decay},
-                {"params": [self.groups[1].masters], "weight_decay": 0.0},
-            ],
+            [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             betas=betas,
             fused=self.device.type in ("cpu", "cuda"),
         )
         self._prime()
 
+    def _hold(self, parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
+        """The masters of some parameters, and a place for their gradients."""
+        group = flatten(parameters, dtype)
+        self.groups.append(group)
+        return [group.masters]
+
     def _prime(self) -> None:
         """Make AdamW's moments now, so that a checkpoint taken before the first step has them too."""
-        for group in self.groups:
-            state = self.adamw.state[group.masters]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device(group))
-            state["exp_avg"] = torch.zeros_like(group.masters)
-            state["exp_avg_sq"] = torch.zeros_like(group.masters)
+        for masters in self.masters:
+            state = self.adamw.state[masters]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device())
+            state["exp_avg"] = torch.zeros_like(masters)
+            state["exp_avg_sq"] = torch.zeros_like(masters)
 
-    def _step_device(self, group: ParameterGroup) -> torch.device:
-        fused = bool(self.adamw.defaults["fused"])
-        return group.masters.device if fused else torch.device("cpu")
+    def _step_device(self) -> torch.device:
+        return self.device if self.adamw.defaults["fused"] else torch.device("cpu")
 
     @property
     def device(self) -> torch.device:
         """Where masters and moments lie."""
-        return self.groups[0].masters.device
+        return self.masters[0].device
 
     def gradients(self) -> list[Tensor]:
-        """The flat fp32 gradients, for an all-reduce."""
+        """The fp32 gradients that this rank holds; here flat, for an all-reduce."""
         return [group.gradients for group in self.groups]
+
+    def gradient_norm(self) -> float:
+        """The norm of all gradients, as they are."""
+        return math.hypot(*(float(torch.linalg.vector_norm(gradients)) for gradients in self.gradients()))
 
     def step(self, learning_rate: float) -> float | None:
         """Clip, update and clear the gradients; returns their norm before clipping.
@@ -115,7 +123,7 @@ class Optimizer:
         None: the gradients were not finite, so nothing moved (fp16 then goes on with a smaller loss scale).
         """
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        norm = math.hypot(*(float(torch.linalg.vector_norm(gradients)) for gradients in self.gradients())) / scale
+        norm = self.gradient_norm() / scale
         finite = math.isfinite(norm)
         if finite:
             clip = self.grad_clip / norm if 0 < self.grad_clip < norm else 1.0
@@ -147,7 +155,7 @@ class Optimizer:
             gradients.zero_()
 
     def buffers(self) -> dict[str, Tensor]:
-        """Every flat tensor that a checkpoint must hold, by a stable name."""
+        """Every tensor that a checkpoint must hold, by a stable name: here the flat ones."""
         found: dict[str, Tensor] = {}
         for index, group in enumerate(self.groups):
             state = self.adamw.state[group.masters]
@@ -159,12 +167,12 @@ class Optimizer:
     @property
     def num_steps(self) -> int:
         """Updates so far, which AdamW's bias correction depends on."""
-        return int(self.adamw.state[self.groups[0].masters]["step"])
+        return int(self.adamw.state[self.masters[0]]["step"])
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
-        for group in self.groups:
-            self.adamw.state[group.masters]["step"].fill_(value)
+        for masters in self.masters:
+            self.adamw.state[masters]["step"].fill_(value)
 
     def named(self, buffers: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """One kind (`masters`, `exp_avg` or `exp_avg_sq`) of copied or own buffers as tensors by parameter name."""
@@ -173,6 +181,14 @@ class Optimizer:
             for index, group in enumerate(self.groups)
             for name, tensor in group.views(buffers[f"{index}.{kind}"]).items()
         }
+
+    def whole(self, held: Tensor) -> Tensor:
+        """All of a tensor of `buffers`, on this rank's device."""
+        return held
+
+    def fill(self, held: Tensor, whole: Tensor) -> None:
+        """Put what this rank holds of a whole tensor into one of `named(buffers(), ...)`."""
+        held.copy_(whole)
 
 
 def flatten(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> ParameterGroup:

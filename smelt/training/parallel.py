@@ -2,10 +2,12 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from smelt.errors import ConfigError, LostRank
 
 TIMEOUT = timedelta(seconds=120)  # a lost rank ends the others instead of leaving them waiting
 PATIENCE = timedelta(days=1)  # while rank 0 downloads and tokenizes; whoever starts ranks ends them where one dies
+T = TypeVar("T")
 RENDEZVOUS = "SMELT_RENDEZVOUS"  # where ranks of our own launcher meet; torchrun's meet where its variables say
 
 
@@ -26,11 +29,30 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    sharding: str = "none"  # as the run's config has it
 
     @property
     def is_main(self) -> bool:
         """Rank 0 alone logs and writes."""
         return self.rank == 0
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every pass is one of all ranks, because each holds only a part of the weights or of the optimizer."""
+        return self.world_size > 1 and self.sharding != "none"
+
+    def passes(self, batches_of: Callable[[int], Iterable[T]]) -> Iterator[tuple[T, bool]]:
+        """The batches of this rank, and whether they count; `batches_of` gives those of any rank.
+
+        The first rank has the most. Where all must be in step, who has fewer goes through the first one's again, and
+        these do not count.
+        """
+        if not self.in_step or self.is_main:
+            yield from ((batch, True) for batch in batches_of(self.rank))
+            return
+        for own, of_first in zip_longest(batches_of(self.rank), batches_of(0)):
+            assert of_first is not None, "rows are dealt out beginning with the first rank"
+            yield (of_first, False) if own is None else (own, True)
 
     def rows(self, global_rows: int) -> slice:
         """This rank's share of a global batch. ConfigError where it cannot be shared equally."""
@@ -61,16 +83,26 @@ class Ranks:
 
 
 @contextmanager
-def lost_ranks_explained() -> Iterator[None]:
-    """LostRank in place of what the backends raise when another rank does not answer."""
+def lost_ranks_explained(*, among_others: bool = False) -> Iterator[None]:
+    """LostRank in place of what the backends raise when another rank does not answer.
+
+    `among_others`: the block does more than to talk to other ranks, so a RuntimeError may be about something else.
+    """
     try:
         yield
     except RuntimeError as error:
+        if among_others and not is_of_backend(error):
+            raise
         reason = str(error).strip().splitlines()[0][:200]
         raise LostRank(
             f"another rank has ended or cannot be reached ({reason}); what it said last tells why. "
             f"Continue from the last checkpoint with --init-from resume"
         ) from error
+
+
+def is_of_backend(error: RuntimeError) -> bool:
+    """Whether it is about talking to other ranks: NCCL and the stores have a class of their own, gloo its name."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def describe_rank(rank: int, num_ranks: int, rendezvous: str) -> None:
@@ -87,7 +119,7 @@ def describe_rank(rank: int, num_ranks: int, rendezvous: str) -> None:
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
-def read_ranks(num_asked: int = 1) -> Ranks:
+def read_ranks(num_asked: int = 1, sharding: str = "none") -> Ranks:
     """The ranks that torchrun or our launcher describe in the environment; a single one without them.
 
     ConfigError where a config asks for several and nobody has started them.
@@ -101,6 +133,7 @@ def read_ranks(num_asked: int = 1) -> Ranks:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        sharding=sharding,
     )
 
 

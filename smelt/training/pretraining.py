@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,9 +35,17 @@ from smelt.training.compiling import compiled, wants_compile
 from smelt.training.job import Evaluation, Job, evaluate_batches
 from smelt.training.losses import on_tokens
 from smelt.training.metrics import RunSummary, Sink
-from smelt.training.optim import Optimizer, cosine_with_warmup
+from smelt.training.optim import cosine_with_warmup
 from smelt.training.parallel import Ranks
-from smelt.training.run_setup import Prepared, Started, initial_state, no_progress, run_prepared, unnoticed
+from smelt.training.run_setup import (
+    Prepared,
+    Started,
+    initial_state,
+    no_progress,
+    optimizer_of,
+    run_prepared,
+    unnoticed,
+)
 
 SHAPE_FIELDS = ("preset", "n_layer", "n_head", "n_embd")
 FINAL_EVAL_TOKENS = 500_000  # the last evaluation takes the whole validation split, or this much of a huge one
@@ -87,7 +96,7 @@ def prepare_job(
     num_rows = config.batch_size * config.gradient_accumulation_steps
     train, val = dataset.split("train"), dataset.split("val")
     order = BlockOrder(train.num_tokens, block_size, config.seed)
-    optimizer = Optimizer(model.to(device), dtype, config.betas, config.weight_decay, config.grad_clip)
+    optimizer = optimizer_of(config, model, dtype, device, ranks)
     weight_files = model_files(model.config, dataset.tokenizer)
     checkpoint = start.checkpoint if start else None
     resumed = restore(checkpoint, weight_files, optimizer) if checkpoint else None
@@ -101,7 +110,7 @@ def prepare_job(
 
     def evaluate(max_batches: int | None) -> Evaluation:
         # Never compiled: evaluation has batches of other sizes.
-        return evaluate_batches(model, loss, eval_batches.batches(max_batches, device), ranks, device)
+        return evaluate_batches(model, loss, partial(eval_batches.batches, max_batches, device), ranks, device)
 
     job = Job(
         config=config,

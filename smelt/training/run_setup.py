@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 import torch
+from torch import nn
 
 from smelt.configs import RUN_CONFIG, RUN_LOCK, RUN_LOG, RUN_METRICS, write_config_file
 from smelt.errors import AlreadyExists, CheckpointError, OutOfSpace
@@ -22,7 +23,8 @@ from smelt.training.checkpoint import TrainState, read_state
 from smelt.training.job import Job
 from smelt.training.loop import Loop
 from smelt.training.metrics import Event, Note, RunInfo, RunSummary, Sink
-from smelt.training.parallel import Ranks, join, read_ranks, threads_per_rank
+from smelt.training.optim import Optimizer
+from smelt.training.parallel import Ranks, join, lost_ranks_explained, read_ranks, threads_per_rank
 from smelt.training.sinks import endings_noted, jsonl_sink, log_sink, tensorboard_sink, wandb_sink
 
 # Readers of a run take its lock for a moment to see whether it is held.
@@ -64,11 +66,11 @@ def run_prepared(
     now this run's. Raises what `prepare` raises; AlreadyExists and OutOfSpace before the first step; NonFiniteLoss,
     OutOfSpace and CheckpointError later on.
     """
-    ranks = read_ranks(config.ranks)
+    ranks = read_ranks(config.ranks, config.sharding)
     torch.set_num_threads(threads_per_rank(ranks, config.threads))
     device = rank_device(config, ranks)
     config = config.replace(out_dir=str(out_dir_of(config)))
-    with join(ranks, device), own_folder(config, ranks, started):
+    with join(ranks, device), own_folder(config, ranks, started), lost_ranks_explained(among_others=True):
         prepared = prepare(config, ranks, device)
         job = prepared.job
         if ranks.is_main and not config.eval_only:
@@ -165,6 +167,23 @@ def info_of(prepared: Prepared) -> RunInfo:
     )
 
 
+def optimizer_of(
+    config: RunConfig, model: nn.Module, dtype: torch.dtype, device: torch.device, ranks: Ranks
+) -> Optimizer:
+    """The optimizer of a model, which it moves to the device; of this rank's part of it where the config asks for that.
+
+    Whoever makes it holds on to no parameter of the model from before.
+    """
+    settings = (dtype, config.betas, config.weight_decay, config.grad_clip)
+    if not ranks.in_step:
+        return Optimizer(model.to(device), *settings)
+    # Half a second to import, and most runs need none of it.
+    from smelt.training.sharding import ShardedOptimizer, shard  # noqa: PLC0415
+
+    shard(model, dtype, device, ranks)
+    return ShardedOptimizer(model, *settings)
+
+
 def initial_state(
     config: RunConfig,
     dataset: tuple[str, str],
@@ -194,11 +213,12 @@ def initial_state(
         threads=torch.get_num_threads(),
         world_size=ranks.world_size,
         torch_version=torch.__version__,
+        sharding=ranks.sharding if ranks.in_step else "none",
     )
     if resumed is None:
         return now
     # Compiled and eager code differ in bits, so a resumed run goes on as it began unless told otherwise.
-    keeps_compiled = resumed.compiled if config.compile == "auto" else now.compiled
+    keeps_compiled = resumed.compiled if config.compile == "auto" and config.sharding == "none" else now.compiled
     return replace(
         now,
         compiled=keeps_compiled,
@@ -214,7 +234,7 @@ def inexact_differences(checkpoint: Path | None, now: TrainState) -> list[Note]:
     if checkpoint is None:
         return []
     before = read_state(checkpoint)
-    names = ("dtype", "threads", "world_size", "torch_version", "compiled")
+    names = ("dtype", "threads", "world_size", "sharding", "torch_version", "compiled")
     changed = [
         f"{name} was {getattr(before, name)}, is {getattr(now, name)}"
         for name in names

@@ -59,7 +59,7 @@ def score(
 
     started = time.perf_counter()
     with torch.inference_mode():
-        found = evaluate_batches(model, supervised, batches(), Ranks(), device, ("accuracy",))
+        found = evaluate_batches(model, supervised, lambda _rank: batches(), Ranks(), device, ("accuracy",))
     seconds = time.perf_counter() - started
     return Score(
         loss=found.loss,

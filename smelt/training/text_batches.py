@@ -53,9 +53,9 @@ class TextBatches:
         numbers = self.numbers(step)
         return BatchSize(len(numbers), sum(len(self.texts[number]) for number in numbers), len(numbers))
 
-    def micro_batches(self, step: int, device: torch.device) -> Iterator[Batch]:
-        """This rank's share of it, the longest texts first."""
-        own = by_length(self.texts, self.numbers(step))[self.ranks.rank :: self.ranks.world_size]
+    def micro_batches(self, step: int, device: torch.device, rank: int) -> Iterator[Batch]:
+        """A rank's share of it, the longest texts first."""
+        own = by_length(self.texts, self.numbers(step))[rank :: self.ranks.world_size]
         return packed(self.texts, self.labels, own, self.micro_texts, device)
 
     def describe(self, step: int) -> str:

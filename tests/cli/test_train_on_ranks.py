@@ -78,12 +78,14 @@ def ranks_of(process: Process) -> list[int]:
     return [pid for child in children_of(process.pid) for pid in children_of(child)]
 
 
-def test_two_ranks_then_one_then_two_have_the_losses_of_one(folder: Path) -> None:
+@pytest.mark.parametrize(("sharding", "differs"), [("none", ""), ("full", "; sharding was none, is full")])
+def test_two_ranks_then_one_then_two_have_the_losses_of_one(folder: Path, sharding: str, differs: str) -> None:
     finish(start(folder, "alone"))
-    assert "on 2 ranks" in finish(start(folder, "changing", "--ranks", "2", max_iters=5))
+    assert "on 2 ranks" in finish(start(folder, "changing", "--ranks", "2", max_iters=5, sharding=sharding))
     finish(start(folder, "changing", "--init-from", "resume", "--ranks", "1", "--max-iters", "9"))
-    said = finish(start(folder, "changing", "--init-from", "resume", "--ranks", "2", "--max-iters", "12"))
-    assert "resuming, but not bit for bit: world_size was 1, is 2" in said
+    resume = ("--init-from", "resume", "--ranks", "2", "--sharding", sharding)
+    said = finish(start(folder, "changing", *resume, "--max-iters", "12"))
+    assert f"resuming, but not bit for bit: world_size was 1, is 2{differs}\n" in said
     assert list(losses(folder, "alone")) == list(range(1, 13))
     assert losses(folder, "changing") == pytest.approx(losses(folder, "alone"), abs=1e-5)
 
@@ -104,8 +106,9 @@ def test_ctrl_c_before_the_first_step_is_no_death(folder: Path) -> None:
     assert "died" not in finish(process, 130)
 
 
-def test_a_killed_rank_does_not_end_the_run_and_a_killed_starter_does(folder: Path) -> None:
-    process = start(folder, "killed", "--ranks", "2", **FOREVER)
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_killed_rank_does_not_end_the_run_and_a_killed_starter_does(folder: Path, sharding: str) -> None:
+    process = start(folder, "killed", "--ranks", "2", **FOREVER, sharding=sharding)
     reached = checkpoint(folder, "killed")
     killed = max(ranks_of(process))
     os.kill(killed, signal.SIGKILL)

@@ -177,7 +177,7 @@ def batches(rank: int = 0, world_size: int = 1, num_texts: int = 8, micro: int =
 
 
 def seen(part: TextBatches, step: int) -> list[int]:
-    pieces = list(part.micro_batches(step, torch.device("cpu")))
+    pieces = list(part.micro_batches(step, torch.device("cpu"), part.ranks.rank))
     return [int(piece.tokens[0][piece.positions[0] == 0][i]) for piece in pieces for i in range(piece.num_targets)]
 
 

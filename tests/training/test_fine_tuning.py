@@ -169,10 +169,10 @@ def test_each_epoch_sees_every_example_once_and_ranks_share_them() -> None:
     epochs = [sorted(n for step in range(first, first + 3) for n in alone.numbers(step)) for first in (0, 3)]
     assert epochs == [list(range(12))] * 2
     assert alone.numbers(0) != alone.numbers(3), "the epochs' orders differ"
-    shared = [ExampleBatches(samples, Ranks(rank, 2), 4, 2, seed=3) for rank in range(2)]
-    whole = sum(batch.row.tokens.numel() for batch in alone.micro_batches(1, CPU))
+    shared = ExampleBatches(samples, Ranks(0, 2), 4, 2, seed=3)
+    whole = sum(batch.row.tokens.numel() for batch in alone.micro_batches(1, CPU, 0))
     assert whole == alone.size(1).num_tokens
-    parts = [sum(b.row.tokens.numel() for b in each.micro_batches(1, CPU)) for each in shared]
+    parts = [sum(b.row.tokens.numel() for b in shared.micro_batches(1, CPU, rank)) for rank in range(2)]
     assert sum(parts) == whole
     assert abs(parts[0] - parts[1]) <= 4
     assert "line " in alone.describe(0)

@@ -1,18 +1,17 @@
 """The sum of gradients over ranks against one process that sees all rows; what a lost rank looks like."""
 
-import multiprocessing
 import os
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ranks import on_two_ranks
 from smelt.errors import LostRank
 from smelt.training.gradient_sum import BUCKET_BYTES, GradientSum, buckets_of, large_embeddings
 from smelt.training.optim import Optimizer, flatten
-from smelt.training.parallel import Ranks, describe_rank, join, lost_ranks_explained, read_ranks, threads_per_rank
+from smelt.training.parallel import Ranks, join, lost_ranks_explained, read_ranks, threads_per_rank
 
 WIDTH = 1500  # three layers of 9 MB, so that there are several buckets
 
@@ -55,46 +54,19 @@ def summed(ranks: Ranks, dtype: torch.dtype, num_steps: int = 2) -> list[torch.T
     return [gradients.clone() for gradients in optimizer.gradients()]
 
 
-def rank_main(rank: int, rendezvous: str, dtype: torch.dtype, leaves_early: bool, answer: Connection) -> None:
-    describe_rank(rank, 2, rendezvous)
+def work(dtype: torch.dtype, leaves_early: bool) -> object:
+    """What a rank sends; a rank that leaves early says nothing, and the other what became of it then."""
     ranks = read_ranks()
-    with join(ranks, torch.device("cpu")):
-        if not leaves_early:
-            answer.send([tensor.numpy() for tensor in summed(ranks, dtype)])
-        elif rank == 1:
-            os._exit(1)
-        else:
-            try:
-                summed(ranks, dtype)
-            except LostRank as error:
-                answer.send(str(error))
-                os._exit(0)  # no barrier with a rank that is gone
-
-
-def on_two_ranks(folder: Path, dtype: torch.dtype, leaves_early: bool = False) -> list[object]:
-    """What each rank sends; None of one that says nothing."""
-    context = multiprocessing.get_context("spawn")
-    processes, answers = [], []
-    for rank in range(2):
-        receiver, sender = context.Pipe(duplex=False)
-        given = (rank, (folder / "meeting").as_uri(), dtype, leaves_early, sender)
-        process = context.Process(target=rank_main, args=given)
-        process.start()
-        sender.close()
-        processes.append(process)
-        answers.append(receiver)
-    heard = [receive(answer) for answer in answers]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode is not None
-    return heard
-
-
-def receive(answer: Connection) -> object:
+    if not leaves_early:
+        with join(ranks, torch.device("cpu")):
+            return [tensor.numpy() for tensor in summed(ranks, dtype)]
     try:
-        return answer.recv() if answer.poll(120) else None
-    except EOFError:
-        return None
+        with join(ranks, torch.device("cpu")):
+            if ranks.rank == 1:
+                os._exit(1)
+            return summed(ranks, dtype)
+    except LostRank as error:
+        return str(error)
 
 
 @pytest.mark.slow
@@ -102,7 +74,7 @@ def receive(answer: Connection) -> object:
 def test_two_ranks_have_the_gradients_of_one(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     """In bf16 too: each row's gradient is rounded alone, and added in fp32, however many ranks there are."""
     alone = summed(Ranks(), dtype)
-    one, other = on_two_ranks(tmp_path, dtype)
+    one, other = on_two_ranks(tmp_path, work, dtype, False)
     for index, expected in enumerate(alone):
         for found in (one, other):
             tensor = torch.from_numpy(found[index])  # type: ignore[index]
@@ -112,7 +84,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path: Path, dtype: torch.dtype,
 
 @pytest.mark.slow
 def test_a_rank_that_is_gone_is_named_as_the_reason(tmp_path: Path) -> None:
-    heard, nothing = on_two_ranks(tmp_path, torch.float32, leaves_early=True)
+    heard, nothing = on_two_ranks(tmp_path, work, torch.float32, True)
     assert nothing is None
     assert "another rank has ended or cannot be reached" in str(heard)
     assert "--init-from resume" in str(heard)
@@ -149,3 +121,11 @@ def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
 def test_other_errors_of_the_machine_pass_the_explanation() -> None:
     with pytest.raises(KeyError), lost_ranks_explained():
         raise KeyError("no rank's fault")
+    with pytest.raises(RuntimeError, match="no memory"), lost_ranks_explained(among_others=True):
+        raise RuntimeError("no memory")
+    for error in (
+        RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"),
+        torch.distributed.DistBackendError("NCCL"),
+    ):
+        with pytest.raises(LostRank), lost_ranks_explained(among_others=True):
+            raise error

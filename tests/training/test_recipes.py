@@ -267,10 +267,13 @@ def test_compiled_training_learns_the_same(lab: Lab) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_two_ranks_train_as_one_process_does(lab: Lab, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    ("accumulation", "sharding"),
+    [(1, "none"), (3, "none"), (1, "full"), (4, "full"), (1, "optimizer"), (4, "optimizer")],
+)
+def test_two_ranks_train_as_one_process_does(lab: Lab, accumulation: int, sharding: str) -> None:
     changes = {"max_iters": 10, "dropout": 0.0, "gradient_accumulation_steps": accumulation}
-    config = lab.config("two", **changes)
+    config = lab.config("two", **changes, sharding=sharding)
     lab.train(lab.config("one", **changes))
     lab.folder.joinpath("run.json").write_text(config.model_dump_json())
     train_on_two_ranks(["--config", str(lab.folder / "run.json")], lab.folder, OMP_NUM_THREADS="1")

@@ -94,6 +94,16 @@ def test_rows_that_cannot_be_shared_are_refused() -> None:
         Ranks(0, 4).rows(10)
 
 
+def test_shards_have_every_rank_in_every_pass() -> None:
+    shares = [["a", "b"], ["c"]]
+    plain = [list(Ranks(rank, 2).passes(shares.__getitem__)) for rank in range(2)]
+    assert plain == [[("a", True), ("b", True)], [("c", True)]]
+    sharded = [list(Ranks(rank, 2, sharding="full").passes(shares.__getitem__)) for rank in range(2)]
+    assert sharded == [plain[0], [("c", True), ("b", False)]]
+    assert list(Ranks(1, 2, sharding="full").passes([["a"], []].__getitem__)) == [("a", False)]
+    assert not Ranks(sharding="full").in_step, "one rank holds everything"
+
+
 def test_wandb_receives_losses_and_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Against a stand-in: the service itself needs a network and an account."""
     logged: list[tuple[int, dict[str, float]]] = []
