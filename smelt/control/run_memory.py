@@ -84,7 +84,7 @@ def wait_for_memory(
 
 def remedy(work: Workload, smaller: Workload) -> str:
     """The settings that differ, as one would give them."""
-    names = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+    names = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "sharding")
     changed = [
         f"{name}={getattr(smaller, name)}".lower() for name in names if getattr(smaller, name) != getattr(work, name)
     ]
@@ -120,6 +120,8 @@ def workload(config: RunConfig, settings: Settings) -> Workload | None:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
         num_trained=num_trained,
+        num_ranks=config.ranks,
+        sharding=config.sharding,
     )
 
 

@@ -13,6 +13,7 @@ from smelt.models.footprint import DTYPE_BYTES
 GIB = 2**30
 PROCESS_BYTES = 380 * 2**20  # Python, torch and its threads, before there is any model
 WRITTEN_OUT_TOKENS = 512  # up to which rows in bf16 on a CPU hold their attention scores
+SHARDINGS = ("none", "optimizer", "full")  # each holds less than the one before, and sends more
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,18 @@ class Workload:
     gradient_checkpointing: bool = False
     num_trained: int | None = None
     on_cpu: bool = True
+    num_ranks: int = 1
+    sharding: str = "none"
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows in a forward pass of one rank."""
+        return min(self.batch_size, max(1, self.batch_size * self.gradient_accumulation_steps // self.num_ranks))
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts each tensor is cut."""
+        return self.num_ranks if self.sharding != "none" else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +64,12 @@ class TrainingFootprint:
 
 
 def training_footprint(work: Workload) -> TrainingFootprint:
-    """What a run takes on its device; on a CPU the copies of a checkpoint lie there too."""
+    """What each rank of a run takes on its device.
+
+    On a CPU the copies of a checkpoint lie there too: those that the first rank makes, as each one's share.
+    """
+    if work.num_parts > 1:
+        return _in_parts(work)
     num_all = work.shape.num_parameters
     num_trained = num_all if work.num_trained is None else work.num_trained
     rounded = 0 if work.dtype == "float32" else DTYPE_BYTES[work.dtype]
@@ -61,14 +79,37 @@ def training_footprint(work: Workload) -> TrainingFootprint:
         gradients=4 * num_trained,
         moments=8 * num_trained,
         activations=activation_bytes(work),
-        checkpoint=12 * num_trained if work.on_cpu else 0,
+        checkpoint=12 * num_trained // work.num_ranks if work.on_cpu else 0,
+    )
+
+
+def _in_parts(work: Workload) -> TrainingFootprint:
+    """The same of sharded weights: a rank's part, and what is gathered and summed beside it."""
+    num_all, num_parts, size = work.shape.num_parameters, work.num_parts, DTYPE_BYTES[work.dtype]
+    num_trained = num_all if work.num_trained is None else work.num_trained
+    block = work.shape.replace(n_layer=work.shape.n_layer + 1).num_parameters - num_all
+    outside = num_all - work.shape.n_layer * block
+    gathered = min(num_all, outside + 2 * block) if work.sharding == "full" else num_all  # the next block comes early
+    waits = work.sharding == "optimizer" and work.gradient_accumulation_steps > work.num_ranks
+    unsummed = 4 * num_trained if waits else min(num_trained, outside + block) * (size + 4)
+    whole = 4 * num_trained + (num_all - num_trained) * size
+    activations = activation_bytes(work)
+    beside = gathered * size
+    if work.on_cpu:  # before it computes each rank makes or reads all weights, and keeps its part
+        beside = max(beside, whole - unsummed - activations)
+    return TrainingFootprint(
+        weights=whole // num_parts + beside,
+        gradients=4 * num_trained // num_parts + unsummed,
+        moments=8 * num_trained // num_parts,
+        activations=activations,
+        checkpoint=12 * num_trained // num_parts if work.on_cpu else 0,
     )
 
 
 def activation_bytes(work: Workload) -> int:
     """What one forward pass leaves for backward, and what the loss holds when backward begins."""
     shape, size = work.shape, DTYPE_BYTES[work.dtype]
-    num_tokens = work.batch_size * work.block_size
+    num_tokens = work.rows_at_once * work.block_size
     inside = _block_bytes_per_token(work)
     kept = shape.n_embd * size  # the residual stream between blocks
     layers = shape.n_layer * kept + inside if work.gradient_checkpointing else shape.n_layer * (kept + inside)
@@ -92,8 +133,13 @@ def _block_bytes_per_token(work: Workload) -> int:
 
 
 def fitting(work: Workload, num_bytes: int) -> Workload | None:
-    """The nearest settings of the same global batch that fit; None where not even a row at a time does."""
-    return next((each for each in _smaller(work) if training_footprint(each).total <= num_bytes), None)
+    """The nearest settings of the same global batch that fit; None where not even a row at a time does.
+
+    Ranks that are there anyway may hold parts, which is asked for last.
+    """
+    shardings = SHARDINGS[SHARDINGS.index(work.sharding) :] if work.num_ranks > 1 else (work.sharding,)
+    candidates = (each for sharding in shardings for each in _smaller(replace(work, sharding=sharding)))
+    return next((each for each in candidates if training_footprint(each).total <= num_bytes), None)
 
 
 def _smaller(work: Workload) -> Iterator[Workload]:

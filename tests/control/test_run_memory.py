@@ -62,6 +62,17 @@ def test_ranks_share_the_memory(settings: Settings, monkeypatch: pytest.MonkeyPa
         check_memory(config_of({"data_path": "builtin:pydoc", **config, "ranks": 4}), settings, "cpu")
 
 
+def test_ranks_that_cannot_hold_copies_are_told_to_hold_parts(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = {"n_layer": 48, "n_embd": 2048, "n_head": 16, "block_size": 64, "batch_size": 4, "ranks": 4}
+    set_memory(monkeypatch, 140 * GIB)
+    with pytest.raises(InvalidInput, match=r"for each of 4 ranks; it fits, .*sharding=(optimizer|full)") as refusal:
+        check_memory(pretraining(**deep), settings, "cpu")
+    words = dict(part.split("=") for part in str(refusal.value).partition(" steps, with ")[2].split(", "))
+    check_memory(pretraining(**{**deep, **words}), settings, "cpu")
+
+
 def test_the_shape_is_the_models_and_the_vocabulary_the_datasets(settings: Settings) -> None:
     shape = DecoderConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=8)
     write_model(shape, random_state(shape), settings.models / "tiny")

@@ -50,6 +50,45 @@ def test_settings_that_fit_keep_the_steps_as_they_are() -> None:
     assert odd.batch_size * odd.gradient_accumulation_steps == 15
 
 
+def test_parts_are_counted_to_the_byte() -> None:
+    num = SHAPE.num_parameters
+    alone, shared = training_footprint(WORK), training_footprint(replace(WORK, num_ranks=4))
+    assert (shared.weights, shared.gradients, shared.moments) == (alone.weights, alone.gradients, alone.moments)
+    assert (shared.activations, shared.checkpoint) == (alone.activations // 4, alone.checkpoint // 4)
+    full = training_footprint(replace(WORK, num_ranks=4, sharding="full"))
+    assert (full.moments, full.checkpoint, full.activations) == (2 * num, 3 * num, shared.activations)
+    on_gpus = replace(WORK, num_ranks=4, sharding="full", on_cpu=False, dtype="bfloat16")
+    block = (SHAPE.replace(n_layer=8).num_parameters - num) // 4
+    outside = num - 4 * block
+    found = training_footprint(on_gpus)
+    assert (found.weights, found.gradients) == (num + 2 * (outside + 2 * block), num + 6 * (outside + block))
+    whole = training_footprint(replace(on_gpus, sharding="optimizer"))
+    assert (whole.weights, whole.gradients) == (num + 2 * num, found.gradients)
+    waiting = replace(on_gpus, sharding="optimizer", gradient_accumulation_steps=8)
+    assert training_footprint(waiting).gradients == num + 4 * num
+    assert training_footprint(replace(WORK, sharding="full")) == alone, "one rank holds everything"
+    adapter = training_footprint(replace(on_gpus, num_trained=1000))
+    assert (adapter.moments, adapter.gradients) == (2000, 1000 + 6000)
+    assert adapter.weights == (2 * (num - 1000) + 4000) // 4 + 2 * (outside + 2 * block)
+
+
+def test_ranks_hold_parts_where_nothing_else_fits() -> None:
+    deep = replace(WORK, shape=SHAPE.replace(n_layer=32, n_embd=1024), num_ranks=4)
+    least = training_footprint(replace(deep, batch_size=1, gradient_checkpointing=True)).total
+    found = fitting(deep, least - 1)
+    assert found is not None
+    assert found.sharding == "optimizer"
+    assert found.batch_size * found.gradient_accumulation_steps == 16
+    assert fitting(deep, least).sharding == "none"  # type: ignore[union-attr]
+    assert fitting(replace(deep, num_ranks=1), least - 1) is None
+    two = replace(deep, num_ranks=2, batch_size=1, gradient_accumulation_steps=16, gradient_checkpointing=True)
+    found = fitting(two, training_footprint(two).total - 1)
+    assert found is not None
+    assert found.sharding == "full", "of two in fp32 whole gradients and gathered weights take what the parts save"
+    in_parts = replace(deep, sharding="full")
+    assert fitting(in_parts, training_footprint(in_parts).total) == in_parts
+
+
 TRAINS = """
 import json, sys
 from pathlib import Path
