@@ -35,9 +35,8 @@ def test_every_field_is_a_flag_in_kebab_case_and_with_underscores() -> None:
         field = TrainConfig.model_fields[name]
         assert field.description, name
         kebab = name.replace("_", "-")
-        sample = {"betas": "0.8,0.9", "compile": "true", "dtype": "float32", "preset": "nano", "sharding": "full"}.get(
-            name
-        )
+        words = {"compile": "true", "dtype": "float32", "preset": "nano", "sharding": "full", "betas": "0.8,0.9"}
+        sample = words.get(name)
         sample = sample or ("true" if field.annotation is bool else "1" if name != "dropout" else "0.1")
         if name in ("train_val_split",):
             sample = "0.5"

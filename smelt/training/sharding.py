@@ -5,7 +5,9 @@ model's dtype; after its backward pass every rank is given the sum of its part o
 the fp32 masters themselves, so there is nothing else to round or to copy.
 """
 
+import ctypes
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,17 @@ from smelt.models.layers import Block
 from smelt.training.optim import Optimizer
 from smelt.training.parallel import Ranks
 
+M_MMAP_THRESHOLD = -3  # as in malloc.h
+LARGE_BYTES = 2**20
+
 
 def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> None:
     """Leave this rank its part of an fp32 model, moved to its device; a block's weights are gathered together.
 
     What is not in a block, such as the embedding, stays gathered from the forward pass to the end of the backward pass.
     """
+    if device.type == "cpu":
+        give_large_memory_back()
     mesh = init_device_mesh(device.type, (ranks.world_size,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -36,6 +43,13 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, ranks: Ran
         # Each rank's loss is divided by the targets of all ranks: the gradients are to be added, which gloo can do.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def give_large_memory_back() -> None:
+    """Have glibc return what is freed to the system, where it learns to keep gathered weights that others could use."""
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def gathered_together(model: nn.Module) -> list[FSDPModule]:

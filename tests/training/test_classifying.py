@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 import smelt
 from classifiers import save_reference
+from ranks import on_two_ranks
 from smelt.data.hf_tokenizer import read_huggingface_tokenizer
 from smelt.data.text_ids import TextIds
 from smelt.errors import CheckpointError, ConfigError, DataError, TokenizerError
@@ -104,6 +106,33 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, data: dict[str, str]) -
     assert smelt.train(values).step == 36
     resumed, whole = weights_of(tmp_path / "parts" / "last"), weights_of(tmp_path / "whole2" / "last")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def train_in_folder(folder: str, values: dict[str, Any]) -> None:
+    os.environ["SMELT_HOME"] = folder
+    smelt.train(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sharding"), [("scratch", "full"), ("distilbert", "full"), ("llama", "optimizer")])
+def test_two_ranks_with_parts_learn_as_one_process_does(
+    tmp_path: Path, data: dict[str, str], kind: str, sharding: str
+) -> None:
+    """A step has 5 texts, an epoch's last one 1: so a rank has fewer passes than the other, or none of its own."""
+    values = {**SMALL, **data, "batch_size": 1, "gradient_accumulation_steps": 5, "epochs": 2, "dropout": 0.0}
+    values |= {"dtype": "float32", "max_length": 16}
+    if kind != "scratch":
+        save_reference(kind, tmp_path / kind)
+        word_level_tokenizer(tmp_path / kind)
+        values |= {"model": str(tmp_path / kind), "learning_rate": 1e-3}
+    smelt.train({**values, "out_dir": str(tmp_path / "one")})
+    shared_values = {**values, "out_dir": str(tmp_path / "two"), "sharding": sharding}
+    on_two_ranks(tmp_path, train_in_folder, str(tmp_path / "home"), shared_values)
+    for name in ("loss", "val_loss"):
+        alone, shared = ([line[name] for line in metrics_of(tmp_path / out) if name in line] for out in ("one", "two"))
+        assert shared == pytest.approx(alone, abs=1e-5)
+    whole, parts = weights_of(tmp_path / "one" / "last"), weights_of(tmp_path / "two" / "last")
+    assert whole.keys() == parts.keys()
 
 
 def test_other_data_is_not_gone_on_with(tmp_path: Path, data: dict[str, str]) -> None:

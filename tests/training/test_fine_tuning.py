@@ -312,10 +312,26 @@ def test_a_dataset_holds_texts_and_wins_over_a_file_of_its_name(lab: Lab, monkey
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_as_one_process_does(lab: Lab) -> None:
-    changes: dict[str, Any] = {"batch_size": 3, "gradient_accumulation_steps": 2, "train_val_split": 0.25}
+@pytest.mark.parametrize(
+    ("sharding", "changes"),
+    [("none", {}), ("full", {}), ("optimizer", {"lora": False}), ("full", {"method": "dpo", "batch_size": 1})],
+)
+def test_two_ranks_learn_as_one_process_does(lab: Lab, sharding: str, changes: dict[str, Any]) -> None:
+    """With shards both go through as many passes, though 9 examples and 3 of validation are not shared equally."""
+    if "method" in changes:
+        answers = [("x", "uv"), ("xy", "uvuv"), ("xyz", "u")] * 4
+        pairs = [
+            {
+                "input": {"messages": [{"role": "user", "content": "a"}]},
+                "preferred_output": [{"role": "assistant", "content": chosen}],
+                "non_preferred_output": [{"role": "assistant", "content": rejected}],
+            }
+            for chosen, rejected in answers
+        ]
+        changes = {**changes, "data": lab.write("pairs.jsonl", pairs)}
+    changes = {"batch_size": 2, "gradient_accumulation_steps": 5, "train_val_split": 0.25, **changes}
     lab.run(lab.config("one", **changes))
-    lab.folder.joinpath("run.json").write_text(lab.config("two", **changes).model_dump_json())
+    lab.folder.joinpath("run.json").write_text(lab.config("two", **changes, sharding=sharding).model_dump_json())
     train_on_two_ranks(["--config", str(lab.folder / "run.json")], lab.folder, OMP_NUM_THREADS="1")
     for kind, name in (("step", "loss"), ("evaluation", "val_loss")):
         alone, shared = ([row[name] for row in lab.rows(out, kind)] for out in ("one", "two"))
