@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from processes import needs_proc
 from ranks import on_two_ranks
 from smelt.configs import DecoderConfig
 from smelt.errors import ConfigError
@@ -141,6 +142,29 @@ def test_each_rank_holds_its_part_of_the_bytes(tmp_path: Path) -> None:
         assert isinstance(count, dict)
         assert 0.45 * num_bytes < count["counted"] < 0.55 * num_bytes
         assert count["held"] < 0.6 * num_bytes, "and nothing else is kept between steps"
+
+
+def peak_bytes(shape: DecoderConfig) -> int:
+    """What a rank took at the worst moment of two steps, beyond Python and torch."""
+    ranks = read_ranks(sharding="full")
+    with join(ranks, CPU):
+        before = memory_of_process("VmRSS")
+        Training(torch.float32, ranks, shape).take_steps(range(2))
+        return memory_of_process("VmHWM") - before
+
+
+def memory_of_process(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{kind}:")).split()[1])
+
+
+@needs_proc
+def test_memory_that_parts_do_not_need_goes_back_to_the_system(tmp_path: Path) -> None:
+    """Whole weights, gradients and moments take 16 bytes each; glibc would have kept more than these."""
+    shape = DecoderConfig(vocab_size=31, block_size=16, n_layer=8, n_head=8, n_embd=768)
+    for found in on_two_ranks(tmp_path, peak_bytes, shape):
+        assert isinstance(found, int)
+        assert 8 * shape.num_parameters < found < 0.9 * 16 * shape.num_parameters
 
 
 def go_on(folder: Path, sharding: str, dtype: torch.dtype) -> None:
