@@ -14,7 +14,7 @@ CONFIG_KEYS = (
     "lora", "lora_rank", "lora_alpha", "lora_targets", "max_length", "max_iters", "max_time", "learning_rate",
     "min_lr", "warmup_iters", "decay_lr", "weight_decay", "betas", "grad_clip", "dropout", "batch_size",
     "gradient_accumulation_steps", "gradient_checkpointing", "train_val_split", "eval_interval", "eval_iters",
-    "log_interval", "keep_checkpoints", "ranks",
+    "log_interval", "keep_checkpoints", "ranks", "sharding",
 )  # fmt: skip
 
 Auto = Literal["auto"]

@@ -72,7 +72,10 @@ FIGURES = {"supervised": ("accuracy",), "dpo": ("accuracy", "margin")}
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What is fine-tuned: a model's weights, in fp32, or `adapter`, as it is at first, while the model stays."""
+    """What is fine-tuned: a model's weights, in fp32, or `adapter`, as it is at first, while the model stays.
+
+    Not on a device yet, which may have no room for it.
+    """
 
     model: Decoder
     tokenizer: Tokenizer
@@ -132,7 +135,7 @@ def read_base(config: FineTuneConfig, models_folder: Path, device: torch.device)
     adapter = first_adapter(config, folder, model.config) if config.lora else None
     model = with_dropout(model, config.dropout)
     model.gradient_checkpointing = config.gradient_checkpointing
-    return Base(model.to(device), tokenizer, base, adapter)
+    return Base(model, tokenizer, base, adapter)
 
 
 def first_adapter(config: FineTuneConfig, folder: Path, shape: DecoderConfig) -> Adapter:
