@@ -30,6 +30,7 @@ from smelt.cluster import lanes as lanes_module
 from smelt.cluster import training_lanes
 from smelt.control.models import new_model
 from smelt.control.workers import Workers
+from smelt.models import kernels
 from smelt.models.loading import load_model
 from smelt.storage.futures import Ledger
 from smelt.storage.transitions import Submission
@@ -382,8 +383,10 @@ def process(address: Path, home: Path, max_replay_steps: int) -> Iterator[None]:
 
 @pytest.mark.slow
 async def test_killed_at_any_moment_it_comes_to_the_same_results(
-    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path
+    workers: Workers, ledger: Ledger, socket_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As in the processes that are killed, nobody has started a build, which another test may have done here.
+    monkeypatch.setattr(kernels, "_BUILD", kernels._Build())
     num_rounds, num_lanes = 8, 3
     expected = await undisturbed(ledger, socket_file, tmp_path / "other", num_rounds)
     clients = [Client(ledger, f"k{number}:train:0") for number in range(num_lanes)]
