@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from smelt.models.recording import current_recording, empty
-from smelt.models.training_kernels import WHOLE_ROW, Address, Count, Threads, TrainingKernels
+from smelt.models.training_kernels import SUFFIXES, WHOLE_ROW, Address, Count, Threads, TrainingKernels
 
 _FILES = (
     *("kernels.cpp", "team.h", "lora.h", "rowwise.h", "recording.h"),
@@ -68,8 +68,7 @@ class Function:
 
 
 def _by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> dict[torch.dtype, Function]:
-    suffixes = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-    return {dtype: Function(functions, f"{name}_{suffix}", types) for dtype, suffix in suffixes.items()}
+    return {dtype: Function(functions, f"{name}_{suffix}", types) for dtype, suffix in SUFFIXES.items()}
 
 
 class Kernels:
@@ -305,10 +304,14 @@ def kernels() -> Kernels | None:
 
 def training_kernels(x: Tensor) -> TrainingKernels | None:
     """Those that have gradients, where they can compute with x."""
-    is_known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    if not is_known or torch.compiler.is_compiling():
-        return None
-    return None if (found := kernels()) is None else found.training
+    found = kernels_for_dtype(x, x.dtype)
+    return None if found is None else found.training
+
+
+def kernels_for_dtype(x: Tensor, dtype: torch.dtype) -> Kernels | None:
+    """The kernels, where they can compute with numbers of that kind beside x."""
+    is_known = x.device.type == "cpu" and dtype in SUFFIXES
+    return kernels() if is_known and not torch.compiler.is_compiling() else None
 
 
 def _build_into(folder: Path, future: "Future[Kernels | None]") -> None:

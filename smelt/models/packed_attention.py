@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelt.models.kernels import training_kernels
 from smelt.models.layers import Attend, prefers_written_out, written_out_attention
-from smelt.models.text_attention import attend_texts
+from smelt.models.text_attention import attend_row
 from smelt.models.training_kernels import Texts
 
 MIN_FILL = 0.8  # the shortest text of a group, as a fraction of the longest
@@ -43,19 +42,18 @@ def attend_within_texts(
     dropout: float = 0.0,
 ) -> Attend:
     """How the tokens of one row attend to their own text; best where texts are sorted by length."""
-    texts = Texts(torch.tensor([0, *accumulate(lengths)]), causal, window)
-    groups: list[Group] = []
 
-    def attend(_layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
-        fast = None if dropout > 0 else training_kernels(q_1NHD)
-        if fast is not None:
-            return attend_texts(fast, q_1NHD[0], k_1NGD[0], v_1NGD[0], texts)[None]
-        if not groups:
-            groups.extend(_group(first, part, device, causal, window) for first, part in _similar(lengths))
-        rows = [_attend(group, q_1NHD[0], k_1NGD[0], v_1NGD[0], dropout) for group in groups]
-        return torch.cat(rows)[None]
+    def by_torch() -> Attend:
+        groups = [_group(first, part, device, causal, window) for first, part in _similar(lengths)]
 
-    return attend
+        def attend(_layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
+            return torch.cat([_attend(group, q_1NHD[0], k_1NGD[0], v_1NGD[0], dropout) for group in groups])[None]
+
+        return attend
+
+    if dropout > 0:
+        return by_torch()
+    return attend_row(Texts(torch.tensor([0, *accumulate(lengths)]), causal, window), by_torch)
 
 
 def _similar(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:

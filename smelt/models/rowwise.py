@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smelt.models.fixed_tiles import in_fixed_tiles
-from smelt.models.kernels import Kernels, kernels
+from smelt.models.kernels import Kernels, kernels_for_dtype
 
 MOST_LOOKED_UP = 64  # of a step that writes; whoever sends more to a model has them checked by torch
 FEW = 1 << 17  # numbers; for more it is worth waking torch's other threads
@@ -109,7 +109,6 @@ def kernels_for(x: Tensor, dtype: torch.dtype | None = None) -> Kernels | None:
 
     Not in fixed tiles: whether they take a row depends on how many there are, and they round in their own way.
     """
-    dtype = x.dtype if dtype is None else dtype
-    if torch.is_grad_enabled() or x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    if torch.is_grad_enabled() or in_fixed_tiles():
         return None
-    return None if torch.compiler.is_compiling() or in_fixed_tiles() else kernels()
+    return kernels_for_dtype(x, x.dtype if dtype is None else dtype)

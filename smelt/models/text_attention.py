@@ -1,14 +1,31 @@
-"""Attention within whole texts and its gradient, by our own kernels; knows no model and no batch.
+"""Attention within whole texts and its gradient, by our own kernels where they are; knows no model and no batch.
 
 Shapes: N tokens of texts one after the other, H heads of queries, G heads of keys, D width of a head.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smelt.models.kernels import training_kernels
+from smelt.models.layers import Attend
 from smelt.models.training_kernels import Texts, TrainingKernels
+
+
+def attend_row(texts: Texts, by_torch: Callable[[], Attend]) -> Attend:
+    """How the tokens of one row attend within its texts; `by_torch` makes what does it where there are no kernels."""
+    otherwise: list[Attend] = []
+
+    def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
+        if (fast := training_kernels(q_1NHD)) is not None:
+            return attend_texts(fast, q_1NHD[0], k_1NGD[0], v_1NGD[0], texts)[None]
+        if not otherwise:
+            otherwise.append(by_torch())
+        return otherwise[0](layer, q_1NHD, k_1NGD, v_1NGD)
+
+    return attend
 
 
 def attend_texts(fast: TrainingKernels, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, texts: Texts) -> Tensor:

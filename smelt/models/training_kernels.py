@@ -14,6 +14,7 @@ from torch import Tensor
 
 Address, Count, Threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 WHOLE_ROW = 1 << 62  # as a window: no limit
+SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of the functions' names
 _TEXTS = [Address, Count] * 3 + [Address] + [Count] * 6
 _ATTEND_TEXTS = [*_TEXTS, Address, Address, Threads]
 _ATTEND_TEXTS_BACK = [*_TEXTS, *[Address] * 6, Threads]
@@ -135,7 +136,7 @@ class TrainingKernels:
 
 def by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> dict[torch.dtype, Any]:
     """A function of both dtypes."""
-    found = {torch.float32: functions[f"{name}_fp32"], torch.bfloat16: functions[f"{name}_bf16"]}
+    found = {dtype: functions[f"{name}_{suffix}"] for dtype, suffix in SUFFIXES.items()}
     for function in found.values():
         function.argtypes, function.restype = types, None
     return found

@@ -45,10 +45,10 @@ class AdapterPass:
         weight = model.embedding.weight
         self._model = model
         self._stacks = [
-            (name, _Stack(own, name, matrix, weight.dtype, weight.device))
-            for own in _by_rank(members)
+            (name, _Stack(rows, name, matrix, weight.dtype, weight.device))
+            for rows in (_Rows(own, weight.device) for own in _by_rank(members))
             for name, matrix in matrices.items()
-            if name != UNEMBEDDING and any(name in member.factors for member in own)
+            if name != UNEMBEDDING and any(name in member.factors for member in rows.members)
         ]
         # The model is frozen: without something that wants a gradient, no backward pass would come by.
         self.anchor = torch.zeros((), device=weight.device, requires_grad=True)
@@ -84,47 +84,27 @@ def _by_rank(members: Sequence[Member]) -> list[list[Member]]:
     return list(groups.values())
 
 
-class _Stack:
-    """One fused matrix of members of one rank: `a` (S, P R, in), `b` (S, out, R), `scales` (S,).
+class _Rows:
+    """Where the datums of members of one rank lie in the row; each member is a slot of their stacks.
 
-    `tiles` are theirs in the row, and `slots` say whose each of them is. A tile never comes alone, for that would be
-    a product of another kind: then another one keeps it company, and what comes of that is dropped.
+    For torch: `tiles` are theirs in the row, and `slots` say whose each of them is. A tile never comes alone, for that
+    would be a product of another kind: then another one keeps it company, and what comes of that is dropped.
     """
 
-    def __init__(
-        self, members: Sequence[Member], name: str, matrix: Matrix, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.members, self.name, self.num_rows = members, name, list(matrix.num_rows)
-        self.rank = members[0].rank
-        self.a = torch.zeros(len(members), len(self.num_rows) * self.rank, matrix.width, dtype=dtype, device=device)
-        self.b = torch.zeros(len(members), sum(self.num_rows), self.rank, dtype=dtype, device=device)
-        for slot, member in enumerate(members):
-            if pairs := member.factors.get(name):
-                self.a[slot] = torch.cat([a for a, _ in pairs])
-                self.b[slot] = torch.cat([b for _, b in pairs])
-        self.scales = torch.tensor([member.scale for member in members], device=device)  # fp32, as the engine's
+    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
+        self.members = members
+        places = [(place.start, place.num_tokens, slot) for slot, m in enumerate(members) for place in m.places]
+        self.datums = Datums(*torch.tensor(places).t().contiguous().unbind())
         owned = [(t, slot) for slot, m in enumerate(members) for place in m.places for t in _tiles_of(place)]
         self.num_tiles = len(owned)
         if len(owned) == 1:
             owned.append((owned[0][0] ^ 1, 0))  # rows have an even number of tiles
         self.tiles, self.slots = torch.tensor(owned, device=device).unbind(1)
-        self.factors = StackedFactors(self.a, self.b, self.scales, torch.tensor(self.num_rows))
-        places = [(place.start, place.num_tokens, slot) for slot, m in enumerate(members) for place in m.places]
-        self.datums = Datums(*torch.tensor(places).t().contiguous().unbind())
         self._is_in_order = [tile for tile, _ in owned] == list(range(len(owned)))
-        self._firsts = _firsts(members)
-
-    def gradient_addresses(self) -> Tensor:
-        """Where the members' gradients lie, as the kernel takes them."""
-        found = [
-            [each.data_ptr() for each in pair]
-            for member in self.members
-            for pair in member.gradients.get(self.name, [()] * len(self.num_rows))
-        ]
-        return torch.tensor([pair or [0, 0] for pair in found])
+        self.firsts = _firsts(members)
 
     def own(self, rows_NC: Tensor) -> Tensor:
-        """The stack's tiles of a row, (n, T, C): the row itself where they are all of it."""
+        """The members' tiles of a row, (n, T, C): the row itself where they are all of it."""
         tiles = rows_NC.reshape(-1, ADAPTER_TILE, rows_NC.shape[1])
         return tiles if self._is_all_of(tiles) else tiles[self.tiles]
 
@@ -146,13 +126,39 @@ class _Stack:
     def _is_all_of(self, tiles: Tensor) -> bool:
         return self._is_in_order and len(tiles) == len(self.tiles) == self.num_tiles
 
+
+class _Stack:
+    """One fused matrix of the members of `rows`: `a` (S, P R, in), `b` (S, out, R), `scales` (S,)."""
+
+    def __init__(self, rows: _Rows, name: str, matrix: Matrix, dtype: torch.dtype, device: torch.device) -> None:
+        members = rows.members
+        self.rows, self.name, self.num_rows = rows, name, list(matrix.num_rows)
+        self.rank = members[0].rank
+        self.a = torch.zeros(len(members), len(self.num_rows) * self.rank, matrix.width, dtype=dtype, device=device)
+        self.b = torch.zeros(len(members), sum(self.num_rows), self.rank, dtype=dtype, device=device)
+        for slot, member in enumerate(members):
+            if pairs := member.factors.get(name):
+                self.a[slot] = torch.cat([a for a, _ in pairs])
+                self.b[slot] = torch.cat([b for _, b in pairs])
+        self.scales = torch.tensor([member.scale for member in members], device=device)  # fp32, as the engine's
+        self.factors = StackedFactors(self.a, self.b, self.scales, torch.tensor(self.num_rows))
+
+    def gradient_addresses(self) -> Tensor:
+        """Where the members' gradients lie, as the kernel takes them."""
+        found = [
+            [each.data_ptr() for each in pair]
+            for member in self.rows.members
+            for pair in member.gradients.get(self.name, [()] * len(self.num_rows))
+        ]
+        return torch.tensor([pair or [0, 0] for pair in found])
+
     def scaled(self, hidden: Tensor) -> Tensor:
         """What lies between A and B, (n, T, P R), by the scale of each tile's adapter."""
-        return (hidden * self.scales[self.slots][:, None, None]).to(hidden.dtype)
+        return (hidden * self.scales[self.rows.slots][:, None, None]).to(hidden.dtype)
 
     def add_gradients(self, a: Tensor, b: Tensor) -> None:
         """Add up what the tiles give, (n, P R, in) and (n, out, R), datum by datum."""
-        for member, firsts in zip(self.members, self._firsts, strict=True):
+        for member, firsts in zip(self.rows.members, self.rows.firsts, strict=True):
             starts = [sum(self.num_rows[:part]) for part in range(len(self.num_rows))]
             for part, (own_a, own_b) in enumerate(member.gradients.get(self.name, ())):
                 ranks = slice(part * self.rank, (part + 1) * self.rank)
@@ -182,7 +188,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack, fast: TrainingKernels) -> Tensor:
         x_NC, y_NO = x_NC.contiguous(), y_NO.contiguous()
-        out, hidden = fast.lora_pass(x_NC, y_NO, stack.factors, stack.datums)
+        out, hidden = fast.lora_pass(x_NC, y_NO, stack.factors, stack.rows.datums)
         ctx.stack, ctx.fast = stack, fast
         ctx.save_for_backward(x_NC, hidden)
         return out
@@ -191,38 +197,38 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         g_NO, stack = gradients[0].contiguous(), ctx.stack
         x_NC, hidden = ctx.saved_tensors
-        g_x = ctx.fast.lora_pass_back(x_NC, g_NO, hidden, stack.factors, stack.datums, stack.gradient_addresses())
+        g_x = ctx.fast.lora_pass_back(x_NC, g_NO, hidden, stack.factors, stack.rows.datums, stack.gradient_addresses())
         return g_x, gradients[0], None, None, None
 
 
 class _AddByTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, y_NO: Tensor, _anchor: Tensor, stack: _Stack, _fast: None) -> Tensor:
-        x = stack.own(x_NC)
-        hidden = stack.scaled(torch.bmm(x, stack.a[stack.slots].transpose(1, 2)))
+        x = stack.rows.own(x_NC)
+        hidden = stack.scaled(torch.bmm(x, stack.a[stack.rows.slots].transpose(1, 2)))
         parts = zip(
             torch.split(hidden, stack.rank, dim=2),
-            torch.split(stack.b[stack.slots], stack.num_rows, dim=1),
+            torch.split(stack.b[stack.rows.slots], stack.num_rows, dim=1),
             strict=True,
         )
         added = torch.cat([torch.bmm(h, b.transpose(1, 2)) for h, b in parts], dim=2)
         ctx.stack = stack
         ctx.save_for_backward(x, hidden)
-        return stack.added(y_NO, added)
+        return stack.rows.added(y_NO, added)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g_NO,) = gradients
         stack: _Stack = ctx.stack
         x, hidden = ctx.saved_tensors
-        g = stack.own(g_NO)
+        g = stack.rows.own(g_NO)
         g_parts = torch.split(g, stack.num_rows, dim=2)
-        b_parts = torch.split(stack.b[stack.slots], stack.num_rows, dim=1)
+        b_parts = torch.split(stack.b[stack.rows.slots], stack.num_rows, dim=1)
         g_hidden = torch.cat([torch.bmm(g_part, b) for g_part, b in zip(g_parts, b_parts, strict=True)], dim=2)
         g_hidden = stack.scaled(g_hidden)
         pairs = zip(g_parts, torch.split(hidden, stack.rank, dim=2), strict=True)
         b_gradients = [torch.bmm(g_part.transpose(1, 2).float(), h.float()) for g_part, h in pairs]
         a_gradients = torch.bmm(g_hidden.transpose(1, 2).float(), x.float())
         stack.add_gradients(a_gradients, torch.cat(b_gradients, dim=1))
-        g_x = torch.bmm(g_hidden, stack.a[stack.slots])
-        return stack.spread(g_x, len(g_NO)), g_NO, None, None, None
+        g_x = torch.bmm(g_hidden, stack.a[stack.rows.slots])
+        return stack.rows.spread(g_x, len(g_NO)), g_NO, None, None, None

@@ -17,9 +17,8 @@ from torch import Tensor
 from smelt.configs import DecoderConfig
 from smelt.models.batch import Batch
 from smelt.models.fixed_tiles import TILE_ROWS
-from smelt.models.kernels import training_kernels
 from smelt.models.layers import Attend, attend_within
-from smelt.models.text_attention import attend_texts
+from smelt.models.text_attention import attend_row
 from smelt.models.training_kernels import Texts
 
 ADAPTER_TILE = 32  # tokens: more waste what is filled up, fewer take memory for the gradients of each tile
@@ -53,14 +52,7 @@ class PackedData:
         """Each datum attends to itself."""
         lengths = [length for num, length in self.groups for _ in range(num)]
         texts = Texts(torch.tensor([0, *accumulate(lengths)]), window=config.sliding_window)
-        by_torch = self._attend_by_torch(config)
-
-        def attend(layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor) -> Tensor:
-            if (fast := training_kernels(q_1NHD)) is None:
-                return by_torch(layer, q_1NHD, k_1NGD, v_1NGD)
-            return attend_texts(fast, q_1NHD[0], k_1NGD[0], v_1NGD[0], texts)[None]
-
-        return attend
+        return attend_row(texts, lambda: self._attend_by_torch(config))
 
     def _attend_by_torch(self, config: DecoderConfig) -> Attend:
         """The same, in a batch of those of each length."""

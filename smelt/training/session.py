@@ -100,7 +100,8 @@ class SessionTrainer:
         if not isinstance(head, nn.Embedding | Linear):
             raise UnsupportedModel("sessions cannot train on quantized weights; serve the model without --quantize")
         self._head = head.weight
-        self._is_small = sum(weight.numel() for weight in model.parameters()) < SMALL
+        is_small = sum(weight.numel() for weight in model.parameters()) < SMALL
+        self._threads = single_thread if is_small else nullcontext
 
     def create(
         self, *, rank: int, seed: int, train_attn: bool = True, train_mlp: bool = True, train_unembed: bool = True
@@ -118,7 +119,7 @@ class SessionTrainer:
         """What came of each work, in order. One that fails takes no other with it, and fails its session's window."""
         loaded: list[list[_Loaded] | Exception] = [self._load(work) for work in works]
         sharing = [each for each in loaded if isinstance(each, list) and each and not _is_whole(each[0].work)]
-        with single_thread() if self._is_small else nullcontext():
+        with self._threads():
             failure = self._try([datum for each in sharing for datum in each])
             outcomes = [self._finish(work, each, failure) for work, each in zip(works, loaded, strict=True)]
         for work, outcome in zip(works, outcomes, strict=True):
@@ -128,7 +129,7 @@ class SessionTrainer:
 
     def optim_step(self, trained: TrainedWeights, settings: OptimSettings) -> dict[str, float]:
         """Step with the gradient since the last step; figures. TrainingError where a part of it has failed."""
-        with single_thread() if self._is_small else nullcontext():
+        with self._threads():
             return trained.step(settings)
 
     def _finish(self, work: Work, loaded: list[_Loaded] | Exception, failure: Exception | None) -> Outcome | Exception:

@@ -1,5 +1,6 @@
 """The storage tests run on SQLite, and the same ones on a PostgreSQL server of their own where its programs are."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from sqlalchemy import Engine
 
 from smelt.storage.database import open_database, sqlite_url
 from smelt.storage.files import Files
+from smelt.storage.futures import Ledger
 from smelt.storage.writer import Writer
 
 ACCOUNT = "nobody"  # the server refuses to run as root
@@ -105,3 +107,14 @@ def writer(engine: Engine) -> Iterator[Writer]:
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
     return Files(tmp_path / "bodies")
+
+
+@pytest.fixture
+def ledger(engine: Engine, writer: Writer, files: Files) -> Ledger:
+    return Ledger(engine, writer, files, hole_timeout_s=0)
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner

@@ -28,12 +28,6 @@ def ledger(engine: Engine, writer: Writer, files: Files) -> Ledger:
 
 
 @pytest.fixture
-def loop() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture
 def statements(engine: Engine) -> Iterator[Counter[str]]:
     """How many began with these words."""
     counts: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """What the ledger keeps for sessions: logs to replay, places that fail at once, rows beside a request."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,17 +17,6 @@ from smelt.storage.writer import Operation, Writer
 
 KINDS = ("step",)
 MODEL = Model(owner="ann", id="m", created=1.0, name="gpt", path="gpt")
-
-
-@pytest.fixture
-def ledger(engine: Engine, writer: Writer, files: Files) -> Ledger:
-    return Ledger(engine, writer, files, hole_timeout_s=0)
-
-
-@pytest.fixture
-def loop() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
 
 
 def step(seq: int | None, request: bytes = b"", **changes: Any) -> Submission:

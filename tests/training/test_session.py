@@ -12,11 +12,11 @@ from torch.func import functional_call
 from families import FAMILIES, make_reference
 from kernels_built import built_kernels
 from smelt.data.chat_training import preference_datum
-from smelt.errors import CheckpointError, InvalidInput, NonFiniteLoss, TrainingError
+from smelt.errors import InvalidInput, NonFiniteLoss, TrainingError
 from smelt.inference.engine import Engine
 from smelt.inference.sequence import Sequence
 from smelt.models import kernels
-from smelt.models.adapter_folders import UNEMBEDDING, part_of
+from smelt.models.adapter_folders import UNEMBEDDING
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
 from smelt.models.quantization import quantize
@@ -30,11 +30,6 @@ from smelt.types import Datum, SamplingParams
 from training_data import VOCAB, datum_of, make_model, rl_datum
 
 pytestmark = pytest.mark.usefixtures("computed_by")
-
-
-@pytest.fixture(scope="module")
-def trainer() -> SessionTrainer:
-    return SessionTrainer(make_model())
 
 
 def adapter_of(trainer: SessionTrainer, seed: int = 0, rank: int = 4, **flags: bool) -> TrainedAdapter:
@@ -396,73 +391,6 @@ def test_a_loss_that_is_not_finite_fails_alone(trainer: SessionTrainer) -> None:
     assert isinstance(outcomes[0], NonFiniteLoss)
     assert not wrong.gradients.any()
     assert (done(outcomes[1]).logprobs[0].tobytes(), right.gradients.numpy().tobytes()) == alone
-
-
-def train(trainer: SessionTrainer, adapter: TrainedAdapter, steps: range) -> None:
-    for number in steps:
-        trainer.forward_backward([Work(adapter, [datum_of(20, number)], "cross_entropy")])
-        trainer.optim_step(adapter, OptimSettings(learning_rate=0.01))
-
-
-def test_a_checkpoint_continues_as_if_nothing_had_been(trainer: SessionTrainer, tmp_path: Path) -> None:
-    whole = trainer.create(rank=4, seed=5)
-    train(trainer, whole, range(3))
-    whole.save(tmp_path / "c")
-    train(trainer, whole, range(3, 6))
-    again, fresh = trainer.create(rank=4, seed=6), trainer.create(rank=4, seed=6)
-    again.load(tmp_path / "c", with_optimizer=True)
-    fresh.load(tmp_path / "c", with_optimizer=False)
-    assert torch.equal(again.masters, fresh.masters)
-    for adapter in (again, fresh):
-        train(trainer, adapter, range(3, 6))
-    assert torch.equal(again.masters, whole.masters)
-    assert not torch.equal(fresh.masters, whole.masters), "its optimizer began anew"
-
-
-def test_a_snapshot_holds_the_gradient_that_waits_and_what_has_failed(trainer: SessionTrainer, tmp_path: Path) -> None:
-    adapter, again = trainer.create(rank=4, seed=5), trainer.create(rank=4, seed=6)
-    train(trainer, adapter, range(2))
-    trainer.forward_backward([Work(adapter, [datum_of(20, 7)], "cross_entropy")])
-    adapter.state().write(tmp_path / "s")
-    again.read_state(tmp_path / "s")
-    for each in (adapter, again):
-        trainer.optim_step(each, OptimSettings(learning_rate=0.01))
-    assert torch.equal(again.masters, adapter.masters)
-    assert again.num_steps == adapter.num_steps == 3
-    adapter.fail_window()
-    adapter.state().write(tmp_path / "failed")
-    again.read_state(tmp_path / "failed")
-    with pytest.raises(TrainingError):
-        trainer.optim_step(again, OptimSettings())
-
-
-def test_what_belongs_to_another_adapter_is_refused(trainer: SessionTrainer, tmp_path: Path) -> None:
-    trainer.create(rank=4, seed=0).save(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="rank 4"):
-        trainer.create(rank=8, seed=0).load(tmp_path / "c", with_optimizer=True)
-    with pytest.raises(CheckpointError, match="does not train"):
-        trainer.create(rank=4, seed=0, train_mlp=False).load(tmp_path / "c", with_optimizer=True)
-    (tmp_path / "c" / "session.json").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        trainer.create(rank=4, seed=0).load(tmp_path / "c", with_optimizer=True)
-
-
-def test_only_what_is_asked_for_is_trained(trainer: SessionTrainer) -> None:
-    parts = {"train_attn": "attention", "train_mlp": "mlp", "train_unembed": UNEMBEDDING}
-    for left_out, part in parts.items():
-        trained = {part_of(name) for name in trainer.create(rank=2, seed=0, **{left_out: False}).factors}
-        assert trained == set(parts.values()) - {part}
-    with pytest.raises(InvalidInput, match="nothing to train"):
-        trainer.create(rank=2, seed=0, **dict.fromkeys(parts, False))
-    with pytest.raises(InvalidInput, match="rank must be between"):
-        trainer.create(rank=0, seed=0)
-
-
-def test_seeds_decide_how_it_begins(trainer: SessionTrainer) -> None:
-    first, same, other = (trainer.create(rank=2, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.masters, same.masters)
-    assert not torch.equal(first.masters, other.masters)
-    assert all(not bool(b.any()) for pairs in first.factors.values() for _, b in pairs)
 
 
 def test_quantized_weights_are_refused() -> None:
