@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from live import serving
 from scripted import Scripted, scripted
@@ -128,19 +128,27 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 class Visit:
-    """A page under watch: it must not complain, and must not ask any other host."""
+    """A page under watch: it must not complain, and must not ask any other host.
+
+    A browser says of each refused request that it was refused, at a moment of its own choosing: a test that
+    has requests refused names their statuses before it opens the page.
+    """
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
         self.url = url
         self.complaints: list[str] = []
+        self.refusals: tuple[int, ...] = ()
         self.hosts: set[str] = set()
-        page.on(
-            "console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text)
-        )
+        page.on("console", self.note_word)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
         page.on("requestfailed", self.note_failure)
+
+    def note_word(self, message: ConsoleMessage) -> None:
+        is_expected = any(f"status of {status}" in message.text for status in self.refusals)
+        if message.type in ("error", "warning") and not is_expected:
+            self.complaints.append(message.text)
 
     def note_failure(self, request: Any) -> None:
         if request.failure != "net::ERR_ABORTED":  # what the page itself gave up: a stream when it is left

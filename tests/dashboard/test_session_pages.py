@@ -72,9 +72,9 @@ def test_the_curves_of_a_session_move_while_it_trains(site: Site, visit: Visit) 
 
 
 def test_an_unknown_session_says_so(visit: Visit) -> None:
+    visit.refusals = (404,)
     page = visit.open("/dashboard/sessions/none")
     expect(page.get_by_role("alert")).to_contain_text("none")
-    visit.complaints.clear()  # the browser's own word about the 404
 
 
 @pytest.mark.parametrize("visit", [PHONE], indirect=True)
