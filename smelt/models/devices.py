@@ -95,6 +95,14 @@ def has_compiler() -> bool:
     return any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
 
 
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed what draws on a device. `torch.manual_seed` seeds all kinds there are, half a millisecond a time."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to, so that a clock tells the truth."""
     if device.type == "cuda":

@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.dropout = dropout
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd, sparse=True)  # nothing else reads it
         self.positions = nn.Embedding(config.block_size + config.first_position, config.n_embd)
         if config.num_token_types:
             self.token_types = nn.Embedding(config.num_token_types, config.n_embd)

@@ -8,7 +8,6 @@ share rows by a hash. Knows no labels and no file format. Shapes: N tokens in on
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smelt.models.batch import Batch
@@ -26,7 +25,7 @@ class NgramEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.dropout = dropout
-        self.embedding = nn.Embedding(config.vocab_size + config.num_buckets, config.n_embd)
+        self.embedding = nn.EmbeddingBag(config.vocab_size + config.num_buckets, config.n_embd, mode="sum", sparse=True)
         self.token_weights = nn.Parameter(torch.ones(config.vocab_size + config.num_buckets), requires_grad=False)
 
     def forward(self, batch: Batch, lengths_B: Tensor) -> Tensor:
@@ -39,7 +38,8 @@ class NgramEncoder(nn.Module):
         scaled = (weights / sums_B[texts]).to(self.embedding.weight.dtype)
         firsts = torch.bincount(texts, minlength=len(lengths_B)).cumsum(0).roll(1)
         firsts[0] = 0
-        return F.embedding_bag(ids, self.embedding.weight, firsts, mode="sum", per_sample_weights=scaled)
+        pooled_BC: Tensor = self.embedding(ids, firsts, per_sample_weights=scaled)
+        return pooled_BC
 
     def _grams(self, batch: Batch, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the table, text by text, and the number of the text of each."""

@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WAITING = "waiting."
 PREFIX = "step-"
 TEMPORARY = ".tmp-"
 WRITER_SHARE = 0.01  # of a core, beside training on the same cores: see docs/experiments.md
@@ -132,12 +133,13 @@ class Checkpoints:
             raise failure
 
     def _save(self, optimizer: Optimizer, state: TrainState, is_best: bool) -> None:
+        waiting = optimizer.waiting()
         try:
             if not optimizer.is_sharded:  # else all of it was gathered just now
                 self._copy(optimizer)
             self.copied.set()
             self.throttle.begin()
-            self._write(optimizer, state)
+            self._write(optimizer, state, waiting)
             self._publish(state.step, is_best)
         except Exception as error:  # noqa: BLE001 handed to the training thread, which raises it
             self.failure = explain_full_disk(error, self.out_dir)
@@ -153,7 +155,7 @@ class Checkpoints:
             self.warm[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         copy_on_this_thread(self.warm[name], tensor)
 
-    def _write(self, optimizer: Optimizer, state: TrainState) -> None:
+    def _write(self, optimizer: Optimizer, state: TrainState, waiting: dict[str, Tensor]) -> None:
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -165,6 +167,7 @@ class Checkpoints:
                 for kind in MOMENTS
                 for name, tensor in optimizer.named(self.warm, kind).items()
             }
+            moments |= {f"{WAITING}{name}": tensor for name, tensor in waiting.items()}
             write_tensors(moments, temporary / OPTIMIZER, rest)
             (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
             write_manifest(temporary, rest)
@@ -298,6 +301,8 @@ def restore(folder: Path, weight_files: WeightFiles, optimizer: Optimizer) -> Tr
             for name, held in optimizer.named(own, kind).items():
                 found = moments.get_tensor(f"{kind}.{name}") if f"{kind}.{name}" in known else None
                 _fill(optimizer, held, found, name, folder)
+        waiting = {name.removeprefix(WAITING) for name in known if name.startswith(WAITING)}
+        optimizer.wait_again({name: moments.get_tensor(WAITING + name) for name in waiting})
     optimizer.num_steps = state.num_updates
     if state.loss_scale is not None and optimizer.loss_scale is not None:
         optimizer.loss_scale = LossScale(state.loss_scale, state.num_good_steps)

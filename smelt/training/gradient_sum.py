@@ -4,11 +4,10 @@ Gradients are views of the optimizer's flat fp32 buffers, so a bucket is a slice
 fp32, whatever the model computes in, and nothing is packed or copied. Micro-batches before the last only accumulate.
 torch's DistributedDataParallel would reduce the rounded gradients of each parameter, out of buffers of its own.
 
-A batch touches few rows of a large embedding: these alone travel then, and are added up in the order of the ranks.
-Shapes: V rows of C numbers.
+Of tables only the rows that were looked up travel, and are added up in the order of the ranks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smelt.training.lookup_table import Touched
 from smelt.training.optim import Optimizer, ParameterGroup
-from smelt.training.parallel import Ranks, lost_ranks_explained
+from smelt.training.parallel import Ranks, lost_ranks_explained, shared_memory
 
 BUCKET_BYTES = 8 * 2**20  # small enough that the first leaves early, large enough that the wire is used well
-MOST_TOUCHED = 1 / 4  # of an embedding's rows, by all ranks together; else all of them travel
 
 
 @dataclass
@@ -29,7 +28,6 @@ class Bucket:
 
     gradients: Tensor  # fp32, flat: a view
     names: list[str]
-    width: int | None = None  # of the rows, where it is an embedding of its own
     num_missing: int = 0  # parameters that backward has not reached yet
     work: dist.Work | None = None
 
@@ -42,12 +40,14 @@ class GradientSum:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
-        embeddings = large_embeddings(model)
-        self.buckets = [bucket for group in optimizer.groups for bucket in buckets_of(group, embeddings)]
+        self.buckets = [bucket for group in optimizer.groups for bucket in buckets_of(group)]
+        self.tables = optimizer.tables
         self._is_last = False
         self._num_sent = 0
         if ranks.world_size == 1:
-            self.buckets = []
+            self.buckets, self.tables = [], []
+            return
+        if shared_memory() is not None:
             return
         parameters = dict(model.named_parameters())
         for bucket in self.buckets:
@@ -63,10 +63,18 @@ class GradientSum:
 
     def finish(self) -> None:
         """Returns when every gradient is the sum of all ranks'; LostRank where one is gone."""
+        if (shared := shared_memory()) is not None:
+            for bucket in self.buckets:
+                shared.sum_(bucket.gradients)
+            for table in self.tables:
+                table.found = [unpacked(rows) for rows in shared.gather(packed(table.touched()))]
+            return
         self._is_last = False
         with lost_ranks_explained():
             while self._num_sent < len(self.buckets):
                 self._send_next()
+            for table in self.tables:
+                table.found = [unpacked(rows) for rows in gathered(packed(table.touched()))]
             for bucket in self.buckets:
                 if bucket.work is not None:
                     bucket.work.wait()
@@ -87,27 +95,28 @@ class GradientSum:
     def _send_next(self) -> None:
         bucket = self.buckets[self._num_sent]
         self._num_sent += 1
-        if bucket.width is None or not self._sum_touched(bucket.gradients.view(-1, bucket.width)):
-            bucket.work = dist.all_reduce(bucket.gradients, async_op=True)
+        bucket.work = dist.all_reduce(bucket.gradients, async_op=True)
 
-    def _sum_touched(self, table: Tensor) -> bool:  # (V, C)
-        """Add up the rows that any rank has touched, unless these are too many."""
-        bits = table.view(torch.int32)  # in a quarter of the time of `any`; a norm would miss the smallest numbers
-        own_ids = ((bits.amax(dim=1) != 0) | (bits.amin(dim=1) != 0)).nonzero()[:, 0]
-        nums = [torch.zeros(1, dtype=torch.int64, device=own_ids.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(nums, torch.tensor([len(own_ids)], device=own_ids.device))
-        most = max(map(int, nums))
-        if most * len(nums) > MOST_TOUCHED * len(table):
-            return False
-        spare = most - len(own_ids)
-        ids = [own_ids.new_empty(most) for _ in nums]
-        rows = [table.new_empty(most, table.shape[1]) for _ in nums]
-        dist.all_gather(ids, torch.cat((own_ids, own_ids.new_zeros(spare))))
-        dist.all_gather(rows, torch.cat((table[own_ids], table.new_zeros(spare, table.shape[1]))))
-        table[own_ids] = 0.0
-        for num, their_ids, theirs in zip(map(int, nums), ids, rows, strict=True):
-            table.index_add_(0, their_ids[:num], theirs[:num])
-        return True
+
+def packed(touched: Touched) -> Tensor:
+    """(R, 1 + C) fp32: of each row its number, as bits, and its gradient."""
+    ids, gradients = touched
+    return torch.cat((ids.to(torch.int32).view(torch.float32)[:, None], gradients), dim=1)
+
+
+def unpacked(rows: Tensor) -> Touched:
+    """What `packed` was given."""
+    return rows[:, 0].contiguous().view(torch.int32).long(), rows[:, 1:]
+
+
+def gathered(rows: Tensor) -> list[Tensor]:
+    """Each rank's rows, of which each may have another number."""
+    nums = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(nums, torch.tensor([len(rows)], device=rows.device))
+    most = max(map(int, nums))
+    received = [rows.new_empty(most, rows.shape[1]) for _ in nums]
+    dist.all_gather(received, torch.cat((rows, rows.new_zeros(most - len(rows), rows.shape[1]))))
+    return [theirs[:num] for theirs, num in zip(received, map(int, nums), strict=True)]
 
 
 class ShardedSum:
@@ -135,28 +144,15 @@ class ShardedSum:
         self._model.set_reshard_after_backward(is_last)
 
 
-def large_embeddings(model: nn.Module) -> dict[str, int]:
-    """The names of embeddings that fill a bucket, and the width of their rows."""
-    tables = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
-    return {name: table.embedding_dim for name, table in tables if 4 * table.weight.numel() >= BUCKET_BYTES}
-
-
-def buckets_of(group: ParameterGroup, embeddings: Mapping[str, int]) -> list[Bucket]:
-    """A buffer in pieces that end between parameters, from its end to its beginning, as backward fills it.
-
-    Each of `embeddings`, names and widths, is a piece of its own.
-    """
+def buckets_of(group: ParameterGroup) -> list[Bucket]:
+    """A buffer in pieces that end between parameters, from its end to its beginning, as backward fills it."""
     buckets: list[Bucket] = []
     end = len(group.gradients)
     names: list[str] = []
     for name, (where, _) in reversed(group.slices.items()):
-        if name in embeddings:
-            if names:
-                buckets.append(Bucket(group.gradients[where.stop : end], names))
-            end, names = where.stop, []
         names.append(name)
         is_full = (end - where.start) * group.gradients.element_size() >= BUCKET_BYTES
-        if is_full or name in embeddings or where.start == 0:
-            buckets.append(Bucket(group.gradients[where.start : end], names, embeddings.get(name)))
+        if is_full or where.start == 0:
+            buckets.append(Bucket(group.gradients[where.start : end], names))
             end, names = where.start, []
     return buckets

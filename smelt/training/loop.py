@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from smelt.errors import NonFiniteLoss
-from smelt.models.devices import matmul_peak, synchronize
+from smelt.models.devices import matmul_peak, seed_generator, synchronize
 from smelt.training.gradient_sum import GradientSum, ShardedSum
 from smelt.training.job import Evaluation, Job
 from smelt.training.metrics import EvalMetrics, Event, RunSummary, StepMetrics
@@ -112,6 +112,7 @@ class Loop:
                     break
         if stop_reason == "interrupted":
             if progress.last_saved_step != progress.steps_done:
+                self._settle()
                 self._save(is_best=False)
         elif progress.last_saved_step != progress.steps_done:
             self._evaluate_and_save(always=True)
@@ -162,7 +163,7 @@ class Loop:
         """
         job, now = self.job, self.progress.steps_done
         if job.has_dropout:
-            torch.manual_seed(dropout_seed(job.config.seed, now, job.ranks.rank))
+            seed_generator(job.device, dropout_seed(job.config.seed, now, job.ranks.rank))
         scale = 1.0 / num_targets
         loss_scale = job.optimizer.loss_scale.value if job.optimizer.loss_scale else 1.0
         totals = torch.zeros(1 + len(job.figures), device=job.device)
@@ -193,6 +194,7 @@ class Loop:
 
     def _evaluate_and_save(self, always: bool = False) -> None:
         job, progress = self.job, self.progress
+        self._settle()
         if job.evaluate is None:
             self._save(is_best=False)
             return
@@ -210,6 +212,10 @@ class Loop:
         self._send_evaluation(evaluation, train_loss, is_best, final=False)
         if always or is_best or job.config.always_save_checkpoint:
             self._save(is_best)
+
+    def _settle(self) -> None:
+        """All weights are read next: in turn at each evaluation, and out of turn where a run ends before."""
+        self.job.optimizer.settle(out_of_turn=self.progress.steps_done % self.job.eval_interval != 0)
 
     def _evaluate_finally(self) -> float | None:
         """The last evaluation looks at all or much of the split, and is no candidate for the best."""

@@ -2,6 +2,7 @@
 
 All matrices lie one after the other in one buffer and all vectors in another (vectors do not decay). Parameters
 and gradients are views of these, so clipping, AdamW, an all-reduce or a checkpoint's copy is one call each.
+Embeddings that say `sparse` are apart: of these only the rows that batches look up are worked on.
 A model in bf16 or fp16 computes with rounded copies, while the fp32 masters and the fp32 gradients live here.
 """
 
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from smelt.training.lookup_table import LookupTable, is_closed_form
 
 ALIGNMENT = 16  # elements: every parameter begins on a 64-byte line of its buffer
 
@@ -76,7 +79,9 @@ class Optimizer:
         self.grad_clip = grad_clip
         self.loss_scale = LossScale(65536.0) if dtype == torch.float16 else None
         self.groups: list[ParameterGroup] = []
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.tables = lookup_tables(model, dtype, betas, weight_decay)
+        apart = {table.name for table in self.tables}
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in apart}
         matrices = self._hold({name: p for name, p in named.items() if p.dim() >= 2}, dtype)
         vectors = self._hold({name: p for name, p in named.items() if p.dim() < 2}, dtype)
         self.masters = [*matrices, *vectors]  # fp32, each with its gradient
@@ -110,7 +115,11 @@ class Optimizer:
         return self.masters[0].device
 
     def gradients(self) -> list[Tensor]:
-        """The fp32 gradients that this rank holds; here flat, for an all-reduce."""
+        """The fp32 gradients that this rank holds: flat ones, and those of the rows that were looked up."""
+        return [*self._whole_gradients(), *(table.touched()[1] for table in self.tables)]
+
+    def _whole_gradients(self) -> list[Tensor]:
+        """Of all but tables."""
         return [group.gradients for group in self.groups]
 
     def gradient_norm(self) -> float:
@@ -140,29 +149,55 @@ class Optimizer:
         for settings in self.adamw.param_groups:
             settings["lr"] = learning_rate
         self.adamw.step()
-        self.publish()
+        for table in self.tables:
+            table.update(learning_rate, self.num_steps)
+        self._round()
+
+    def publish(self) -> None:
+        """Have the model compute with what the masters are now."""
+        self._round()
+        for table in self.tables:
+            table.publish()
+
+    def settle(self, *, out_of_turn: bool = False) -> None:
+        """Bring every row of tables up to date, for who reads all weights: see `LookupTable.settle`."""
+        for table in self.tables:
+            table.settle(out_of_turn=out_of_turn)
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters into the weights that the model computes with."""
+    def _round(self) -> None:
         for group in self.groups:
             if group.rounded is not None:
                 group.rounded.copy_(group.masters)
 
     def zero_gradients(self) -> None:
         """Forget what was accumulated."""
-        for gradients in self.gradients():
+        for gradients in self._whole_gradients():
             gradients.zero_()
+        for table in self.tables:
+            table.forget_gradients()
 
     def buffers(self) -> dict[str, Tensor]:
-        """Every tensor that a checkpoint must hold, by a stable name: here the flat ones."""
+        """Every tensor that a checkpoint must hold, by a stable name: here the flat ones, and tables."""
         found: dict[str, Tensor] = {}
         for index, group in enumerate(self.groups):
             state = self.adamw.state[group.masters]
             found[f"{index}.masters"] = group.masters.detach()
             found[f"{index}.exp_avg"] = state["exp_avg"]
             found[f"{index}.exp_avg_sq"] = state["exp_avg_sq"]
+        for table in self.tables:
+            found |= {f"{table.name}.{kind}": tensor for kind, tensor in table.tensors().items()}
         return found
+
+    def waiting(self) -> dict[str, Tensor]:
+        """What is kept of tables that were settled out of turn, beside `buffers`."""
+        return {f"{table.name}.{kind}": tensor for table in self.tables for kind, tensor in table.waiting.items()}
+
+    def wait_again(self, waiting: dict[str, Tensor]) -> None:
+        """Leave tables as they were before they were settled out of turn, where that was kept."""
+        for table in self.tables:
+            if f"{table.name}.masters" in waiting:
+                table.wait_again({kind: waiting[f"{table.name}.{kind}"] for kind in table.state()})
 
     @property
     def num_steps(self) -> int:
@@ -176,11 +211,12 @@ class Optimizer:
 
     def named(self, buffers: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """One kind (`masters`, `exp_avg` or `exp_avg_sq`) of copied or own buffers as tensors by parameter name."""
-        return {
+        flat = {
             name: tensor
             for index, group in enumerate(self.groups)
             for name, tensor in group.views(buffers[f"{index}.{kind}"]).items()
         }
+        return flat | {table.name: buffers[f"{table.name}.{kind}"] for table in self.tables}
 
     def whole(self, held: Tensor) -> Tensor:
         """All of a tensor of `buffers`, on this rank's device."""
@@ -189,6 +225,19 @@ class Optimizer:
     def fill(self, held: Tensor, whole: Tensor) -> None:
         """Put what this rank holds of a whole tensor into one of `named(buffers(), ...)`."""
         held.copy_(whole)
+
+
+def lookup_tables(
+    model: nn.Module, dtype: torch.dtype, betas: tuple[float, float], weight_decay: float
+) -> list[LookupTable]:
+    """The trained embeddings of a model that say `sparse`; where these betas have no closed form, they say no more."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            module.sparse = is_closed_form(betas)
+            if module.sparse:
+                found.append(LookupTable(f"{name}.weight", module, dtype, betas, weight_decay))
+    return found
 
 
 def flatten(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> ParameterGroup:

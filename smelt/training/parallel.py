@@ -4,16 +4,19 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smelt.errors import ConfigError, LostRank
+from smelt.errors import ConfigError
+from smelt.training.shared_memory import SharedMemory, create_memory, is_possible, lost_rank
 
 TIMEOUT = timedelta(seconds=120)  # a lost rank ends the others instead of leaving them waiting
 PATIENCE = timedelta(days=1)  # while rank 0 downloads and tokenizes; whoever starts ranks ends them where one dies
@@ -66,7 +69,9 @@ class Ranks:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the ranks' tensors in place, in the tensor's own dtype."""
-        if self.world_size > 1:
+        if (shared := shared_memory()) is not None:
+            shared.sum_(tensor)
+        elif self.world_size > 1:
             with lost_ranks_explained():
                 dist.all_reduce(tensor)
         return tensor
@@ -94,10 +99,7 @@ def lost_ranks_explained(*, among_others: bool = False) -> Iterator[None]:
         if among_others and not is_of_backend(error):
             raise
         reason = str(error).strip().splitlines()[0][:200]
-        raise LostRank(
-            f"another rank has ended or cannot be reached ({reason}); what it said last tells why. "
-            f"Continue from the last checkpoint with --init-from resume"
-        ) from error
+        raise lost_rank(reason) from error
 
 
 def is_of_backend(error: RuntimeError) -> bool:
@@ -150,10 +152,41 @@ def join(ranks: Ranks, device: torch.device) -> Iterator[None]:
             backend, init_method=place, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world_size
         )
     try:
-        yield
-        ranks.wait_for_main()  # who leaves while another still talks to it is aborted on its way out
+        with _memory_shared(ranks, device):
+            yield
+            ranks.wait_for_main()  # who leaves while another still talks to it is aborted on its way out
     finally:
         dist.destroy_process_group()
+
+
+_shared: ContextVar[SharedMemory | None] = ContextVar("shared", default=None)  # beside torch's process group
+
+
+def shared_memory() -> SharedMemory | None:
+    """What the ranks use instead of a backend, where they can."""
+    return _shared.get()
+
+
+@contextmanager
+def _memory_shared(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Let ranks of one machine that compute on its processor meet in memory while the block runs."""
+    if device.type != "cpu" or not is_possible(ranks.world_size, ranks.local_world_size):
+        yield
+        return
+    with lost_ranks_explained(among_others=True):
+        path = create_memory(ranks.world_size) if ranks.is_main else None
+        named = [str(path)]
+        dist.broadcast_object_list(named)
+        shared = SharedMemory(ranks.rank, ranks.world_size, Path(named[0]), TIMEOUT.total_seconds())
+        dist.barrier()
+    if path is not None:
+        path.unlink()
+    token = _shared.set(shared)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+        shared.close()
 
 
 def threads_per_rank(ranks: Ranks, asked: int | None) -> int:

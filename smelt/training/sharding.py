@@ -35,6 +35,9 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, ranks: Ran
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    for table in model.modules():
+        if isinstance(table, nn.Embedding | nn.EmbeddingBag):
+            table.sparse = False  # parts of tables have no rows: their gradients travel whole
     blocks = [module for module in model.modules() if isinstance(module, (Block, EncoderBlock))]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=ranks.sharding == "full")
@@ -76,8 +79,8 @@ class ShardedOptimizer(Optimizer):
         self.named_masters |= parameters
         return list(parameters.values())
 
-    def gradients(self) -> list[Tensor]:
-        """The fp32 gradients of this rank's part."""
+    def _whole_gradients(self) -> list[Tensor]:
+        """Of this rank's part."""
         return [local(masters.grad) for masters in self.masters]
 
     def gradient_norm(self) -> float:

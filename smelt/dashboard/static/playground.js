@@ -183,6 +183,7 @@ function setRunning(controller) {
 }
 
 async function submit() {
+  await loading; // who is quicker than the list of models waits for it
   const text = prompt.value;
   if (running || !form.reportValidity()) return;
   showProblem(part("problem"), "");
@@ -265,4 +266,4 @@ form.addEventListener("change", (event) => {
 stopButton.addEventListener("click", () => running?.abort());
 part("clear").addEventListener("click", clear);
 
-loadModels();
+const loading = loadModels();
