@@ -464,6 +464,7 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
 #include "attention.h"
 #include "lora_pass.h"
 #include "targets.h"
+#include "table_rows.h"
 
 extern "C" {
 

@@ -1,13 +1,13 @@
 """Kernels of what is trained: calls the functions of `kernels.cpp` that have gradients; knows no model and no autograd.
 
 Shapes: N tokens of texts one after the other, H heads of queries, G heads of keys, D width of a head; S adapters of
-one rank R, P parts of a fused matrix; V token ids, K targets of a token.
+one rank R, P parts of a fused matrix; V token ids or rows of a table, K targets of a token.
 """
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ _STACK = [Address] * 5 + [Count] * 4 + [Address] * 3 + [Count] * 2
 _LORA_PASS = [*_STACK, *[Address] * 3, Threads]
 _LORA_PASS_BACK = [*_STACK, *[Address] * 4, Threads]
 _LOG_SUMS = [Address, Address, Count, Count, Threads]
+_UPDATE_ROWS = [*[Address] * 6, Count, Count, Address, Count, Address, *[ctypes.c_float] * 6]
 _TARGETS_BACK = [*[Address] * 5, *[Count] * 3, Threads]
 
 
@@ -53,6 +54,26 @@ class Datums:
     slots: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of a table (V, C): masters and both moments in fp32, what each row has seen (V,) int32, and which, int64."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    last_seen: Tensor
+    ids: Tensor
+
+
+class Adam(NamedTuple):
+    """One update of AdamW: what a row keeps, the rate over one correction, and the root of the other."""
+
+    beta1: float
+    beta2: float
+    keeps: float
+    rate: float
+    root: float
+    epsilon: float
+
+
 class TrainingKernels:
     """The compiled functions. They take CPU tensors in fp32 or bf16, and trust their shapes."""
 
@@ -62,6 +83,7 @@ class TrainingKernels:
         self._lora_pass = by_dtype(functions, "lora_pass", _LORA_PASS)
         self._lora_pass_back = by_dtype(functions, "lora_pass_back", _LORA_PASS_BACK)
         self._log_sums = by_dtype(functions, "log_sums", _LOG_SUMS)
+        self._update_rows = by_dtype(functions, "update_rows", _UPDATE_ROWS)
         self._targets_back = by_dtype(functions, "targets_back", _TARGETS_BACK)
 
     def attend_texts(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
@@ -132,6 +154,19 @@ class TrainingKernels:
         addresses = [each.data_ptr() for each in (logits_NV, sums_N, targets_NK, gradient_NK, to_NV)]
         sizes = num_rows, targets_NK.shape[1], width
         self._targets_back[logits_NV.dtype](*addresses, *sizes, torch.get_num_threads())
+
+    def update_rows(
+        self, table: Rows, weights: Tensor | None, missed: Tensor, gradients: Tensor | None, adam: Adam
+    ) -> None:
+        """AdamW for rows of a table, after the updates that they have missed, of which `missed` has factors (.., 4).
+
+        `weights`: rounded masters, where there are any. Without gradients (.., width) rows are only brought up to date.
+        """
+        tensors = (*table.tensors, weights, table.last_seen, table.ids)
+        addresses = [None if each is None else each.data_ptr() for each in tensors]
+        sizes = len(table.ids), table.tensors[0].shape[1], missed.data_ptr(), len(missed) - 1
+        update = self._update_rows[torch.float32 if weights is None else weights.dtype]
+        update(*addresses, *sizes, None if gradients is None else gradients.data_ptr(), *adam)
 
 
 def by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> dict[torch.dtype, Any]:

@@ -67,14 +67,14 @@ class GradientSum:
             for bucket in self.buckets:
                 shared.sum_(bucket.gradients)
             for table in self.tables:
-                table.found = [unpacked(rows) for rows in shared.gather(packed(table.touched()))]
+                table.take_instead([unpacked(rows) for rows in shared.gather(packed(table.gradients()))])
             return
         self._is_last = False
         with lost_ranks_explained():
             while self._num_sent < len(self.buckets):
                 self._send_next()
             for table in self.tables:
-                table.found = [unpacked(rows) for rows in gathered(packed(table.touched()))]
+                table.take_instead([unpacked(rows) for rows in gathered(packed(table.gradients()))])
             for bucket in self.buckets:
                 if bucket.work is not None:
                     bucket.work.wait()

