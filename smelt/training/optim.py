@@ -7,13 +7,15 @@ A model in bf16 or fp16 computes with rounded copies, while the fp32 masters and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from smelt.training.lookup_table import LookupTable, is_closed_form
+from smelt.training.lookup_table import EPSILON, LookupTable, is_closed_form
 
 ALIGNMENT = 16  # elements: every parameter begins on a 64-byte line of its buffer
 
@@ -85,29 +87,16 @@ class Optimizer:
         matrices = self._hold({name: p for name, p in named.items() if p.dim() >= 2}, dtype)
         vectors = self._hold({name: p for name, p in named.items() if p.dim() < 2}, dtype)
         self.masters = [*matrices, *vectors]  # fp32, each with its gradient
-        self.adamw = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            betas=betas,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self._prime()
+        self.moments = [(torch.zeros_like(masters), torch.zeros_like(masters)) for masters in self.masters]
+        self._parts = [(slice(0, len(matrices)), weight_decay), (slice(len(matrices), None), 0.0)]
+        self._betas = betas
+        self._num_steps = 0
 
     def _hold(self, parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
         """The masters of some parameters, and a place for their gradients."""
         group = flatten(parameters, dtype)
         self.groups.append(group)
         return [group.masters]
-
-    def _prime(self) -> None:
-        """Make AdamW's moments now, so that a checkpoint taken before the first step has them too."""
-        for masters in self.masters:
-            state = self.adamw.state[masters]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device())
-            state["exp_avg"] = torch.zeros_like(masters)
-            state["exp_avg_sq"] = torch.zeros_like(masters)
-
-    def _step_device(self) -> torch.device:
-        return self.device if self.adamw.defaults["fused"] else torch.device("cpu")
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +135,11 @@ class Optimizer:
         if gradient_factor != 1.0:
             for gradients in self.gradients():
                 gradients.mul_(gradient_factor)
-        for settings in self.adamw.param_groups:
-            settings["lr"] = learning_rate
-        self.adamw.step()
+        for part, weight_decay in self._parts:
+            masters, update = self.masters[part], Update(learning_rate, self._betas, weight_decay)
+            found = [gradient for each in masters if (gradient := each.grad) is not None]
+            adamw_(masters, found, self.moments[part], self._num_steps, update)
+        self._num_steps += 1
         for table in self.tables:
             table.update(learning_rate, self.num_steps)
         self._round()
@@ -180,11 +171,9 @@ class Optimizer:
     def buffers(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint must hold, by a stable name: here the flat ones, and tables."""
         found: dict[str, Tensor] = {}
-        for index, group in enumerate(self.groups):
-            state = self.adamw.state[group.masters]
+        for index, (group, (first, second)) in enumerate(zip(self.groups, self.moments, strict=True)):
             found[f"{index}.masters"] = group.masters.detach()
-            found[f"{index}.exp_avg"] = state["exp_avg"]
-            found[f"{index}.exp_avg_sq"] = state["exp_avg_sq"]
+            found[f"{index}.exp_avg"], found[f"{index}.exp_avg_sq"] = first, second
         for table in self.tables:
             found |= {f"{table.name}.{kind}": tensor for kind, tensor in table.tensors().items()}
         return found
@@ -202,12 +191,11 @@ class Optimizer:
     @property
     def num_steps(self) -> int:
         """Updates so far, which AdamW's bias correction depends on."""
-        return int(self.adamw.state[self.masters[0]]["step"])
+        return self._num_steps
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
-        for masters in self.masters:
-            self.adamw.state[masters]["step"].fill_(value)
+        self._num_steps = value
 
     def named(self, buffers: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """One kind (`masters`, `exp_avg` or `exp_avg_sq`) of copied or own buffers as tensors by parameter name."""
@@ -225,6 +213,52 @@ class Optimizer:
     def fill(self, held: Tensor, whole: Tensor) -> None:
         """Put what this rank holds of a whole tensor into one of `named(buffers(), ...)`."""
         held.copy_(whole)
+
+
+class Update(NamedTuple):
+    """What AdamW is told of one update."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float = EPSILON
+
+
+@torch.no_grad()
+def adamw_(
+    masters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: Sequence[tuple[Tensor, Tensor]],
+    num_before: int,
+    update: Update,
+) -> None:
+    """One update in place, after `num_before` others.
+
+    Torch's function without its class, which takes two seconds to import what compiles.
+    """
+    if not masters:
+        return
+    device = masters[0].device
+    is_fused = device.type in ("cpu", "cuda")
+    steps = [torch.tensor(float(num_before), device=device if is_fused else "cpu") for _ in masters]
+    firsts, seconds = ([pair[index] for pair in moments] for index in range(2))
+    adamw(
+        list(masters),
+        list(gradients),
+        firsts,
+        seconds,
+        [],
+        steps,
+        foreach=False,
+        fused=is_fused,
+        amsgrad=False,
+        beta1=update.betas[0],
+        beta2=update.betas[1],
+        lr=update.learning_rate,
+        weight_decay=update.weight_decay,
+        eps=update.eps,
+        maximize=False,
+    )
 
 
 def lookup_tables(

@@ -98,10 +98,9 @@ class ShardedOptimizer(Optimizer):
     def buffers(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint must hold, in parts."""
         found: dict[str, Tensor] = {}
-        for name, masters in self.named_masters.items():
-            state = self.adamw.state[masters]
+        for (name, masters), (first, second) in zip(self.named_masters.items(), self.moments, strict=True):
             found[f"masters.{name}"] = masters.detach()
-            found |= {f"{kind}.{name}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+            found[f"exp_avg.{name}"], found[f"exp_avg_sq.{name}"] = first, second
         return found
 
     def named(self, buffers: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

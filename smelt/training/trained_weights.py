@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from smelt.errors import CheckpointError, NotFound, TrainingError
 from smelt.models.tensor_file import write_tensors
+from smelt.training.optim import Update, adamw_
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "session.json"
@@ -93,23 +93,9 @@ class TrainedWeights(ABC):
 
     @torch.no_grad()
     def _update(self, settings: OptimSettings) -> None:
-        adamw(
-            [self.masters],
-            [self.gradients],
-            [self._moments[0]],
-            [self._moments[1]],
-            [],
-            [torch.tensor(float(self.num_steps))],
-            foreach=False,
-            fused=self.masters.device.type == "cpu",
-            amsgrad=False,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-            maximize=False,
-        )
+        betas = settings.beta1, settings.beta2
+        update = Update(settings.learning_rate, betas, settings.weight_decay, settings.eps)
+        adamw_([self.masters], [self.gradients], [self._moments], self.num_steps, update)
         self.num_steps += 1
         self._publish()
 
