@@ -30,8 +30,8 @@ ALIVE_S = 0.5  # between two looks at whether the others live
 
 
 def is_possible(num_ranks: int, num_here: int) -> bool:
-    """Whether all ranks are here, and stores of one core are seen by others in their order, as on x86."""
-    return 1 < num_ranks == num_here and platform.machine() in ("x86_64", "AMD64")
+    """Whether all ranks are here, on Linux, and stores of one core are seen by others in their order, as on x86."""
+    return 1 < num_ranks == num_here and (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
 
 def create_memory(num_ranks: int) -> Path:
@@ -75,9 +75,8 @@ class SharedMemory:
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, rank)  # held as long as this process lives
         self._memory = mmap.mmap(self._file.fileno(), 0)
         words = torch.frombuffer(self._memory, dtype=torch.int64, count=num_ranks * LINE_BYTES // 8)
-        self._lines = words.view(
-            num_ranks, -1
-        ).numpy()  # of each rank: how often it has come, and two numbers it brings
+        # Of each rank how often it has come, and the numbers that it brought to the last two meetings.
+        self._lines = words.view(num_ranks, -1).numpy()
         self._num_meetings = 0
         self._half = 0
 

@@ -100,10 +100,14 @@ def test_where_memory_has_too_little_room_a_file_does(tmp_path: Path, monkeypatc
 
 def test_memory_is_shared_by_ranks_of_one_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(shared_memory.platform, "system", lambda: "Linux")
     assert is_possible(2, 2)
     assert not is_possible(1, 1), "there is nobody to share with"
     assert not is_possible(4, 2), "two are elsewhere"
     monkeypatch.setattr(shared_memory.platform, "machine", lambda: "aarch64")
     assert not is_possible(2, 2), "stores may be seen in another order"
+    monkeypatch.setattr(shared_memory.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(shared_memory.platform, "system", lambda: "Darwin")
+    assert not is_possible(2, 2), "a file's room cannot be reserved there"
     with join(Ranks(), torch.device("cpu")):
         assert current() is None
