@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels_built import built_kernels
-from smelt.models import rowwise
+from smelt.models import kernels, rowwise
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -12,11 +12,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     built = built_kernels()
-    monkeypatch.setattr(rowwise, "kernels", lambda: built)
+    monkeypatch.setattr(kernels, "kernels", lambda: built)
 
 
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowwise, "kernels", lambda: None)
+    monkeypatch.setattr(kernels, "kernels", lambda: None)
 
 
 @torch.inference_mode()
