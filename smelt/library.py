@@ -100,13 +100,14 @@ def run(config: RunConfig, sinks: "Sequence[Sink]" = (), progress: "Progress | N
     `progress` hears about the preparation of data. Raises what the config's recipe raises.
     """
     from smelt.control.run_folders import register
+    from smelt.models.devices import pick_device
     from smelt.models.kernels import start_build
     from smelt.training.recipes import RECIPES
     from smelt.training.run_setup import no_progress
 
     settings = load_settings()
     started = partial(register, runs_folder=settings.runs)
-    if config.recipe == "classify":
+    if config.recipe == "classify" and pick_device(config.device).type == "cpu":
         start_build(settings.kernels)  # of attention within texts, and of tables of which few rows are looked up
     recipe = RECIPES[config.recipe]
     return recipe(config, settings.datasets, settings.models, sinks, progress or no_progress, started)

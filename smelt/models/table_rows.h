@@ -14,10 +14,10 @@ inline void prefetch_row(const float *row, int64_t width) {
     for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i, 1);
 }
 
-template <class X>
-void update_rows(float *masters, float *first, float *second, X *weights, int32_t *last_seen, const int64_t *ids,
-                 int64_t num_rows, int64_t width, const float *factors, int64_t num_missed, const float *gradients,
-                 const Adam &adam) {
+// Without gradients rows are only brought up to date.
+inline void update_rows(float *masters, float *first, float *second, int32_t *last_seen, const int64_t *ids,
+                        int64_t num_rows, int64_t width, const float *factors, int64_t num_missed,
+                        const float *gradients, const Adam &adam) {
     for (int64_t r = 0; r < num_rows; r++) {
         if (r + ROWS_AHEAD < num_rows)
             for (const float *table : {masters, first, second}) prefetch_row(table + ids[r + ROWS_AHEAD] * width, width);
@@ -41,29 +41,15 @@ void update_rows(float *masters, float *first, float *second, X *weights, int32_
             }
         }
         last_seen[row] = int32_t(num_missed + (gradients != nullptr));
-        if (weights != nullptr)
-            for (int64_t i = 0; i < width; i++) assign(weights[row * width + i], p[i]);
     }
 }
 
 }  // namespace
 
-extern "C" {
-
-// `weights` are null where the masters are the model's own; `gradients` where rows are only brought up to date.
-void update_rows_fp32(float *masters, float *first, float *second, float *weights, int32_t *last_seen,
-                      const int64_t *ids, int64_t num_rows, int64_t width, const float *factors, int64_t num_missed,
-                      const float *gradients, float beta1, float beta2, float keeps, float rate, float root,
-                      float epsilon) {
-    update_rows(masters, first, second, weights, last_seen, ids, num_rows, width, factors, num_missed, gradients,
+extern "C" void update_table_rows(float *masters, float *first, float *second, int32_t *last_seen, const int64_t *ids,
+                                  int64_t num_rows, int64_t width, const float *factors, int64_t num_missed,
+                                  const float *gradients, float beta1, float beta2, float keeps, float rate,
+                                  float root, float epsilon) {
+    update_rows(masters, first, second, last_seen, ids, num_rows, width, factors, num_missed, gradients,
                 {beta1, beta2, keeps, rate, root, epsilon});
-}
-
-void update_rows_bf16(float *masters, float *first, float *second, bf16 *weights, int32_t *last_seen,
-                      const int64_t *ids, int64_t num_rows, int64_t width, const float *factors, int64_t num_missed,
-                      const float *gradients, float beta1, float beta2, float keeps, float rate, float root,
-                      float epsilon) {
-    update_rows(masters, first, second, weights, last_seen, ids, num_rows, width, factors, num_missed, gradients,
-                {beta1, beta2, keeps, rate, root, epsilon});
-}
 }

@@ -22,7 +22,7 @@ _STACK = [Address] * 5 + [Count] * 4 + [Address] * 3 + [Count] * 2
 _LORA_PASS = [*_STACK, *[Address] * 3, Threads]
 _LORA_PASS_BACK = [*_STACK, *[Address] * 4, Threads]
 _LOG_SUMS = [Address, Address, Count, Count, Threads]
-_UPDATE_ROWS = [*[Address] * 6, Count, Count, Address, Count, Address, *[ctypes.c_float] * 6]
+_UPDATE_ROWS: list[Any] = [*[Address] * 5, Count, Count, Address, Count, Address, *[ctypes.c_float] * 6]
 _TARGETS_BACK = [*[Address] * 5, *[Count] * 3, Threads]
 
 
@@ -83,7 +83,8 @@ class TrainingKernels:
         self._lora_pass = by_dtype(functions, "lora_pass", _LORA_PASS)
         self._lora_pass_back = by_dtype(functions, "lora_pass_back", _LORA_PASS_BACK)
         self._log_sums = by_dtype(functions, "log_sums", _LOG_SUMS)
-        self._update_rows = by_dtype(functions, "update_rows", _UPDATE_ROWS)
+        self._update_rows = functions.update_table_rows
+        self._update_rows.argtypes, self._update_rows.restype = _UPDATE_ROWS, None
         self._targets_back = by_dtype(functions, "targets_back", _TARGETS_BACK)
 
     def attend_texts(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
@@ -155,18 +156,14 @@ class TrainingKernels:
         sizes = num_rows, targets_NK.shape[1], width
         self._targets_back[logits_NV.dtype](*addresses, *sizes, torch.get_num_threads())
 
-    def update_rows(
-        self, table: Rows, weights: Tensor | None, missed: Tensor, gradients: Tensor | None, adam: Adam
-    ) -> None:
+    def update_rows(self, table: Rows, missed: Tensor, gradients: Tensor | None, adam: Adam) -> None:
         """AdamW for rows of a table, after the updates that they have missed, of which `missed` has factors (.., 4).
 
-        `weights`: rounded masters, where there are any. Without gradients (.., width) rows are only brought up to date.
+        Without gradients (.., width) rows are only brought up to date.
         """
-        tensors = (*table.tensors, weights, table.last_seen, table.ids)
-        addresses = [None if each is None else each.data_ptr() for each in tensors]
+        addresses = [each.data_ptr() for each in (*table.tensors, table.last_seen, table.ids)]
         sizes = len(table.ids), table.tensors[0].shape[1], missed.data_ptr(), len(missed) - 1
-        update = self._update_rows[torch.float32 if weights is None else weights.dtype]
-        update(*addresses, *sizes, None if gradients is None else gradients.data_ptr(), *adam)
+        self._update_rows(*addresses, *sizes, None if gradients is None else gradients.data_ptr(), *adam)
 
 
 def by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> dict[torch.dtype, Any]:

@@ -66,20 +66,23 @@ class GradientSum:
         if (shared := shared_memory()) is not None:
             for bucket in self.buckets:
                 shared.sum_(bucket.gradients)
-            for table in self.tables:
-                table.take_instead([unpacked(rows) for rows in shared.gather(packed(table.gradients()))])
+            self._collect(shared.gather)
             return
         self._is_last = False
         with lost_ranks_explained():
             while self._num_sent < len(self.buckets):
                 self._send_next()
-            for table in self.tables:
-                table.take_instead([unpacked(rows) for rows in gathered(packed(table.gradients()))])
+            self._collect(gathered)
             for bucket in self.buckets:
                 if bucket.work is not None:
                     bucket.work.wait()
                     bucket.work = None
         self._num_sent = 0
+
+    def _collect(self, gather: Callable[[Tensor], list[Tensor]]) -> None:
+        """Give each table the rows of all ranks."""
+        for table in self.tables:
+            table.take_instead([unpacked(rows) for rows in gather(packed(table.gradients()))])
 
     def _noting(self, bucket: Bucket) -> Callable[[Tensor], None]:
         def note(_parameter: Tensor) -> None:

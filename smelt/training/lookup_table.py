@@ -83,7 +83,7 @@ class LookupTable:
             weight.data = self.masters.to(dtype)
         self.weight = weight
         self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
-        self._kernels = training_kernels(weight.data)  # for good: they round otherwise than torch does
+        self._kernels = training_kernels(self.masters)  # for good: they round otherwise than torch does
         self.missed = MissedUpdates(betas, weight_decay)
         self.last_seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)  # (V,), since the settling
         self.found: list[Touched] = []  # as backward gives them
@@ -140,14 +140,18 @@ class LookupTable:
 
     def _advance(self, ids: Tensor, gradients: Tensor | None, adam: Adam) -> None:
         """Let rows see all updates so far, and this one where there are gradients."""
-        factors = self.missed.factors()
-        rounded = None if self.weight.dtype == torch.float32 else self.weight.data
         if self._kernels is not None:
             rows = Rows((self.masters, *self.moments), self.last_seen, ids.contiguous())
-            self._kernels.update_rows(rows, rounded, factors, gradients, adam)
-            return
+            self._kernels.update_rows(rows, self.missed.factors(), gradients, adam)
+        else:
+            self._advance_by_torch(ids, gradients, adam)
+        if self.weight.dtype != torch.float32:
+            self.weight.data.index_copy_(0, ids, self.masters.index_select(0, ids).to(self.weight.dtype))
+
+    def _advance_by_torch(self, ids: Tensor, gradients: Tensor | None, adam: Adam) -> None:
         first, second = (moment.index_select(0, ids) for moment in self.moments)
-        kept, drift, *fades = factors.to(ids.device).index_select(0, self.last_seen[ids]).T.unsqueeze(-1)
+        factors = self.missed.factors().to(ids.device)
+        kept, drift, *fades = factors.index_select(0, self.last_seen[ids]).T.unsqueeze(-1)
         moved = (first / second.sqrt().add_(EPSILON)).mul_(drift)
         masters = self.masters.index_select(0, ids).mul_(kept).sub_(moved)
         first, second = first.mul_(fades[0]), second.mul_(fades[1])
@@ -158,8 +162,6 @@ class LookupTable:
             masters.mul_(adam.keeps).addcdiv_(first, bound, value=-adam.rate)
         for table, rows_of_it in zip((self.masters, *self.moments), (masters, first, second), strict=True):
             table.index_copy_(0, ids, rows_of_it)
-        if rounded is not None:
-            rounded.index_copy_(0, ids, masters.to(rounded.dtype))
         self.last_seen[ids] = self.missed.num + (gradients is not None)
 
     def settle(self, *, out_of_turn: bool = False) -> None:
@@ -168,13 +170,16 @@ class LookupTable:
         `out_of_turn`: when is not given by the settings alone. How it was is kept then, for who goes on from here to
         round as a run does that was not interrupted.
         """
-        self.waiting = {name: tensor.clone() for name, tensor in self.state().items()} if out_of_turn else {}
-        if self.missed.num:
-            for first in range(0, len(self.masters), SETTLED_AT_ONCE):
-                end = min(first + SETTLED_AT_ONCE, len(self.masters))
-                self.bring_up_to_date(torch.arange(first, end, device=self.masters.device))
-            self.last_seen.zero_()
-            self.missed.forget()
+        self.waiting = {}
+        if not self.missed.num:
+            return
+        if out_of_turn:
+            self.waiting = {name: tensor.clone() for name, tensor in self.state().items()}
+        for first in range(0, len(self.masters), SETTLED_AT_ONCE):
+            end = min(first + SETTLED_AT_ONCE, len(self.masters))
+            self.bring_up_to_date(torch.arange(first, end, device=self.masters.device))
+        self.last_seen.zero_()
+        self.missed.forget()
 
     def publish(self) -> None:
         """Round the masters into the weights that the model computes with."""

@@ -90,7 +90,7 @@ class Optimizer:
         self.moments = [(torch.zeros_like(masters), torch.zeros_like(masters)) for masters in self.masters]
         self._parts = [(slice(0, len(matrices)), weight_decay), (slice(len(matrices), None), 0.0)]
         self._betas = betas
-        self._num_steps = 0
+        self.num_steps = 0  # updates so far, which AdamW's bias correction depends on
 
     def _hold(self, parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
         """The masters of some parameters, and a place for their gradients."""
@@ -138,8 +138,8 @@ class Optimizer:
         for part, weight_decay in self._parts:
             masters, update = self.masters[part], Update(learning_rate, self._betas, weight_decay)
             found = [gradient for each in masters if (gradient := each.grad) is not None]
-            adamw_(masters, found, self.moments[part], self._num_steps, update)
-        self._num_steps += 1
+            adamw_(masters, found, self.moments[part], self.num_steps, update)
+        self.num_steps += 1
         for table in self.tables:
             table.update(learning_rate, self.num_steps)
         self._round()
@@ -187,15 +187,6 @@ class Optimizer:
         for table in self.tables:
             if f"{table.name}.masters" in waiting:
                 table.wait_again({kind: waiting[f"{table.name}.{kind}"] for kind in table.state()})
-
-    @property
-    def num_steps(self) -> int:
-        """Updates so far, which AdamW's bias correction depends on."""
-        return self._num_steps
-
-    @num_steps.setter
-    def num_steps(self, value: int) -> None:
-        self._num_steps = value
 
     def named(self, buffers: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """One kind (`masters`, `exp_avg` or `exp_avg_sq`) of copied or own buffers as tensors by parameter name."""

@@ -3,35 +3,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from session_training import STEP, check_a_checkpoint_continues, train
 from smelt.errors import CheckpointError, InvalidInput, TrainingError
 from smelt.models.adapter_folders import UNEMBEDDING, part_of
 from smelt.training.session import SessionTrainer, Work
-from smelt.training.trained_adapter import TrainedAdapter
 from smelt.training.trained_weights import OptimSettings
 from training_data import datum_of
 
 pytestmark = pytest.mark.usefixtures("computed_by")
 
 
-def train(trainer: SessionTrainer, adapter: TrainedAdapter, steps: range) -> None:
-    for number in steps:
-        trainer.forward_backward([Work(adapter, [datum_of(20, number)], "cross_entropy")])
-        trainer.optim_step(adapter, OptimSettings(learning_rate=0.01))
-
-
 def test_a_checkpoint_continues_as_if_nothing_had_been(trainer: SessionTrainer, tmp_path: Path) -> None:
-    whole = trainer.create(rank=4, seed=5)
-    train(trainer, whole, range(3))
-    whole.save(tmp_path / "c")
-    train(trainer, whole, range(3, 6))
-    again, fresh = trainer.create(rank=4, seed=6), trainer.create(rank=4, seed=6)
-    again.load(tmp_path / "c", with_optimizer=True)
-    fresh.load(tmp_path / "c", with_optimizer=False)
-    assert torch.equal(again.masters, fresh.masters)
-    for adapter in (again, fresh):
-        train(trainer, adapter, range(3, 6))
-    assert torch.equal(again.masters, whole.masters)
-    assert not torch.equal(fresh.masters, whole.masters), "its optimizer began anew"
+    check_a_checkpoint_continues(
+        trainer, trainer.create(rank=4, seed=5), lambda: trainer.create(rank=4, seed=6), tmp_path
+    )
 
 
 def test_a_snapshot_holds_the_gradient_that_waits_and_what_has_failed(trainer: SessionTrainer, tmp_path: Path) -> None:
@@ -41,7 +26,7 @@ def test_a_snapshot_holds_the_gradient_that_waits_and_what_has_failed(trainer: S
     adapter.state().write(tmp_path / "s")
     again.read_state(tmp_path / "s")
     for each in (adapter, again):
-        trainer.optim_step(each, OptimSettings(learning_rate=0.01))
+        trainer.optim_step(each, STEP)
     assert torch.equal(again.masters, adapter.masters)
     assert again.num_steps == adapter.num_steps == 3
     adapter.fail_window()

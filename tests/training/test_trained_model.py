@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from session_training import STEP, check_a_checkpoint_continues, train
 from smelt.errors import CheckpointError, InvalidInput, TrainingError
 from smelt.models.batch import Batch
 from smelt.models.decoder import Decoder
@@ -18,8 +19,6 @@ from smelt.training.trained_model import TrainedModel
 from smelt.training.trained_weights import OptimSettings
 from smelt.types import Datum
 from training_data import datum_of, make_model, rl_datum
-
-STEP = OptimSettings(learning_rate=0.01)
 
 
 def done(outcome: Outcome | Exception) -> Outcome:
@@ -127,27 +126,10 @@ def test_masters_learn_what_bfloat16_cannot_hold() -> None:
     assert torch.equal(trained.model.embedding.weight, embedding.bfloat16())
 
 
-def train(trainer: SessionTrainer, trained: TrainedModel, steps: range) -> None:
-    for number in steps:
-        trainer.forward_backward([Work(trained, [datum_of(20, number)], "cross_entropy")])
-        trainer.optim_step(trained, STEP)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_continues_as_if_nothing_had_been(dtype: torch.dtype, tmp_path: Path) -> None:
     trainer = SessionTrainer(make_model(dtype))
-    whole = trainer.create_whole()
-    train(trainer, whole, range(3))
-    whole.save(tmp_path / "c")
-    train(trainer, whole, range(3, 6))
-    again, fresh = trainer.create_whole(), trainer.create_whole()
-    again.load(tmp_path / "c", with_optimizer=True)
-    fresh.load(tmp_path / "c", with_optimizer=False)
-    assert torch.equal(again.masters, fresh.masters)
-    for trained in (again, fresh):
-        train(trainer, trained, range(3, 6))
-    assert torch.equal(again.masters, whole.masters)
-    assert not torch.equal(fresh.masters, whole.masters), "its optimizer began anew"
+    check_a_checkpoint_continues(trainer, trainer.create_whole(), trainer.create_whole, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
