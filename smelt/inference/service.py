@@ -25,6 +25,7 @@ from smelt.inference.answer import Answer
 from smelt.inference.embeddings import check_inputs, embed_in_slices, join_vectors
 from smelt.inference.engine import MAX_RUNNING, Engine
 from smelt.inference.grammar import GrammarCompiler
+from smelt.inference.interrupts import interrupts_deferred
 from smelt.inference.prompts import Prompts
 from smelt.inference.sequence import PromptWishes, Sequence, Status
 from smelt.inference.stop_strings import StopStrings
@@ -283,14 +284,16 @@ class TextModel:
                 if has_ended:
                     return
                 if not text:
-                    self.step()
+                    with interrupts_deferred():
+                        self.step()
         except Exception:
             self.pause()
             for other in self.answers:  # they go on, whoever it was that failed
                 self.resume(other)
             raise
         finally:
-            self.abort(answer)
+            with interrupts_deferred():
+                self.abort(answer)
 
     def _sequences(
         self,

@@ -337,7 +337,7 @@ def _built(folder: Path) -> Kernels | None:
 
 def compiled(folder: Path, compiler: str, openmp: Path) -> Path:
     """The library of this source, compiler and processor. OSError, or SubprocessError where the compiler fails."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = _output([compiler, "--version"])
     sources = [path.read_text() for path in (SOURCE, *INCLUDED)]
     key = hashlib.sha256("\n".join([*sources, version, _instructions(), str(openmp), *FLAGS]).encode())
     library = folder / f"kernels-{key.hexdigest()[:16]}.so"
@@ -355,11 +355,18 @@ def _compile(compiler: str, openmp: Path, library: Path) -> None:
     linking = [compiler, "-shared", str(unlinked), str(openmp), "-o", str(unnamed)]
     try:
         for command in (compiling, linking):
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
+            _output(command)
         unnamed.replace(library)
     finally:
         for path in (unlinked, unnamed):
             path.unlink(missing_ok=True)
+
+
+def _output(command: list[str]) -> str:
+    # In a group of its own: a Ctrl-C in the terminal is for what waits for the kernels, not for the compiler.
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS, process_group=0
+    ).stdout
 
 
 @contextmanager

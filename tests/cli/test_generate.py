@@ -147,7 +147,10 @@ def read_until(descriptor: int, wanted: bytes, seconds: float = 60) -> bytes:
     deadline = time.monotonic() + seconds
     while wanted not in seen and time.monotonic() < deadline:
         if select.select([descriptor], [], [], 0.2)[0]:
-            seen += os.read(descriptor, 4096)
+            try:
+                seen += os.read(descriptor, 4096)
+            except OSError:  # the program has ended
+                break
     assert wanted in seen, seen
     return seen
 

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,23 @@ def test_a_stream_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPa
             list(bad)
     assert text + "".join(good) == expected
     assert not model.engine.has_work
+
+
+def test_ctrl_c_amid_a_step_ends_the_answer_and_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TextModel(make_model(257), ByteTokenizer(), max_running=3)
+    expected = model.generate("abc", max_tokens=9, seed=1)
+    add = model.engine.scheduler._run
+
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)  # before the sequence is anywhere
+        add(*arguments)
+
+    monkeypatch.setattr(model.engine.scheduler, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(model.stream("abc", max_tokens=9, seed=1))
+    monkeypatch.undo()
+    assert not model.engine.has_work
+    assert model.generate("abc", max_tokens=9, seed=1) == expected
 
 
 def test_all_that_was_drawn_is_counted(text_model: TextModel) -> None:
