@@ -461,8 +461,10 @@ void attend(const X *q, int64_t q_stride, const Cache &cache, const int32_t *tab
 #include "lora.h"
 #include "rowwise.h"
 #include "products.h"
+#include "matmul.h"
 #include "attention.h"
 #include "lora_pass.h"
+#include "rowwise_back.h"
 #include "targets.h"
 #include "table_rows.h"
 
@@ -488,6 +490,17 @@ void linear_int8_fp32(const float *x, const int8_t *w, const float *scales, cons
 void linear_int8_bf16(const bf16 *x, const int8_t *w, const float *scales, const bf16 *bias, bf16 *y, int64_t num_x,
                       int64_t num_out, int64_t width, int threads) {
     linear<Int8Quads>(x, w, scales, bias, y, num_x, num_out, width, threads);
+}
+
+// The same for many rows; and where `lies_by_depth`, w is (width, num_out).
+void matmul_fp32(const float *x, const float *w, int lies_by_depth, const float *bias, float *y, int64_t num_x,
+                 int64_t num_out, int64_t width, int threads) {
+    matmul(x, w, lies_by_depth != 0, bias, y, num_x, num_out, width, threads);
+}
+
+void matmul_bf16(const bf16 *x, const bf16 *w, int lies_by_depth, const bf16 *bias, bf16 *y, int64_t num_x,
+                 int64_t num_out, int64_t width, int threads) {
+    matmul(x, w, lies_by_depth != 0, bias, y, num_x, num_out, width, threads);
 }
 
 // One query per row over blocks of keys and values; see paged_attention.py. Strides are in numbers.

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -23,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smelt.models.devices import cpu_features
 from smelt.models.recording import current_recording, empty
-from smelt.models.training_kernels import SUFFIXES, WHOLE_ROW, Address, Count, Threads, TrainingKernels
+from smelt.models.training_kernels import SUFFIXES, WHOLE_ROW, Address, Count, Threads, TrainingKernels, by_dtype
 
 _FILES = (
-    *("kernels.cpp", "team.h", "lora.h", "rowwise.h", "recording.h"),
-    *("products.h", "attention.h", "lora_pass.h", "targets.h", "table_rows.h"),  # of what is trained
+    *("kernels.cpp", "team.h", "lora.h", "rowwise.h", "recording.h", "products.h", "matmul.h"),
+    *("attention.h", "lora_pass.h", "rowwise_back.h", "targets.h", "table_rows.h"),  # of what is trained
 )
 SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in _FILES)
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-fno-math-errno")  # whose numbers nobody asks for
@@ -37,6 +39,7 @@ BUILD_SECONDS = 120.0
 log = logging.getLogger(__name__)
 
 _LINEAR = [Address] * 4 + [Count] * 3 + [Threads]
+_MATMUL = [Address, Address, ctypes.c_int, Address, Address, *[Count] * 3, Threads]
 _LINEAR_INT8 = [Address] * 5 + [Count] * 3 + [Threads]
 _ATTEND = [Address, Count, Address, Address, Count, Address, Count, Address, Count, Address] + [Count] * 5 + [Threads]
 _LORA = [Address] * 8 + [Count, Address] + [Count] * 4 + [Threads]
@@ -77,6 +80,7 @@ class Kernels:
     def __init__(self, library: Path) -> None:
         functions = ctypes.CDLL(str(library))
         self._linear = _by_dtype(functions, "linear", _LINEAR)
+        self._matmul = by_dtype(functions, "matmul", _MATMUL)
         self._linear_int8 = _by_dtype(functions, "linear_int8", _LINEAR_INT8)
         self._attend = _by_dtype(functions, "attend", _ATTEND)
         self._lora = _by_dtype(functions, "lora", _LORA)
@@ -97,6 +101,21 @@ class Kernels:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out): x W^T + b, all of one dtype, summed in fp32."""
         return _product(self._linear[x.dtype], x, weight, (weight.data_ptr(),), bias)
+
+    def matmul(self, x_NC: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out (N, O) = x W + b for W (C, O), which lies by its rows or its columns; a row's bits are its own."""
+        lies_by_rows = weight.is_contiguous()
+        addresses = None if bias is None else bias.data_ptr(), out.data_ptr()
+        self._matmul[x_NC.dtype](
+            x_NC.data_ptr(),
+            weight.data_ptr(),
+            lies_by_rows,
+            *addresses,
+            len(x_NC),
+            weight.shape[1],
+            weight.shape[0],
+            torch.get_num_threads(),
+        )
 
     def linear_int8(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """The same with int8 weights and an fp32 scale for each output. x may be rounded to int8 too."""
@@ -300,6 +319,20 @@ def kernels() -> Kernels | None:
     if _BUILD.built is not None:  # hundreds of times in a step of few tokens, so without the future's lock
         return _BUILD.built
     return None if _BUILD.future is None else _BUILD.future.result()
+
+
+def product_kernels(x: Tensor) -> Kernels | None:
+    """Those whose products of many rows are no slower than torch's: not where the processor multiplies tiles."""
+    is_fast = _multiplies_fast(x.dtype) if x.dtype in SUFFIXES else False
+    return kernels_for_dtype(x, x.dtype) if is_fast else None
+
+
+@cache
+def _multiplies_fast(dtype: torch.dtype) -> bool:
+    features = cpu_features()
+    if dtype == torch.bfloat16:
+        return features["avx512_bf16"] and not features["amx"]
+    return features["avx512"]
 
 
 def training_kernels(x: Tensor) -> TrainingKernels | None:

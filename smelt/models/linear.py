@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smelt.models.devices import cpu_features
-from smelt.models.fixed_tiles import in_fixed_tiles, tiled_product
+from smelt.models.fixed_tiles import product_in_tiles
 from smelt.models.kernels import Kernels, kernels
 
 
@@ -50,8 +50,8 @@ class Int8Linear(nn.Module):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. For a few rows on a CPU by our own kernel, which no gradient passes through."""
-    if in_fixed_tiles():
-        return tiled_product(x, weight, bias)
+    if (tiled := product_in_tiles()) is not None:
+        return tiled(x, weight, bias)
     fast = None if torch.is_grad_enabled() else _kernels_for(x)
     if fast is not None and weight.is_contiguous() and x.dtype == weight.dtype:
         return fast.linear(x.contiguous(), weight, bias)

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t CHUNK = 32;          // tokens of a datum that a thread takes at a time; even
 constexpr int64_t COLUMNS = 4 * LANES; // of a factor's gradient, likewise
-constexpr int64_t OUT_COLUMNS = 16 * LANES;
 
 struct Datums {
     const int64_t *starts, *lengths, *slots; // the datums of a slot lie together in this list
@@ -18,11 +17,12 @@ struct Datums {
 template <class X> struct Stack {
     const X *a, *b;
     const float *scales;
+    int64_t slot_stride; // in numbers, of A and of B
     LoraShape shape;
 
     int64_t num_hidden() const { return shape.num_parts * shape.rank; }
-    const X *a_of(int64_t slot) const { return a + slot * num_hidden() * shape.width; }
-    const X *b_of(int64_t slot) const { return b + slot * shape.num_out * shape.rank; }
+    const X *a_of(int64_t slot) const { return a + slot * slot_stride; }
+    const X *b_of(int64_t slot) const { return b + slot * slot_stride; }
 };
 
 struct Band { // a part of a fused matrix: where its rows begin, and how many they are
@@ -49,26 +49,16 @@ inline std::vector<Piece> pieces_of(const Datums &datums) {
     return pieces;
 }
 
-// y = x W rounded, or that plus `before`, a few columns at a time. Both are rounded where torch does, which computes the
-// sampler's prompts: so trainer and sampler agree three times as well.
+// Adds x W to what lies there, both rounded where torch does, which computes the sampler's prompts: so trainer and
+// sampler agree three times as well.
 template <class X, class E>
-inline void write_product(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t num_columns, int64_t depth,
-                          const X *before, X *to, int64_t stride) {
-    alignas(64) static thread_local float some[CHUNK * OUT_COLUMNS];
-    for (int64_t c = 0; c < num_columns; c += OUT_COLUMNS) {
-        const int64_t count = std::min(OUT_COLUMNS, num_columns - c);
-        multiply(x, Factor<E>{w.at + c * PAIR<X>, w.stride}, num_rows, count, depth, some, OUT_COLUMNS, false);
-        for (int64_t m = 0; m < num_rows; m++) {
-            const float *from = some + m * OUT_COLUMNS;
-            X *row = to + m * stride + c;
-            const X *base = before ? before + m * stride + c : nullptr;
-            int64_t i = 0;
-            for (; i + LANES <= count; i += LANES)
-                round_to(row + i,
-                         base ? rounded<X>(load<floats>(from + i)) + widen(base + i) : load<floats>(from + i));
-            for (; i < count; i++) assign(row[i], base ? rounded<X>(from[i]) + to_float(base[i]) : from[i]);
-        }
-    }
+inline void add_product(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t num_columns, int64_t depth, X *to,
+                        int64_t stride) {
+    multiply_into(x, w, num_rows, num_columns, depth, Factor<float>{nullptr, 0},
+                  [&](int64_t m, int64_t n, floats sum) {
+                      const int64_t at = m * stride + n, count = num_columns - n;
+                      round_some(to + at, rounded<X>(sum) + widen_some(to + at, count), count);
+                  });
 }
 
 // to = from * scale, rounded; `from_stride` numbers between rows of fp32.
@@ -78,10 +68,9 @@ inline void write_scaled(const float *from, int64_t from_stride, float scale, in
     for (int64_t m = 0; m < num_rows; m++) write_row(from + m * from_stride, scale, to + m * stride, count);
 }
 
-// out = y + scale B (A x) for the tokens of the datums; `hidden` (N, parts x rank) is what lies between, scaled.
+// y += scale B (A x) for the tokens of the datums; `hidden` (N, parts x rank) is what lies between, scaled.
 template <class X>
-void lora_pass(const X *x, const Stack<X> &stack, const Datums &datums, const X *y, X *out, X *hidden,
-               int threads) {
+void lora_pass(const X *x, const Stack<X> &stack, const Datums &datums, X *y, X *hidden, int threads) {
     using E = ElementOf<X>;
     const LoraShape &shape = stack.shape;
     const int64_t rank = shape.rank, num_hidden = stack.num_hidden(), width = shape.width, num_out = shape.num_out;
@@ -116,15 +105,15 @@ void lora_pass(const X *x, const Stack<X> &stack, const Datums &datums, const X 
                 const int64_t columns = lanes(parts[p].num_rows), at = row * num_out + parts[p].start;
                 const auto own =
                     rows_of(between + p * rank, num_hidden, count, rank, laid.take(1, CHUNK * b_depth));
-                write_product(own, Factor<E>{mine + offsets[p], columns * PAIR<X>}, count, parts[p].num_rows, rank,
-                              y + at, out + at, num_out);
+                add_product(own, Factor<E>{mine + offsets[p], columns * PAIR<X>}, count, parts[p].num_rows, rank,
+                            y + at, num_out);
             }
         });
     });
 }
 
 // Adds the gradient of one factor, a few of its columns: for each datum of the slot the transposed `left`
-// (rows, tokens) times `right` (tokens, columns from `column`); `add(row, column, sums)` takes LANES at a time.
+// (rows, tokens) times `right` (tokens, columns from `column`); `add(sums)` takes (rows, COLUMNS).
 template <class X, class E, class Add>
 inline void add_factor_gradient(const Datums &datums, int64_t slot, int64_t num_rows, int64_t count,
                                 const std::vector<int64_t> &offsets, const E *left, int64_t left_rows,
@@ -139,13 +128,36 @@ inline void add_factor_gradient(const Datums &datums, int64_t slot, int64_t num_
         pack_rows(right + datums.starts[d] * right_stride, right_stride, length, count, packed, COLUMNS);
         const Factor<E> own{left + offsets[d] * left_rows + left_row * stride, stride};
         multiply(own, Factor<E>{packed, COLUMNS * PAIR<X>}, num_rows, count, length, sums, COLUMNS, false);
-        for (int64_t r = 0; r < num_rows; r++) add(r, sums + r * COLUMNS);
+        add(sums);
     }
 }
 
-// The gradient g of `out` gives that of x, `x_gradient`, by way of the adapters alone, and adds to those of the
-// factors: gradients[(slot x parts + part) x 2] is A's (rank, in) of a part and the one behind it B's (its rows, rank),
-// fp32, or both are null.
+// to (columns, rank) += sums (rank, COLUMNS) turned.
+inline void add_turned(const float *sums, int64_t rank, int64_t count, float *to) {
+    int64_t c = 0;
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    for (; c + LANES <= count; c += LANES)
+        for (int64_t first = 0; first < rank; first += LANES) {
+            const int64_t some = std::min<int64_t>(LANES, rank - first);
+            const __mmask16 mask = __mmask16((1u << some) - 1);
+            __m512i lines[LANES];
+            for (int r = 0; r < LANES; r++)
+                lines[r] = r < some ? _mm512_loadu_si512(sums + (first + r) * COLUMNS + c) : _mm512_setzero_si512();
+            turn(lines);
+            for (int i = 0; i < LANES; i++) {
+                float *at = to + (c + i) * rank + first;
+                const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), _mm512_castsi512_ps(lines[i]));
+                _mm512_mask_storeu_ps(at, mask, sum);
+            }
+        }
+#endif
+    for (; c < count; c++)
+        for (int64_t r = 0; r < rank; r++) to[c * rank + r] += sums[r * COLUMNS + c];
+}
+
+// The gradient g of y adds to that of x, `x_gradient`, what comes by way of the adapters, and to those of the factors:
+// gradients[(slot x parts + part) x 2] is A's (rank, in) of a part and the one behind it B's (its rows, rank),
+// in fp32.
 template <class X>
 void lora_pass_back(const X *x, const X *g, const X *hidden, const Stack<X> &stack, const Datums &datums,
                     X *x_gradient, float *const *gradients, int threads) {
@@ -204,9 +216,9 @@ void lora_pass_back(const X *x, const X *g, const X *hidden, const Stack<X> &sta
                          false);
                 write_scaled(sums, wide, stack.scales[slot], count, rank, slopes + p * rank, num_hidden);
             }
-            write_product<X>(rows_of(slopes, num_hidden, count, num_hidden, laid.take(1, CHUNK * (num_hidden + 1))),
-                             Factor<E>{mine, lanes(width) * PAIR<X>}, count, width, num_hidden, nullptr,
-                             x_gradient + row * width, width);
+            add_product(rows_of(slopes, num_hidden, count, num_hidden, laid.take(1, CHUNK * (num_hidden + 1))),
+                        Factor<E>{mine, lanes(width) * PAIR<X>}, count, width, num_hidden, x_gradient + row * width,
+                        width);
             const int64_t stride = up_to(datums.lengths[datum], 2), at = offsets[datum] * num_hidden + first;
             lay_columns(slopes, num_hidden, num_hidden, count, slope_columns + at, stride);
             lay_columns(hidden + row * num_hidden, num_hidden, num_hidden, count, hidden_columns + at, stride);
@@ -216,22 +228,19 @@ void lora_pass_back(const X *x, const X *g, const X *hidden, const Stack<X> &sta
             const auto [slot, part, column, count] = tasks[i];
             float *const *own = gradients + slot * parts.size() * 2;
             if (part < 0) {
-                if (!std::any_of(own, own + 2 * parts.size(), [](float *to) { return to; })) return;
                 add_factor_gradient(datums, slot, num_hidden, count, offsets, slope_columns, num_hidden, 0,
-                                    x + column, width, [&](int64_t r, const float *sums) {
-                                        float *to = own[r / rank * 2];
-                                        if (!to) return;
-                                        for (int64_t c = 0; c < count; c++)
-                                            to[r % rank * width + column + c] += sums[c];
+                                    x + column, width, [&](const float *sums) {
+                                        for (int64_t r = 0; r < num_hidden; r++) {
+                                            float *to = own[r / rank * 2] + r % rank * width + column;
+                                            for (int64_t c = 0; c < count; c++) to[c] += sums[r * COLUMNS + c];
+                                        }
                                     });
                 return;
             }
-            float *to = own[part * 2 + 1];
-            if (!to) return;
+            float *to = own[part * 2 + 1] + column * rank;
             add_factor_gradient(datums, slot, rank, count, offsets, hidden_columns, num_hidden, part * rank,
-                                g + parts[part].start + column, num_out, [&](int64_t r, const float *sums) {
-                                    for (int64_t c = 0; c < count; c++) to[(column + c) * rank + r] += sums[c];
-                                });
+                                g + parts[part].start + column, num_out,
+                                [&](const float *sums) { add_turned(sums, rank, count, to); });
         });
     });
 }
@@ -241,36 +250,38 @@ void lora_pass_back(const X *x, const X *g, const X *hidden, const Stack<X> &sta
 extern "C" {
 
 void lora_pass_fp32(const float *x, const float *a, const float *b, const float *scales, const int64_t *part_rows,
-                    int64_t num_parts, int64_t rank, int64_t width, int64_t num_out, const int64_t *starts,
+                    int64_t slot_stride, int64_t num_parts, int64_t rank, int64_t width, int64_t num_out,
+                    const int64_t *starts,
                     const int64_t *lengths, const int64_t *slots, int64_t num_datums, int64_t num_slots,
-                    const float *y, float *out, float *hidden, int threads) {
-    lora_pass(x, Stack<float>{a, b, scales, {part_rows, num_parts, rank, width, num_out}},
-              Datums{starts, lengths, slots, num_datums, num_slots}, y, out, hidden, threads);
+                    float *y, float *hidden, int threads) {
+    lora_pass(x, Stack<float>{a, b, scales, slot_stride, {part_rows, num_parts, rank, width, num_out}},
+              Datums{starts, lengths, slots, num_datums, num_slots}, y, hidden, threads);
 }
 
 void lora_pass_back_fp32(const float *x, const float *a, const float *b, const float *scales,
-                         const int64_t *part_rows, int64_t num_parts, int64_t rank, int64_t width, int64_t num_out,
+                         const int64_t *part_rows, int64_t slot_stride, int64_t num_parts, int64_t rank, int64_t width, int64_t num_out,
                          const int64_t *starts, const int64_t *lengths, const int64_t *slots, int64_t num_datums,
                          int64_t num_slots, const float *g, const float *hidden, float *x_gradient,
                          float *const *gradients, int threads) {
-    lora_pass_back(x, g, hidden, Stack<float>{a, b, scales, {part_rows, num_parts, rank, width, num_out}},
+    lora_pass_back(x, g, hidden, Stack<float>{a, b, scales, slot_stride, {part_rows, num_parts, rank, width, num_out}},
                    Datums{starts, lengths, slots, num_datums, num_slots}, x_gradient, gradients, threads);
 }
 
 void lora_pass_bf16(const bf16 *x, const bf16 *a, const bf16 *b, const float *scales, const int64_t *part_rows,
-                    int64_t num_parts, int64_t rank, int64_t width, int64_t num_out, const int64_t *starts,
+                    int64_t slot_stride, int64_t num_parts, int64_t rank, int64_t width, int64_t num_out,
+                    const int64_t *starts,
                     const int64_t *lengths, const int64_t *slots, int64_t num_datums, int64_t num_slots,
-                    const bf16 *y, bf16 *out, bf16 *hidden, int threads) {
-    lora_pass(x, Stack<bf16>{a, b, scales, {part_rows, num_parts, rank, width, num_out}},
-              Datums{starts, lengths, slots, num_datums, num_slots}, y, out, hidden, threads);
+                    bf16 *y, bf16 *hidden, int threads) {
+    lora_pass(x, Stack<bf16>{a, b, scales, slot_stride, {part_rows, num_parts, rank, width, num_out}},
+              Datums{starts, lengths, slots, num_datums, num_slots}, y, hidden, threads);
 }
 
 void lora_pass_back_bf16(const bf16 *x, const bf16 *a, const bf16 *b, const float *scales, const int64_t *part_rows,
-                         int64_t num_parts, int64_t rank, int64_t width, int64_t num_out, const int64_t *starts,
+                         int64_t slot_stride, int64_t num_parts, int64_t rank, int64_t width, int64_t num_out, const int64_t *starts,
                          const int64_t *lengths, const int64_t *slots, int64_t num_datums, int64_t num_slots,
                          const bf16 *g, const bf16 *hidden, bf16 *x_gradient, float *const *gradients,
                          int threads) {
-    lora_pass_back(x, g, hidden, Stack<bf16>{a, b, scales, {part_rows, num_parts, rank, width, num_out}},
+    lora_pass_back(x, g, hidden, Stack<bf16>{a, b, scales, slot_stride, {part_rows, num_parts, rank, width, num_out}},
                    Datums{starts, lengths, slots, num_datums, num_slots}, x_gradient, gradients, threads);
 }
 }

@@ -36,54 +36,70 @@ template <class E> struct Factor { // strides in elements
     int64_t stride;
 };
 
-template <class E, int M, int V>
-inline void multiply_block(Factor<E> x, Factor<E> w, int64_t num_steps, float *out, int64_t out_stride,
-                           bool is_added) {
+// Of M rows and V vectors of columns: `emit(m, v, sum)` takes each, which begins as `before` has it, unless null.
+template <class E, int M, int V, class Emit>
+inline void multiply_block(Factor<E> x, Factor<E> w, int64_t num_steps, Factor<float> before, Emit emit) {
     constexpr int P = std::is_same<E, float>::value ? 1 : 2;
     floats sum[M][V] = {};
-    if (is_added)
+    if (before.at)
         for (int m = 0; m < M; m++)
-            for (int v = 0; v < V; v++) sum[m][v] = load<floats>(out + m * out_stride + v * LANES);
+            for (int v = 0; v < V; v++) sum[m][v] = load<floats>(before.at + m * before.stride + v * LANES);
     for (int64_t step = 0; step < num_steps; step++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int v = 0; v < V; v++)
                 sum[m][v] =
                     add_step(sum[m][v], w.at + step * w.stride + v * LANES * P, x.at + m * x.stride + step * P);
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) store(out + m * out_stride + v * LANES, sum[m][v]);
+        for (int v = 0; v < V; v++) emit(m, v, sum[m][v]);
 }
 
-template <class E, int V>
-inline void multiply_rows(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t num_steps, float *out,
-                          int64_t out_stride, bool is_added) {
+template <class E, int V, class Emit>
+inline void multiply_rows(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t num_steps, Factor<float> before,
+                          Emit emit) {
     int64_t m = 0;
-    const auto rows = [&] { return Factor<E>{x.at + m * x.stride, x.stride}; };
-    for (; m + 6 <= num_rows; m += 6)
-        multiply_block<E, 6, V>(rows(), w, num_steps, out + m * out_stride, out_stride, is_added);
-    for (; m + 2 <= num_rows; m += 2)
-        multiply_block<E, 2, V>(rows(), w, num_steps, out + m * out_stride, out_stride, is_added);
-    for (; m < num_rows; m++)
-        multiply_block<E, 1, V>(rows(), w, num_steps, out + m * out_stride, out_stride, is_added);
+    const auto block = [&](auto size) {
+        constexpr int M = decltype(size)::value;
+        for (; m + M <= num_rows; m += M)
+            multiply_block<E, M, V>({x.at + m * x.stride, x.stride}, w, num_steps,
+                                    {before.at ? before.at + m * before.stride : nullptr, before.stride},
+                                    [&](int row, int v, floats sum) { emit(m + row, v, sum); });
+    };
+    if (V <= 2) block(std::integral_constant<int, 12>{}); // there are registers for so many sums
+    block(std::integral_constant<int, 6>{});
+    block(std::integral_constant<int, 2>{});
+    block(std::integral_constant<int, 1>{});
+}
+
+// x W, or what lies at `before` plus that. `emit(row, column, sums)` takes LANES at a time, the last ones filled up.
+template <class E, class Emit>
+inline void multiply_into(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t num_columns, int64_t depth,
+                          Factor<float> before, Emit emit) {
+    constexpr int P = std::is_same<E, float>::value ? 1 : 2;
+    const int64_t num_steps = (depth + P - 1) / P, num_vectors = lanes(num_columns) / LANES;
+    for (int64_t v = 0; v < num_vectors; v += 4) {
+        const auto columns = [&](auto size) {
+            constexpr int V = decltype(size)::value;
+            multiply_rows<E, V>(x, {w.at + v * LANES * P, w.stride}, num_rows, num_steps,
+                                {before.at ? before.at + v * LANES : nullptr, before.stride},
+                                [&](int64_t m, int n, floats sum) { emit(m, (v + n) * LANES, sum); });
+        };
+        switch (num_vectors - v) {
+        case 1: columns(std::integral_constant<int, 1>{}); break;
+        case 2: columns(std::integral_constant<int, 2>{}); break;
+        case 3: columns(std::integral_constant<int, 3>{}); break;
+        default: columns(std::integral_constant<int, 4>{});
+        }
+    }
 }
 
 // out = x W, or what it was plus that; `num_columns` is filled up to whole vectors here.
 template <class E>
 inline void multiply(Factor<E> x, Factor<E> w, int64_t num_rows, int64_t num_columns, int64_t depth, float *out,
                      int64_t out_stride, bool is_added) {
-    constexpr int P = std::is_same<E, float>::value ? 1 : 2;
-    const int64_t num_steps = (depth + P - 1) / P, num_vectors = lanes(num_columns) / LANES;
-    for (int64_t v = 0; v < num_vectors; v += 4) {
-        const Factor<E> columns{w.at + v * LANES * P, w.stride};
-        float *to = out + v * LANES;
-        switch (num_vectors - v) {
-        case 1: multiply_rows<E, 1>(x, columns, num_rows, num_steps, to, out_stride, is_added); break;
-        case 2: multiply_rows<E, 2>(x, columns, num_rows, num_steps, to, out_stride, is_added); break;
-        case 3: multiply_rows<E, 3>(x, columns, num_rows, num_steps, to, out_stride, is_added); break;
-        default: multiply_rows<E, 4>(x, columns, num_rows, num_steps, to, out_stride, is_added);
-        }
-    }
+    multiply_into(x, w, num_rows, num_columns, depth, Factor<float>{is_added ? out : nullptr, out_stride},
+                  [&](int64_t m, int64_t n, floats sum) { store(out + m * out_stride + n, sum); });
 }
 
 // What is laid out and packed may be of another type than the result, so numbers go by way of fp32.
@@ -162,16 +178,6 @@ inline void pack_rows(const S *w, int64_t w_stride, int64_t depth, int64_t count
     }
 }
 
-// W is (N, K) here: its columns are what is added up.
-inline void pack_columns(const bf16 *w, int64_t w_stride, int64_t depth, int64_t count, bf16 *to, int64_t width) {
-    for (int64_t start = 0; start < width; start += LANES) // whole lines are written, one after the other
-        for (int64_t k = 0; k < depth; k += 2)
-            for (int64_t n = start; n < start + LANES; n++) {
-                const bf16 *at = w + n * w_stride + k;
-                const uint32_t pair = n >= count ? 0 : k + 1 < depth ? load<uint32_t>(at) : at->bits;
-                std::memcpy(to + k * width + 2 * n, &pair, 4);
-            }
-}
 #endif
 
 template <class S>
@@ -186,12 +192,82 @@ inline void pack_rows(const S *w, int64_t w_stride, int64_t depth, int64_t count
     lay_rows(w, w_stride, depth, count, to, width);
 }
 
-template <class S>
-inline void pack_columns(const S *w, int64_t w_stride, int64_t depth, int64_t count, float *to, int64_t width) {
+// LANES x LANES words, turned: word j of line i becomes word i of line j.
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+inline void turn(__m512i *lines) {
+    __m512i pairs[16], quads[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(lines[i], lines[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(lines[i], lines[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int half = 0; half < 2; half++) {
+            quads[i + 2 * half] = _mm512_unpacklo_epi64(pairs[i + half], pairs[i + half + 2]);
+            quads[i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[i + half], pairs[i + half + 2]);
+        }
+    for (int i = 0; i < 4; i++) { // of each quarter of a line the same word of four lines
+        const __m512i low = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0x44);
+        const __m512i high = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0xee);
+        const __m512i next_low = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0x44);
+        const __m512i next_high = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0xee);
+        lines[i] = _mm512_shuffle_i32x4(low, next_low, 0x88);
+        lines[i + 4] = _mm512_shuffle_i32x4(low, next_low, 0xdd);
+        lines[i + 8] = _mm512_shuffle_i32x4(high, next_high, 0x88);
+        lines[i + 12] = _mm512_shuffle_i32x4(high, next_high, 0xdd);
+    }
+}
+#endif
+
+// The columns of so many rows of W (LANES of them, or fewer at its end) from k on, word by word.
+template <class E>
+inline void pack_words(const E *w, int64_t w_stride, int64_t first_k, int64_t depth, int64_t count, E *to,
+                       int64_t width) {
+    constexpr int P = sizeof(uint32_t) / sizeof(E);
+    for (int64_t k = first_k; k < depth; k += P)
+        for (int64_t n = 0; n < LANES; n++) {
+            E word[P] = {};
+            if (n < count) std::memcpy(word, w + n * w_stride + k, std::min<int64_t>(P, depth - k) * sizeof(E));
+            std::memcpy(to + k * width + P * n, word, sizeof word);
+        }
+}
+
+// W is (N, K) here: its columns are what is added up.
+template <class E>
+inline void pack_columns(const E *w, int64_t w_stride, int64_t depth, int64_t count, E *to, int64_t width) {
+    for (int64_t n = 0; n < width; n += LANES) { // whole lines are written, one after the other
+        int64_t k = 0;
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+        constexpr int P = sizeof(uint32_t) / sizeof(E);
+        for (; n + LANES <= count && k + LANES * P <= depth; k += LANES * P) {
+            __m512i lines[LANES];
+            for (int i = 0; i < LANES; i++) lines[i] = _mm512_loadu_si512(w + (n + i) * w_stride + k);
+            turn(lines);
+            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (k + P * i) * width + P * n, lines[i]);
+        }
+#endif
+        pack_words(w + n * w_stride, w_stride, k, depth, count - n, to + sizeof(uint32_t) / sizeof(E) * n, width);
+    }
+}
+
+inline void pack_columns(const bf16 *w, int64_t w_stride, int64_t depth, int64_t count, float *to, int64_t width) {
     for (int64_t start = 0; start < width; start += LANES)
         for (int64_t k = 0; k < depth; k++)
             for (int64_t n = start; n < start + LANES; n++)
                 to[k * width + n] = n < count ? to_float(w[n * w_stride + k]) : 0.0f;
+}
+
+// The first `count` of LANES numbers, rounded.
+template <class X> inline void round_some(X *to, floats value, int64_t count) {
+    if (count >= LANES) return round_to(to, value);
+    X kept[LANES];
+    round_to(kept, value);
+    std::memcpy(to, kept, count * sizeof(X));
+}
+template <class X> inline floats widen_some(const X *at, int64_t count) {
+    if (count >= LANES) return widen(at);
+    X kept[LANES] = {};
+    std::memcpy(kept, at, count * sizeof(X));
+    return widen(kept);
 }
 
 // What a thread lays out, by number: kept, because fresh memory is slow, and whole lines of the cache.

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smelt.models.fixed_tiles import in_fixed_tiles
+from smelt.models import frozen_rowwise
+from smelt.models.fixed_tiles import product_in_tiles
 from smelt.models.kernels import Kernels, kernels_for_dtype
 
 MOST_LOOKED_UP = 64  # of a step that writes; whoever sends more to a model has them checked by torch
@@ -32,6 +33,8 @@ class RMSNorm(nn.RMSNorm):
         """(..., C) -> (..., C)."""
         if (fast := kernels_for(x)) is not None and x.is_contiguous() and x.dtype == self.weight.dtype:
             return fast.rms_norm(x, self.weight, self.eps or 0.0)
+        if (fast := frozen_rowwise.frozen_kernels(x)) is not None and x.dtype == self.weight.dtype:
+            return frozen_rowwise.rms_norm(x, self.weight, self.eps or 0.0, fast)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
@@ -77,6 +80,8 @@ def swiglu(x: Tensor) -> Tensor:
     """(..., 2F) -> (..., F): silu(first half) * second half."""
     if (fast := kernels_for(x)) is not None and x.is_contiguous():
         return fast.swiglu(x)
+    if (fast := frozen_rowwise.frozen_kernels(x)) is not None:
+        return frozen_rowwise.swiglu(x, fast)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -87,9 +92,11 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     `cos` and `sin` are (B or 1, T, 1, D).
     """
     num_rows, _, _, width = x_BTHD.shape
-    fast = kernels_for(x_BTHD) if num_rows == 1 and x_BTHD.stride()[2:] == (width, 1) else None
-    if fast is not None:
-        return fast.rotate(x_BTHD[0], cos, sin)[None]
+    if num_rows == 1 and x_BTHD.stride()[2:] == (width, 1):
+        if (fast := kernels_for(x_BTHD)) is not None:
+            return fast.rotate(x_BTHD[0], cos, sin)[None]
+        if (fast := frozen_rowwise.frozen_kernels(x_BTHD)) is not None:
+            return frozen_rowwise.rotate(x_BTHD[0], cos, sin, fast)[None]
     return torch.addcmul(x_BTHD * cos, x_BTHD.roll(width // 2, -1), sin)
 
 
@@ -109,6 +116,6 @@ def kernels_for(x: Tensor, dtype: torch.dtype | None = None) -> Kernels | None:
 
     Not in fixed tiles: whether they take a row depends on how many there are, and they round in their own way.
     """
-    if torch.is_grad_enabled() or in_fixed_tiles():
+    if torch.is_grad_enabled() or product_in_tiles() is not None:
         return None
     return kernels_for_dtype(x, x.dtype if dtype is None else dtype)

@@ -18,9 +18,11 @@ SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of the functions' 
 _TEXTS = [Address, Count] * 3 + [Address] + [Count] * 6
 _ATTEND_TEXTS = [*_TEXTS, Address, Address, Threads]
 _ATTEND_TEXTS_BACK = [*_TEXTS, *[Address] * 6, Threads]
-_STACK = [Address] * 5 + [Count] * 4 + [Address] * 3 + [Count] * 2
-_LORA_PASS = [*_STACK, *[Address] * 3, Threads]
+_STACK = [Address] * 5 + [Count] * 5 + [Address] * 3 + [Count] * 2
+_LORA_PASS = [*_STACK, *[Address] * 2, Threads]
 _LORA_PASS_BACK = [*_STACK, *[Address] * 4, Threads]
+_RMS_NORM_BACK = [Address] * 4 + [Count] * 2 + [ctypes.c_float, Threads]
+_SWIGLU_BACK = [Address] * 3 + [Count] * 2 + [Threads]
 _LOG_SUMS = [Address, Address, Count, Count, Threads]
 _UPDATE_ROWS: list[Any] = [*[Address] * 5, Count, Count, Address, Count, Address, *[ctypes.c_float] * 6]
 _TARGETS_BACK = [*[Address] * 5, *[Count] * 3, Threads]
@@ -37,7 +39,10 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackedFactors:
-    """Of a fused matrix the factors A (S, P R, in) and B (S, out, R) of S adapters and their scales (S,) in fp32."""
+    """Of a fused matrix the factors A (S, P R, in) and B (S, out, R) of S adapters and their scales (S,) in fp32.
+
+    Each slot's lie in one piece, and the slots of A as far apart as those of B.
+    """
 
     a: Tensor
     b: Tensor
@@ -82,6 +87,8 @@ class TrainingKernels:
         self._attend_texts_back = by_dtype(functions, "attend_texts_back", _ATTEND_TEXTS_BACK)
         self._lora_pass = by_dtype(functions, "lora_pass", _LORA_PASS)
         self._lora_pass_back = by_dtype(functions, "lora_pass_back", _LORA_PASS_BACK)
+        self._rms_norm_back = by_dtype(functions, "rms_norm_back", _RMS_NORM_BACK)
+        self._swiglu_back = by_dtype(functions, "swiglu_back", _SWIGLU_BACK)
         self._log_sums = by_dtype(functions, "log_sums", _LOG_SUMS)
         self._update_rows = functions.update_table_rows
         self._update_rows.argtypes, self._update_rows.restype = _UPDATE_ROWS, None
@@ -112,15 +119,14 @@ class TrainingKernels:
         back(*_texts(*inputs, texts), *addresses, torch.get_num_threads())
         return q, k, v
 
-    def lora_pass(self, x_NC: Tensor, y_NO: Tensor, factors: StackedFactors, datums: Datums) -> tuple[Tensor, Tensor]:
-        """y + scale B A x for the tokens of the datums, and what lies between A and B, scaled: (N, P R)."""
-        out_NO = y_NO.clone() if int(datums.lengths.sum()) < len(y_NO) else torch.empty_like(y_NO)
+    def add_adapters(self, x_NC: Tensor, y_NO: Tensor, factors: StackedFactors, datums: Datums) -> Tensor:
+        """Add scale B A x to y for the tokens of the datums; what lies between A and B, scaled: (N, P R)."""
         hidden = x_NC.new_empty(len(x_NC), factors.a.shape[1])
-        addresses = [each.data_ptr() for each in (y_NO, out_NO, hidden)]
+        addresses = y_NO.data_ptr(), hidden.data_ptr()
         self._lora_pass[x_NC.dtype](*_stack(x_NC, y_NO, factors, datums), *addresses, torch.get_num_threads())
-        return out_NO, hidden
+        return hidden
 
-    def lora_pass_back(
+    def add_adapters_back(
         self,
         x_NC: Tensor,
         gradient_NO: Tensor,
@@ -128,17 +134,29 @@ class TrainingKernels:
         factors: StackedFactors,
         datums: Datums,
         factor_gradients: Tensor,
-    ) -> Tensor:
-        """The gradient of x by way of the adapters. Those of the factors are added to where they lie.
+        x_gradient_NC: Tensor,
+    ) -> None:
+        """Add to the gradient of x what comes by way of the adapters, and to those of the factors where they lie.
 
-        `factor_gradients`: the addresses, int64 (S, P, 2), of A's (R, in) and B's (rows, R) in fp32, or 0 for neither.
+        `factor_gradients`: the addresses, int64 (S, P, 2), of A's (R, in) and B's (rows, R) in fp32.
         """
-        is_all = int(datums.lengths.sum()) == len(x_NC)
-        x_gradient_NC = torch.empty_like(x_NC) if is_all else torch.zeros_like(x_NC)
         addresses = [each.data_ptr() for each in (gradient_NO, hidden, x_gradient_NC, factor_gradients)]
         back = self._lora_pass_back[x_NC.dtype]
         back(*_stack(x_NC, gradient_NO, factors, datums), *addresses, torch.get_num_threads())
-        return x_gradient_NC
+
+    def rms_norm_back(self, x: Tensor, weight: Tensor, gradient: Tensor, eps: float) -> Tensor:
+        """The gradient of x, (..., C), all in one piece."""
+        x_gradient, width = torch.empty_like(x), x.shape[-1]
+        addresses = [each.data_ptr() for each in (x, weight, gradient, x_gradient)]
+        self._rms_norm_back[x.dtype](*addresses, x.numel() // width, width, eps, torch.get_num_threads())
+        return x_gradient
+
+    def swiglu_back(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of x, (..., 2F), given that of (..., F), all in one piece."""
+        x_gradient, width = torch.empty_like(x), gradient.shape[-1]
+        addresses = [each.data_ptr() for each in (x, gradient, x_gradient)]
+        self._swiglu_back[x.dtype](*addresses, gradient.numel() // width, width, torch.get_num_threads())
+        return x_gradient
 
     def log_sums(self, logits_NV: Tensor) -> Tensor:
         """log sum exp of each row, in fp32; rows lie one after the other."""
@@ -176,7 +194,7 @@ def by_dtype(functions: ctypes.CDLL, name: str, types: Sequence[Any]) -> dict[to
 
 def _stack(x_NC: Tensor, y_NO: Tensor, factors: StackedFactors, datums: Datums) -> list[int]:
     tensors = (x_NC, factors.a, factors.b, factors.scales, factors.part_rows)
-    sizes = [len(factors.part_rows), factors.b.shape[2], x_NC.shape[1], y_NO.shape[1]]
+    sizes = [factors.a.stride(0), len(factors.part_rows), factors.b.shape[2], x_NC.shape[1], y_NO.shape[1]]
     places = [each.data_ptr() for each in (datums.starts, datums.lengths, datums.slots)]
     return [*(each.data_ptr() for each in tensors), *sizes, *places, len(datums.starts), len(factors.a)]
 

@@ -1,8 +1,8 @@
 """Datums of many sessions as one row of tokens; knows no model, no loss and no session.
 
-Each datum is filled up to a multiple of ADAPTER_TILE with tokens that nobody looks at, and datums of one length lie
-side by side. So a datum is computed alike whoever shares the row: attention sees it at its own length, and adapters
-see it in tiles of its own.
+Our kernels take each datum as long as it is. For torch it is filled up to a multiple of ADAPTER_TILE with tokens that
+nobody looks at, and datums of one length lie side by side. So a datum is computed alike whoever shares the row:
+attention sees it at its own length, and adapters see it in tiles of its own.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,11 @@ ADAPTER_TILE = 32  # tokens: more waste what is filled up, fewer take memory for
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a datum lies in the row: its tokens and, with what fills it up, its tiles of ADAPTER_TILE tokens."""
+    """Where a datum lies in the row: its tokens, and with what fills it up."""
 
     start: int
     num_tokens: int
-    first_tile: int
-    end_tile: int
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +70,14 @@ class PackedData:
         return attend
 
 
-def pack(data: Sequence[NDArray[np.int32]]) -> PackedData:
-    """The tokens of datums, none of them empty, as one row."""
-    lengths = [-(-len(tokens) // ADAPTER_TILE) * ADAPTER_TILE for tokens in data]
+def pack(data: Sequence[NDArray[np.int32]], *, filled_up: bool) -> PackedData:
+    """The tokens of datums, none of them empty, as one row: filled up for torch, or for our kernels as they are."""
+    # Torch computes the last numbers of a row in another way than the others, so a few are spare in any case.
+    tile, whole = (ADAPTER_TILE, TILE_ROWS) if filled_up else (1, ADAPTER_TILE)
+    lengths = [-(-len(tokens) // tile) * tile for tokens in data]
     order = sorted(range(len(data)), key=lengths.__getitem__)
     num_tokens = sum(lengths)
-    # What fills up the last tile is a datum of its own, or a few: an adapter's tile never comes alone.
-    spare = -num_tokens % TILE_ROWS
+    spare = -num_tokens % whole
     row = np.zeros(num_tokens + spare, np.int64)
     positions = np.zeros(num_tokens + spare, np.int64)
     places: dict[int, Place] = {}
@@ -86,12 +86,14 @@ def pack(data: Sequence[NDArray[np.int32]]) -> PackedData:
         own, length = data[index], lengths[index]
         row[start : start + len(own)] = own
         positions[start : start + length] = np.minimum(np.arange(length), len(own) - 1)
-        places[index] = Place(start, len(own), start // ADAPTER_TILE, (start + length) // ADAPTER_TILE)
+        places[index] = Place(start, len(own), length)
         start += length
     positions[num_tokens:] = np.arange(spare) % ADAPTER_TILE
     return PackedData(row, positions, tuple(places[i] for i in range(len(data))), _groups(sorted(lengths), spare))
 
 
 def _groups(lengths: list[int], spare: int) -> tuple[tuple[int, int], ...]:
+    """What fills up the last tile is a datum of its own, or a few: an adapter's tile never comes alone."""
     groups = [(lengths.count(length), length) for length in dict.fromkeys(lengths)]
-    return (*groups, (spare // ADAPTER_TILE, ADAPTER_TILE)) if spare else tuple(groups)
+    length = min(spare, ADAPTER_TILE)
+    return (*groups, (spare // length, length)) if spare else tuple(groups)

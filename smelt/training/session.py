@@ -23,10 +23,11 @@ from smelt.models.adapter_folders import UNEMBEDDING, matrices_of, part_of
 from smelt.models.decoder import Decoder
 from smelt.models.devices import single_thread
 from smelt.models.fixed_tiles import fixed_tiles
+from smelt.models.kernels import product_kernels
 from smelt.models.linear import Linear
 from smelt.training.adapter_pass import AdapterPass, Member
 from smelt.training.losses import LOSSES, NEEDED, OPTIONAL, REFERRING, SETTINGS
-from smelt.training.packed_data import Place, pack
+from smelt.training.packed_data import PackedData, Place, pack
 from smelt.training.target_logprobs import HeadAdapter, Wanted, target_logprobs
 from smelt.training.trained_adapter import TrainedAdapter
 from smelt.training.trained_model import TrainedModel
@@ -190,11 +191,11 @@ class SessionTrainer:
         """One pass over datums of many sessions."""
         self._refer(_referring(datums))
         sequences = [sequence for datum in datums for sequence in _sequences(datum)]
-        packed = pack([sequence.tokens for sequence in sequences])
+        packed = self._packed(sequences)
         members = _members(sequences, packed.places)
-        adapters = AdapterPass(members, self._matrices, self.model)
-        # The adapters stay applied: with gradient checkpointing the blocks are computed once more in backward.
-        with torch.set_grad_enabled(backward), fixed_tiles(), adapters.applied():
+        adapters = AdapterPass(members, self.model)
+        # Within this is backward too: with gradient checkpointing the blocks are computed once more in it.
+        with torch.set_grad_enabled(backward), fixed_tiles(adapters.product):
             hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
             wanted = self._wanted(sequences, packed.places)
             logprobs = target_logprobs(hidden_NC, self._head, wanted, adapters.anchor)
@@ -207,13 +208,16 @@ class SessionTrainer:
         if not datums:
             return
         sequences = [sequence for datum in datums for sequence in _sequences(datum)]
-        packed = pack([sequence.tokens for sequence in sequences])
+        packed = self._packed(sequences)
         with torch.no_grad(), fixed_tiles():
             hidden_NC = self.model(packed.batch(self._device), packed.attend(self.model.config))[0]
             wanted = [Wanted(place, s.targets) for s, place in zip(sequences, packed.places, strict=True)]
             logprobs = _joined(datums, target_logprobs(hidden_NC, self._head, wanted))
         for datum, logprobs_NK in zip(datums, logprobs, strict=True):
             datum.inputs["logprobs"] = logprobs_NK.reshape(datum.datum.inputs["target_tokens"].shape)
+
+    def _packed(self, sequences: list[_Sequence]) -> PackedData:
+        return pack([sequence.tokens for sequence in sequences], filled_up=product_kernels(self._head) is None)
 
     def _wanted(self, sequences: list[_Sequence], places: tuple[Place, ...]) -> list[Wanted]:
         heads = {adapter: _head_adapter(adapter, self._head.dtype) for adapter in {s.datum.adapter for s in sequences}}
@@ -316,7 +320,7 @@ def _members(sequences: list[_Sequence], places: tuple[Place, ...]) -> list[Memb
     for sequence, place in zip(sequences, places, strict=True):
         own.setdefault(sequence.datum.adapter, []).append(place)
     return [
-        Member(adapter.rank, adapter.factors, adapter.gradient_factors, adapter.scale, tuple(mine))
+        Member(adapter.matrices, adapter.rank, adapter.masters, adapter.gradient_factors, adapter.scale, tuple(mine))
         for adapter, mine in own.items()
     ]
 

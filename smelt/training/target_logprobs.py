@@ -1,8 +1,8 @@
 """Log-probabilities of targets without ever holding the fp32 logits of a whole batch; knows no loss and no session.
 
-Logits come in tiles of a fixed number of rows (`fixed_tiles`), and once more in backward unless there was room to keep
-them; tiles that no gradient reaches are left out there. What an adapter adds to them, and its gradient, is computed in
-pieces of ADAPTER_TILE rows of one datum: so a datum gets the same bits whoever else is in the pass.
+Logits come some rows at a time, row by row alike (`fixed_tiles`), and once more in backward unless there was room to
+keep them; rows that no gradient reaches are left out there. What an adapter adds to them, and its gradient, is computed
+in pieces of ADAPTER_TILE rows of one datum: so a datum gets the same bits whoever else is in the pass.
 
 Shapes: N rows of hidden states, C width, V token ids, K targets of a row, r rank of an adapter.
 """
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelt.models.fixed_tiles import TILE_ROWS, filled
+from smelt.models.fixed_tiles import row_by_row
 from smelt.models.kernels import training_kernels
 from smelt.training.packed_data import ADAPTER_TILE, Place
 
+MAX_ROWS = 256  # whose logits are computed at once: the weights are read once for them
 MAX_KEPT_BYTES = 256 * 2**20  # of logits, between forward and backward
 
 
@@ -50,22 +51,23 @@ def target_logprobs(
     Gradients pass to the hidden states, and of adapters into their place, datum by datum. `anchor`: something that
     wants a gradient, for where the hidden states do not.
     """
-    num_kept = MAX_KEPT_BYTES // (TILE_ROWS * weight.shape[0] * weight.itemsize) if torch.is_grad_enabled() else 0
+    num_kept = MAX_KEPT_BYTES // (MAX_ROWS * weight.shape[0] * weight.itemsize) if torch.is_grad_enabled() else 0
     found: tuple[Tensor, ...] = _TargetLogprobs.apply(hidden_NC, weight, tuple(wanted), num_kept, anchor)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Piece(NamedTuple):
-    """ADAPTER_TILE rows from `start`, of which the first are tokens of a datum, from `own_start`."""
+    """Rows from `start`, of which the first are tokens of a datum, from `own_start`."""
 
     datum: int
     start: int
+    num_rows: int
     own_start: int
     num_own: int
 
     @property
     def rows(self) -> slice:
-        return slice(self.start, self.start + ADAPTER_TILE)
+        return slice(self.start, self.start + self.num_rows)
 
     @property
     def own(self) -> slice:
@@ -73,7 +75,7 @@ class _Piece(NamedTuple):
 
 
 class _Logits(NamedTuple):
-    """(ADAPTER_TILE, V) in the weights' dtype, and scale A x where an adapter has a part in them."""
+    """(rows, V) in the weights' dtype, and scale A x where an adapter has a part in them."""
 
     values: Tensor
     hidden: Tensor | None
@@ -107,19 +109,19 @@ class _TargetLogprobs(torch.autograd.Function):
         wanted: tuple[Wanted, ...] = ctx.wanted
         g_NC = torch.zeros_like(hidden_NC)
         reached = [piece for piece in _pieces(wanted) if bool(gradients[piece.datum][piece.own].any())]
-        g_logits = weight.new_empty(TILE_ROWS, len(weight))
+        g_logits = weight.new_empty(MAX_ROWS, len(weight))
         for tile in _tiles(reached):
             is_kept = all(piece in ctx.kept for piece in tile)
             found = [ctx.kept.pop(p) for p in tile] if is_kept else _logits(hidden_NC, weight, wanted, tile)
-            for piece, (logits, hidden), g in zip(tile, found, torch.split(g_logits, ADAPTER_TILE), strict=False):
+            sizes = [piece.num_rows for piece in tile]
+            g_tile = g_logits[: sum(sizes)]
+            for piece, (logits, hidden), g in zip(tile, found, torch.split(g_tile, sizes), strict=True):
                 each = wanted[piece.datum]
                 _write_gradient(logits, sums_N[piece.rows], gradients[piece.datum], each, piece, g)
                 if each.adapter is not None and hidden is not None:
                     g_NC[piece.rows] = _adapter_gradient(g, hidden_NC[piece.rows], hidden, each.adapter)
             if ctx.needs_input_grad[0]:
-                g_logits[len(tile) * ADAPTER_TILE :] = 0.0
-                g_rows = g_logits @ weight
-                for piece, g in zip(tile, torch.split(g_rows, ADAPTER_TILE), strict=False):
+                for piece, g in zip(tile, torch.split(row_by_row(g_tile, weight), sizes), strict=True):
                     g_NC[piece.rows] += g
         return g_NC if ctx.needs_input_grad[0] else None, None, None, None, None
 
@@ -129,18 +131,19 @@ def _pieces(wanted: Sequence[Wanted]) -> Iterator[_Piece]:
     for datum, each in enumerate(wanted):
         place = each.place
         for start in range(0, place.num_tokens, ADAPTER_TILE):
-            yield _Piece(datum, place.start + start, start, min(ADAPTER_TILE, place.num_tokens - start))
+            num_rows, num_own = (min(ADAPTER_TILE, num - start) for num in (place.num_rows, place.num_tokens))
+            yield _Piece(datum, place.start + start, num_rows, start, num_own)
 
 
 def _tiles(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    num = TILE_ROWS // ADAPTER_TILE
+    num = MAX_ROWS // ADAPTER_TILE
     return (pieces[start : start + num] for start in range(0, len(pieces), num))
 
 
 def _logits(hidden_NC: Tensor, weight: Tensor, wanted: Sequence[Wanted], tile: Sequence[_Piece]) -> list[_Logits]:
     """Of each piece, rounded to the weights' dtype as the sampler's are."""
     rows = torch.cat([hidden_NC[piece.rows] for piece in tile])
-    parts = torch.split(F.linear(filled(rows), weight)[: len(rows)], ADAPTER_TILE)
+    parts = torch.split(row_by_row(rows, weight.t()), [piece.num_rows for piece in tile])
     found: list[_Logits] = []
     for piece, logits in zip(tile, parts, strict=True):
         adapter = wanted[piece.datum].adapter

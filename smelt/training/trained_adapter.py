@@ -11,6 +11,7 @@ from torch import Tensor
 from smelt.configs import DecoderConfig
 from smelt.errors import CheckpointError, InvalidInput
 from smelt.models.adapter_folders import Adapter, Factors, Matrix, read_adapter, write_adapter
+from smelt.training.factor_buffer import factor_views, num_values
 from smelt.training.trained_weights import TrainedWeights
 
 ALPHA = 32.0  # what is added is scaled by ALPHA / rank, as Tinker's clients take for granted
@@ -30,8 +31,8 @@ class TrainedAdapter(TrainedWeights):
             reason = "train_attn, train_mlp and train_unembed are all false, so there is nothing to train"
             raise InvalidInput(reason, "train_attn")
         self.config, self.rank, self.seed, self.scale = config, rank, seed, ALPHA / rank
-        self._matrices = dict(matrices)
-        super().__init__(*(torch.zeros(self._num_values(), device=device) for _ in range(2)))
+        self.matrices = dict(matrices)
+        super().__init__(*(torch.zeros(num_values(self.matrices, rank), device=device) for _ in range(2)))
         self.factors, self.gradient_factors = self._views(self.masters), self._views(self.gradients)
         self._initialize(seed)
 
@@ -40,14 +41,14 @@ class TrainedAdapter(TrainedWeights):
         write_adapter(self.as_adapter(), self.config, folder)
 
     def _facts(self) -> dict[str, Any]:
-        return {**super()._facts(), "matrices": list(self._matrices)}
+        return {**super()._facts(), "matrices": list(self.matrices)}
 
     def _take(self, folder: Path) -> None:
         """Factors from PEFT's layout. What the folder does not hold is as at the beginning."""
         given = read_adapter(folder, self.config)
         self._initialize(self.seed)
         for name, parts in given.items():
-            if name not in self._matrices:
+            if name not in self.matrices:
                 raise CheckpointError(f"{folder} changes {name}, which this session does not train")
             for (a, b), factors in zip(self.factors[name], parts, strict=True):
                 if factors is None:
@@ -71,20 +72,9 @@ class TrainedAdapter(TrainedWeights):
                 a.copy_(torch.rand(a.shape, generator=generator) * (2 * bound) - bound)
                 b.zero_()
 
-    def _num_values(self) -> int:
-        return sum(
-            self.rank * (matrix.width + num_rows) for matrix in self._matrices.values() for num_rows in matrix.num_rows
-        )
-
     def _views(self, buffer: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """The factors' places in a flat buffer."""
-        views: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        start = 0
-        for name, matrix in self._matrices.items():
-            views[name] = []
-            for num_rows in matrix.num_rows:
-                sizes = [self.rank * matrix.width, num_rows * self.rank]
-                a, b = torch.split(buffer[start : start + sum(sizes)], sizes)
-                views[name].append((a.view(self.rank, matrix.width), b.view(num_rows, self.rank)))
-                start += sum(sizes)
-        return views
+        """The factors' places in a flat buffer, part by part."""
+        return {
+            name: list(zip(torch.split(a, self.rank), torch.split(b, list(self.matrices[name].num_rows)), strict=True))
+            for name, (a, b) in factor_views(buffer, self.matrices, self.rank).items()
+        }

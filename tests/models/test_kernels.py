@@ -31,6 +31,23 @@ def test_products_are_those_of_fp64(width: int, num_out: int, num_rows: int, dty
 
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 6, 7, 40, 200])
+@pytest.mark.parametrize(("width", "num_out"), [*SHAPES, (1100, 64)])
+def test_products_of_many_rows_are_those_of_fp64(width: int, num_out: int, num_rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    x, bias = torch.randn(num_rows, width).to(dtype), torch.randn(num_out).to(dtype)
+    weight = (torch.randn(num_out, width) / width**0.5).to(dtype)
+    expected = x.double() @ weight.double().T
+    tolerance = {"atol": 5 * ERROR[dtype], "rtol": ERROR[dtype]}  # each lane adds up one number after the other
+    for by_columns_or_rows in (weight.t(), weight.t().contiguous()):
+        plain, with_bias = (torch.empty(num_rows, num_out, dtype=dtype) for _ in range(2))
+        built_kernels().matmul(x, by_columns_or_rows, None, plain)
+        built_kernels().matmul(x, by_columns_or_rows, bias, with_bias)
+        torch.testing.assert_close(plain.double(), expected, **tolerance)
+        torch.testing.assert_close(with_bias.double(), expected + bias.double(), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 3, 6, 32])
 @pytest.mark.parametrize(("width", "num_out"), SHAPES)
 def test_int8_products_are_within_two_hundredths(width: int, num_out: int, num_rows: int, dtype: torch.dtype) -> None:
@@ -54,7 +71,8 @@ def test_a_row_does_not_depend_on_its_company_or_on_the_number_of_threads(dtype:
 
     def products(x: torch.Tensor) -> torch.Tensor:
         exact = built_kernels().linear(x, weight, None)
-        return torch.stack((exact, built_kernels().linear_int8(x, rounded.weight, rounded.scales, None)))
+        built_kernels().matmul(x, weight.t(), None, many := torch.empty_like(exact))
+        return torch.stack((exact, many, built_kernels().linear_int8(x, rounded.weight, rounded.scales, None)))
 
     num_threads, together = torch.get_num_threads(), products(x)
     torch.set_num_threads(1)

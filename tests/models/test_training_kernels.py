@@ -32,16 +32,19 @@ def test_factors_and_their_gradients(dtype: torch.dtype, most: float, rank: int,
     torch.manual_seed(0)
     fast, width, num_out, num_parts = built_kernels().training, 70, sum(part_rows), len(part_rows)
     x, y, g = (torch.randn(100, size).to(dtype) for size in (width, num_out, num_out))
-    a, b = (torch.randn(2, num_parts * rank, width) / 8).to(dtype), (torch.randn(2, num_out, rank) / 4).to(dtype)
+    size_a, size_b = num_parts * rank * width, num_out * rank
+    stacked = torch.cat((torch.randn(2, size_a) / 8, torch.randn(2, size_b) / 4), 1).to(dtype)
+    a, b = (
+        each.unflatten(1, (-1, last))
+        for each, last in zip(stacked.split((size_a, size_b), 1), (width, rank), strict=True)
+    )
     factors = StackedFactors(a, b, torch.tensor([2.0, 0.5]), torch.tensor(part_rows))
     datums = Datums(torch.tensor([0, 64, 33]), torch.tensor([33, 36, 1]), torch.tensor([0, 0, 1]))
-    gradients = [
-        [(torch.ones(rank, width), torch.ones(num_rows, rank)) for num_rows in part_rows],
-        [None for _ in part_rows],  # of an adapter that does not train this matrix
-    ]
-    addresses = [[[x.data_ptr() for x in pair] if pair else [0, 0] for pair in pairs] for pairs in gradients]
-    out, hidden = fast.lora_pass(x, y, factors, datums)
-    g_x = fast.lora_pass_back(x, g, hidden, factors, datums, torch.tensor(addresses))
+    gradients = [[(torch.ones(rank, width), torch.ones(num_rows, rank)) for num_rows in part_rows] for _ in range(2)]
+    addresses = [[[x.data_ptr() for x in pair] for pair in pairs] for pairs in gradients]
+    out, g_x = y.clone(), torch.zeros_like(x)
+    hidden = fast.add_adapters(x, out, factors, datums)
+    fast.add_adapters_back(x, g, hidden, factors, datums, torch.tensor(addresses), g_x)
 
     own = [each.float().requires_grad_() for each in (x, a, b)]
     expected = y.float()
@@ -62,7 +65,7 @@ def test_factors_and_their_gradients(dtype: torch.dtype, most: float, rank: int,
     scale = 1 + float(expected.detach().abs().max())
     assert (out.float() - expected).abs().max() < most * scale
     assert (g_x.float() - of_x).abs().max() < most * (1 + float(of_x.abs().max()))
-    found_a = torch.cat([pair[0] for pair in gradients[0] if pair]) - 1
-    found_b = torch.cat([pair[1] for pair in gradients[0] if pair]) - 1
-    assert (found_a - of_a[0]).abs().max() < most * (1 + float(of_a[0].abs().max()))
-    assert (found_b - of_b[0]).abs().max() < most * (1 + float(of_b[0].abs().max()))
+    for slot, pairs in enumerate(gradients):
+        found_a, found_b = (torch.cat(each) - 1 for each in zip(*pairs, strict=True))
+        assert (found_a - of_a[slot]).abs().max() < most * (1 + float(of_a[slot].abs().max()))
+        assert (found_b - of_b[slot]).abs().max() < most * (1 + float(of_b[slot].abs().max()))
