@@ -96,13 +96,12 @@ template <class X> void attend_texts(const Texts<X> &texts, X *out, float *log_s
             static thread_local Room<float> plain;
             const int64_t start = texts.starts[i / texts.num_kv_heads], kv_head = i % texts.num_kv_heads;
             const int64_t length = texts.starts[i / texts.num_kv_heads + 1] - start, all = lanes(length);
-            E *keys = laid.take(0, deep * all), *values = laid.take(1, up_to(length, 2) * wide);
-            E *queries = laid.take(2, QUERIES * deep), *weights = laid.take(3, QUERIES * all);
+            E *keys = laid.take(0, deep * all), *queries = laid.take(1, QUERIES * deep);
             float *scores = plain.take(0, QUERIES * all), *mixed = plain.take(1, QUERIES * wide);
+            float *values = plain.take(2, length * wide);
             pack_columns(texts.k + start * texts.k_stride + kv_head * width, texts.k_stride, width, length, keys,
                          all);
-            pack_rows(texts.v + start * texts.v_stride + kv_head * width, texts.v_stride, length, width, values,
-                      wide);
+            lay_rows(texts.v + start * texts.v_stride + kv_head * width, texts.v_stride, length, width, values, wide);
             for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
                 for (int64_t first = 0; first < length; first += QUERIES) {
                     const Span span(first, length, texts);
@@ -116,8 +115,8 @@ template <class X> void attend_texts(const Texts<X> &texts, X *out, float *log_s
                         log_sums[(start + first + m) * texts.num_heads + head] =
                             soften_row(scores + m * stride, stride, first_seen(span, m, texts),
                                        last_seen(span, m, texts), texts.scale(), sums[m]);
-                    lay_rows(scores, stride, num, stride, weights, stride);
-                    multiply(Factor<E>{weights, stride}, Factor<E>{values + span.begin * wide, wide * PAIR<X>}, num,
+                    // Not in bf16: so the sampler has it, token by token.
+                    multiply(Factor<float>{scores, stride}, Factor<float>{values + span.begin * wide, wide}, num,
                              width, span.num_keys(), mixed, wide, false);
                     for (int64_t m = 0; m < num; m++) {
                         X *to = out + ((start + first + m) * texts.num_heads + head) * width;

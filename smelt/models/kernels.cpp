@@ -75,6 +75,12 @@ inline void assign(bf16 &to, float x) {
         to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
 
+template <class X> inline float rounded(float x) {
+    X kept;
+    assign(kept, x);
+    return to_float(kept);
+}
+
 inline void round_to(float *at, floats value) { store(at, value); }
 inline void round_to(bf16 *at, floats value) {  // as `assign`, LANES at a time
 #ifdef HAS_BF16_PAIRS

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smelt.models.devices import cpu_features
-from smelt.models.fixed_tiles import product_in_tiles
-from smelt.models.kernels import Kernels, kernels
+from smelt.models.fixed_tiles import product_in_tiles, row_by_row
+from smelt.models.kernels import Kernels, kernels, product_kernels
 
 
 class Linear(nn.Linear):
@@ -55,6 +55,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     fast = None if torch.is_grad_enabled() else _kernels_for(x)
     if fast is not None and weight.is_contiguous() and x.dtype == weight.dtype:
         return fast.linear(x.contiguous(), weight, bias)
+    if not torch.is_grad_enabled() and (fast := product_kernels(x)) is not None and x.dtype == weight.dtype:
+        return row_by_row(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 

@@ -34,16 +34,16 @@ inline void add_mixed(const float *hidden, const X *b, int64_t rank, int64_t num
     for (int64_t v = 0; v < whole; v++)
         for (int lane = 0; lane < LANES; lane++) {
             X &to = y[first + v * LANES + lane];
-            assign(to, to_float(to) + sum[v][lane]);
+            assign(to, to_float(to) + rounded<X>(sum[v][lane]));
         }
     for (int64_t out = rest; out < end; out++) {
         float total = 0.0f;
         for (int64_t r = 0; r < rank; r++) total += hidden[r] * to_float(b[r * num_out + out]);
-        assign(y[out], to_float(y[out]) + total);
+        assign(y[out], to_float(y[out]) + rounded<X>(total));
     }
 }
 
-// y[row] += B_p (scale A_p x[row]) in the outputs of each part p; what lies between the factors is kept in fp32.
+// y[row] += B_p (scale A_p x[row]) in the outputs of each part p; rounded where `lora_pass` does.
 template <class K, class X>
 void lora(const X *x, const X *a, const X *b, const float *scales, X *y, const LoraRows &rows, const LoraShape &shape,
           int threads) {
@@ -84,7 +84,7 @@ void lora(const X *x, const X *a, const X *b, const float *scales, X *y, const L
             products<K>(of_a, steps + start * num_steps, num_steps, count, shape.width,
                         [&](int n, int64_t m, float value) {
                             if (first + n < num_hidden)
-                                hidden[(start + m) * num_hidden + first + n] = value * scales[base + first + n];
+                                hidden[(start + m) * num_hidden + first + n] = rounded<X>(value * scales[base + first + n]);
                         });
         });
         team.meet();

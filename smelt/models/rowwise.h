@@ -25,12 +25,6 @@ template <class F> void piecewise(int64_t count, F work) {
     });
 }
 
-template <class X> inline float rounded(float x) {
-    X kept;
-    assign(kept, x);
-    return to_float(kept);
-}
-
 template <class X> inline void rms_norm_row(const X *x, const X *weight, X *y, int64_t width, float eps) {
     floats sums = {};
     float sum = 0.0f;

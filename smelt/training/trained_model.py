@@ -20,6 +20,8 @@ from smelt.models.decoder import Decoder
 from smelt.models.devices import free_memory
 from smelt.models.folders import read_config
 from smelt.models.layers import attend_within
+from smelt.models.text_attention import attend_row
+from smelt.models.training_kernels import Texts
 from smelt.models.weights import assemble, from_hf_tensors, read_tensors, write_model
 from smelt.training.optim import flatten
 from smelt.training.trained_weights import MASTERS, OPTIMIZER_FILE, TrainedWeights, read_optimizer
@@ -46,7 +48,10 @@ class TrainedModel(TrainedWeights):
     def logprobs(self, tokens: NDArray[np.int32], targets_NK: Tensor) -> Tensor:
         """log p(target) at each of N tokens, (N, K) in fp32; its gradient is the model's own."""
         batch = Batch(torch.from_numpy(tokens.astype(np.int64))[None].to(targets_NK.device))
-        hidden_NC = self.model(batch, attend_within(batch, self.model.config, 0.0, fused=True))[0]
+        config = self.model.config
+        text = Texts(torch.tensor([0, len(tokens)]), window=config.sliding_window)
+        attend = attend_row(text, lambda: attend_within(batch, config, 0.0, fused=True))
+        hidden_NC = self.model(batch, attend)[0]
         parts = list(zip(torch.split(hidden_NC, HEAD_ROWS), torch.split(targets_NK, HEAD_ROWS), strict=True))
         if len(parts) == 1 or not torch.is_grad_enabled():
             return torch.cat([_logprobs(self.model, *part) for part in parts])

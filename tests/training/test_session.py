@@ -411,8 +411,8 @@ def test_logits_that_are_computed_again_are_the_kept_ones(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("is_whole", [False, True], ids=["adapter", "all weights"])
 def test_in_bfloat16_the_sampler_finds_what_the_trainer_does(is_whole: bool) -> None:
-    """Prompts in one step and tokens that were drawn one by one."""
-    model = make_model(torch.bfloat16)
+    """Prompts in one step and tokens that were drawn one by one; heads are wide enough for all kernels."""
+    model = make_model(torch.bfloat16, n_embd=64)
     trainer = SessionTrainer(model)
     trained = trainer.create_whole() if is_whole else adapter_of(trainer, rank=8)
     engine = Engine(model)
@@ -427,9 +427,7 @@ def test_in_bfloat16_the_sampler_finds_what_the_trainer_does(is_whole: bool) -> 
     datum = Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:].astype(np.int64)})
     [found] = done(trainer.forward_backward([Work(trained, [datum], "cross_entropy")])[0]).logprobs
     expected = np.array([*drawn.prompt_logprobs[1:], *drawn.logprobs], np.float32)
-    # Kernels of a few rows round elsewhere than those of whole texts; both are as far from fp32 as from each other.
-    most = 2e-2 if kernels.kernels() is None else 3e-2
-    assert np.abs(found - expected).max() < most
+    assert np.abs(found - expected).max() < 2e-2
     assert np.square(found - expected).mean() / 2 < 1e-3  # their divergence, as Tinker's cookbook estimates it
 
 
