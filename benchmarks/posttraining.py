@@ -156,11 +156,15 @@ def seconds_of(step: Callable[[], float], clock: Callable[[], float]) -> float:
 def compare(
     contenders: dict[str, Any], data: list[list[Datum]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds of each contender's step, in turns, and the first loss."""
+    """Median seconds of each contender's step, in turns, and the first loss.
+
+    A turn has a step that is not counted: it finds memory as the other contender has left it.
+    """
     first = {name: each.step(data) for name, each in contenders.items()}  # warms up
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, each in contenders.items():
+            each.step(data)
             taken[name].append(seconds_of(lambda each=each: each.step(data), clock))
     return {name: (statistics.median(taken[name]), first[name]) for name in contenders}
 
@@ -208,13 +212,14 @@ def rows_of(shape: str, dtype: torch.dtype, options: argparse.Namespace) -> list
     with tempfile.TemporaryDirectory() as name:
         write_model(config, {n: p.detach() for n, p in model.named_parameters()}, Path(name))
         ByteTokenizer().save(Path(name))
-        sides = {"smelt": Smelt, "PEFT": Peft}
-        contenders = {side: make(Path(name), dtype, rank, max(tenants)) for side, make in sides.items()}
         works = [("PEFT: one tenant, 4 x 256", [datums(4, 256, config.vocab_size)])]
         works += [
             (f"PEFT: {n} tenants, 128 each", [[each] for each in datums(n, 128, config.vocab_size)]) for n in tenants
         ]
         for label, data in works:
+            # No more adapters than take part: each that lies idle costs PEFT time.
+            sides = {"smelt": Smelt, "PEFT": Peft}
+            contenders = {side: make(Path(name), dtype, rank, len(data)) for side, make in sides.items()}
             found = compare(contenders, data, options.rounds, CLOCKS[options.clock])
             num_tokens = sum(len(datum.tokens) for own in data for datum in own)
             ours, theirs = found["smelt"], found["PEFT"]
@@ -223,7 +228,8 @@ def rows_of(shape: str, dtype: torch.dtype, options: argparse.Namespace) -> list
                 f"{theirs[0] / ours[0]:.2f}x | {abs(ours[1] - theirs[1]) / abs(theirs[1]):.1e} |"
             )
             print(rows[-1], flush=True)
-        rows += trl_rows(shape, Path(name), contenders["smelt"], options)
+            del contenders
+        rows += trl_rows(shape, Path(name), Smelt(Path(name), dtype, rank, 1), options)
     return rows
 
 
