@@ -70,7 +70,7 @@ def test_log_probabilities_are_the_models_own(client: openai.OpenAI) -> None:
     assert whole.choices[0].text == "To be" + written.text
     assert (scored.tokens or [])[:5] == list("To be")
     assert (scored.token_logprobs or [])[0] is None
-    # To what bf16 has where that is fast: with heads of 8 a token that is drawn is attended to by torch, a prompt is not.
+    # Where bf16 is fast that is what it has: with heads of 8, torch attends for drawn tokens and our kernel in prompts.
     assert (scored.token_logprobs or [])[5:] == pytest.approx(written.logprobs.token_logprobs, abs=2e-3)
     chat = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=4, logprobs=True, top_logprobs=2)
     assert chat.choices[0].logprobs is not None
