@@ -125,7 +125,7 @@ def test_the_worker_beside_a_run_leaves_it_memory_and_comes_first_on_the_cores(c
     assert entry is not None
     assert entry.pid is not None
     worker = client.server.pid_of("worker")
-    assert num_lent() > 0
+    eventually(lambda: num_lent() > 0, "the worker to have said what it lends", SOON_S)
     assert os.getpriority(os.PRIO_PROCESS, entry.pid) > os.getpriority(os.PRIO_PROCESS, worker)
     for pid in (entry.pid, worker):  # threads that wait sleep
         assert b"OMP_WAIT_POLICY=PASSIVE" in Path(f"/proc/{pid}/environ").read_bytes()
